@@ -1,0 +1,33 @@
+# Everything goes through .venv, made on first use from constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: bench test test-all lint format benchmarks
+bench: $(STAMP)            ## generate the dataset, run the quick suite, print the table
+	$(BIN)/ssodbench suite suite=quick
+
+test: $(STAMP)             ## everything but the tests marked slow or gpu
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: $(STAMP)         ## the slow tests too, and the gpu ones where there is a GPU
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+benchmarks: $(STAMP)       ## speed, never part of the tests
+	$(BIN)/python -m pytest benchmarks --benchmark-only --timeout 3000
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { echo "Python 3.11 to 3.13 is needed: make PYTHON=python3.12 ..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cu13,test]'
+	touch $@

@@ -1,0 +1,1 @@
+"""What is trained: detectors and the methods that train them, one file each."""

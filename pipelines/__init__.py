@@ -1,0 +1,1 @@
+"""JPEG bytes to batches: augmentation policies and the backends that carry them out."""
