@@ -87,6 +87,10 @@ class RunLog:
             self._task = self._bar.add_task(title, total=steps, completed=start_step, note="", eta=None)
             self._bar.start()
 
+    def due(self, step: int) -> bool:
+        """Whether a line is written after `step`: every `every` steps and at the end of the schedule."""
+        return (step + 1) % self.every == 0 or step + 1 == self.steps
+
     def step(
         self,
         step: int,
@@ -112,7 +116,7 @@ class RunLog:
         self._data_seconds += data_seconds
         self._step_seconds += step_seconds
         self._window_steps += 1
-        if (step + 1) % self.every and step + 1 < self.steps:
+        if not self.due(step):
             return
         values = to_host({**{f"l/{k}": v for k, v in losses.items()}, **{f"m/{k}": v for k, v in metrics.items()}})
         host_losses = {k[2:]: v for k, v in values.items() if k.startswith("l/")}
