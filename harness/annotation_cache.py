@@ -1,0 +1,113 @@
+"""Annotations parsed once per machine: arrays on disk, keyed by the sha256 of the files they were parsed from.
+
+Hashing COCO's annotations takes as long as everything else together, so a stamp remembers which sha256 a file had. It
+is trusted only if size, inode, modification time and change time (which no program can set) of every file are still the
+same, and all of them lay in the past by more than a clock tick when it was read; otherwise the content is hashed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from harness.annotations import CleanAnnotations, Finding
+from harness.cache import build_once, cached_folder, is_whole
+
+_FORMAT = 1  # raise it whenever the checks or the stored arrays change
+_TICK_NS = 2_000_000_000  # the coarsest time stamp of a file system in use
+_STRINGS = ("file_names", "category_names")
+
+Parse = Callable[[list[bytes]], CleanAnnotations]
+
+
+def load(
+    files: Sequence[Path], parameters: dict[str, Any], cache_dir: Path, parse: Parse, verify: bool = False
+) -> tuple[CleanAnnotations, str]:
+    """Opens annotations, parsed now or earlier.
+
+    Args:
+        files: every file that the annotations depend on, in order.
+        parameters: what else they depend on, as plain data.
+        cache_dir: root of the cache.
+        parse: makes the arrays from the files' bytes; called only if they are not in the cache.
+        verify: hash the content whatever the stamp says.
+
+    Returns:
+        The arrays, and the sha256 of the files' content.
+    """
+    root = Path(cache_dir) / "annotations"
+    paths = [str(file.resolve()) for file in files]
+    key = hashlib.sha256(json.dumps([paths, parameters, _FORMAT]).encode()).hexdigest()[:32]
+    stamp = root / "stamps" / f"{key}.json"
+    state = _state(paths)
+    sha256 = None if verify else _trusted(stamp, state)
+    if sha256 is None or not is_whole(cached_folder(root, _parameters(sha256, parameters))):
+        began = time.time_ns()
+        contents = [Path(path).read_bytes() for path in paths]
+        sha256 = digest(contents)
+        folder = build_once(root, _parameters(sha256, parameters), lambda to: _save(to, parse(contents)))
+        if _state(paths) == state:
+            _write(stamp, {"state": state["digest"], "sha256": sha256, "read": began})
+    else:
+        folder = cached_folder(root, _parameters(sha256, parameters))
+    return _read(folder), sha256
+
+
+def digest(contents: list[bytes]) -> str:
+    """sha256 of one file's bytes, as `sha256sum` gives it; of several, of the list of their sha256."""
+    parts = [hashlib.sha256(content).hexdigest() for content in contents]
+    return parts[0] if len(parts) == 1 else hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _parameters(sha256: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    return {**parameters, "sha256": sha256, "format": _FORMAT}
+
+
+def _state(paths: list[str]) -> dict[str, Any]:
+    """What the file system says about the files: a digest, and the newest time in it."""
+    stats = [os.stat(path) for path in paths]
+    rows = [(s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns) for s in stats]
+    newest = max(max(row[2:]) for row in rows)
+    return {"digest": hashlib.sha256(json.dumps(rows).encode()).hexdigest(), "newest": newest}
+
+
+def _trusted(stamp: Path, state: dict[str, Any]) -> str | None:
+    """The sha256 that the stamp remembers, if the files cannot have changed since."""
+    try:
+        known = json.loads(stamp.read_text())
+        if known["state"] == state["digest"] and state["newest"] + _TICK_NS < known["read"]:
+            return str(known["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None
+
+
+def _write(path: Path, data: dict[str, Any]) -> None:
+    """Writes JSON in one move, so that a concurrent reader sees the old or the new file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(data))
+    os.replace(partial, path)
+
+
+def _save(folder: Path, annotations: CleanAnnotations) -> None:
+    values = {field.name: getattr(annotations, field.name) for field in fields(annotations)}
+    strings = {name: values.pop(name) for name in _STRINGS}
+    strings["findings"] = [asdict(finding) for finding in values.pop("findings")]
+    np.savez(folder / "arrays.npz", **values)
+    (folder / "strings.json").write_text(json.dumps(strings))
+
+
+def _read(folder: Path) -> CleanAnnotations:
+    strings = json.loads((folder / "strings.json").read_text())
+    findings = tuple(Finding(f["what"], f["count"], tuple(f["examples"])) for f in strings.pop("findings"))
+    with np.load(folder / "arrays.npz", allow_pickle=False) as arrays:
+        return CleanAnnotations(**dict(arrays), **strings, findings=findings)

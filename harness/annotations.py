@@ -1,0 +1,190 @@
+"""From what an annotation file says to arrays that can be trusted: checked, repaired where safe, and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from harness.types import UserError
+
+_EXAMPLES = 5  # shown of each finding
+_ROUNDING = 1e-3  # px by which a box may leave its image without being called outside
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something odd that was found, and what was done about it."""
+
+    what: str
+    count: int
+    examples: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        shown = ", ".join(self.examples)
+        return f"{self.count:,} {self.what}" + (
+            f": {shown}{', ...' if self.count > len(self.examples) else ''}" if shown else ""
+        )
+
+
+@dataclass
+class RawAnnotations:
+    """What a file says, unchecked. N images, M boxes."""
+
+    origin: str  # the file, for messages
+    image_ids: np.ndarray  # (N,) int64
+    file_names: list[str]
+    sizes: np.ndarray  # (N, 2) int64 (height, width)
+    categories: list[tuple[int, str]]
+    box_image_ids: np.ndarray  # (M,) int64
+    box_category_ids: np.ndarray  # (M,) int64
+    xywh: np.ndarray  # (M, 4) float64
+    crowd: np.ndarray  # (M,) bool
+    areas: np.ndarray  # (M,) float64, NaN where the file gives none
+
+
+@dataclass
+class CleanAnnotations:
+    """The same, checked: boxes grouped by image, in the file's order of images and, within one, of boxes."""
+
+    image_ids: np.ndarray  # (N,) int64
+    file_names: list[str]
+    sizes: np.ndarray  # (N, 2) int64 (height, width)
+    boxes: np.ndarray  # (M, 4) float32 xyxy, clipped to the image
+    xywh: np.ndarray  # (M, 4) float64 as in the file, for the evaluation
+    labels: np.ndarray  # (M,) int64 in 1..C
+    crowd: np.ndarray  # (M,) bool
+    areas: np.ndarray  # (M,) float32
+    offsets: np.ndarray  # (N + 1,) int64
+    category_ids: np.ndarray  # (C,) int64, ascending
+    category_names: list[str]
+    findings: tuple[Finding, ...]
+
+
+def finding(what: str, where: np.ndarray, describe: Callable[[int], str]) -> list[Finding]:
+    """A finding about the rows where the mask `where` holds, or nothing if there is none."""
+    rows = np.flatnonzero(where)
+    return [Finding(what, len(rows), tuple(describe(int(i)) for i in rows[:_EXAMPLES]))] if len(rows) else []
+
+
+def clean(raw: RawAnnotations) -> CleanAnnotations:
+    """Checks annotations, drops boxes that cannot be used and clips those that leave their image.
+
+    Raises:
+        UserError: for what would make training or evaluation meaningless: no image, duplicate image ids, file names or
+            category ids, images without a size.
+    """
+    _check_images(raw)
+    category_ids, category_names = _categories(raw)
+    findings: list[Finding] = []
+    image_rows = positions(raw.image_ids, raw.box_image_ids)
+    category_rows = positions(category_ids, raw.box_category_ids)
+    names = raw.file_names
+
+    def describe(row: int) -> str:
+        box = ", ".join(f"{v:g}" for v in raw.xywh[row])
+        image = names[image_rows[row]] if image_rows[row] >= 0 else f"image {raw.box_image_ids[row]}"
+        return f"{image} [{box}]"
+
+    keep = np.ones(len(raw.xywh), bool)
+
+    def drop(where: np.ndarray, what: str, show: Callable[[int], str] = describe) -> None:
+        findings.extend(finding(what, where & keep, show))
+        keep[where] = False
+
+    drop(image_rows < 0, "boxes of an image that is not listed, dropped", lambda i: f"image {raw.box_image_ids[i]}")
+    drop(
+        category_rows < 0,
+        "boxes of a category that is not listed, dropped",
+        lambda i: f"category {raw.box_category_ids[i]}",
+    )
+    unusable: np.ndarray = ~np.isfinite(raw.xywh).all(1)
+    drop(unusable, "boxes with NaN or infinite coordinates, dropped")
+    flat: np.ndarray = (raw.xywh[:, 2:] <= 0).any(1)
+    drop(flat, "boxes of zero or negative width or height, dropped")
+    xyxy = np.concatenate([raw.xywh[:, :2], raw.xywh[:, :2] + raw.xywh[:, 2:]], 1)
+    limits = raw.sizes[np.maximum(image_rows, 0)][:, [1, 0, 1, 0]].astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        clipped = np.clip(xyxy, 0, limits).astype(np.float32)
+        outside: np.ndarray = (clipped[:, 2:] <= clipped[:, :2]).any(1)
+        drop(outside, "boxes wholly outside their image, dropped")
+        beyond = (np.maximum(-xyxy, xyxy - limits) > _ROUNDING).any(1)
+    findings += finding("boxes that leave their image, clipped", beyond & keep, describe)
+
+    order = np.flatnonzero(keep)
+    order = order[np.argsort(image_rows[order], kind="stable")]
+    counts = np.bincount(image_rows[order], minlength=len(raw.image_ids))
+    areas = np.where(np.isfinite(raw.areas), raw.areas, raw.xywh[:, 2] * raw.xywh[:, 3])
+    return CleanAnnotations(
+        raw.image_ids,
+        raw.file_names,
+        raw.sizes,
+        clipped[order],
+        raw.xywh[order],
+        category_rows[order] + 1,
+        raw.crowd[order],
+        areas[order].astype(np.float32),
+        np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        category_ids,
+        category_names,
+        tuple(findings),
+    )
+
+
+def positions(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Position of each of `wanted` in `known` (distinct integers in any order); -1 where it is not there."""
+    if not len(known):
+        return np.full(len(wanted), -1, np.int64)
+    order = np.argsort(known, kind="stable")
+    found = np.minimum(np.searchsorted(known, wanted, sorter=order), len(known) - 1)
+    rows = order[found]
+    return np.where(known[rows] == wanted, rows, -1)
+
+
+def _check_images(raw: RawAnnotations) -> None:
+    if not len(raw.image_ids):
+        raise UserError(f"{raw.origin} lists no image: give an annotation file with images")
+    repeated = _repeated([int(i) for i in raw.image_ids])
+    if repeated:
+        raise UserError(f"{raw.origin} gives {_count(repeated, 'image id')} more than once: number the images apart")
+    repeated = _repeated(raw.file_names)
+    if repeated:
+        raise UserError(f"{raw.origin} lists {_count(repeated, 'file name')} more than once: list every picture once")
+    empty = (raw.sizes <= 0).any(1)
+    if empty.any():
+        row = int(np.flatnonzero(empty)[0])
+        raise UserError(
+            f"{raw.origin} gives {int(empty.sum())} image(s) a width or height that is not positive, first "
+            f"{raw.file_names[row]}: write the size of the stored picture"
+        )
+
+
+def _categories(raw: RawAnnotations) -> tuple[np.ndarray, list[str]]:
+    """Ids ascending, so that the order in the file does not matter, and names."""
+    ordered = sorted(raw.categories)
+    repeated = _repeated([i for i, _ in ordered])
+    if repeated:
+        raise UserError(
+            f"{raw.origin} gives {_count(repeated, 'category id')} more than once: number the classes apart"
+        )
+    return np.array([i for i, _ in ordered], np.int64), [name for _, name in ordered]
+
+
+def _repeated(values: Sequence[int] | Sequence[str]) -> list[str]:
+    """Each value that stands in the list more than once, in order of its second appearance."""
+    if len(set(values)) == len(values):
+        return []
+    seen: set[int | str] = set()
+    found: dict[int | str, None] = {}
+    for value in values:
+        if value in seen:
+            found[value] = None
+        seen.add(value)
+    return [str(value) for value in found]
+
+
+def _count(values: list[str], noun: str) -> str:
+    """`1 image id (5)` or `3 image ids (5, 7, 9)`."""
+    shown = ", ".join(values[:_EXAMPLES]) + (", ..." if len(values) > _EXAMPLES else "")
+    return f"{len(values)} {noun}{'s' if len(values) > 1 else ''} ({shown})"

@@ -1,0 +1,203 @@
+"""Pascal VOC folders: one XML file per picture, lists of names under ImageSets/Main.
+
+VOC counts pixels from 1 and includes the last one, so a box is [xmin - 1, xmax] x [ymin - 1, ymax] in continuous
+coordinates. Boxes whose corners share a row or column of pixels are taken for mistakes and dropped.
+"""
+
+from __future__ import annotations
+
+import os
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from harness import annotation_cache
+from harness.annotations import CleanAnnotations, RawAnnotations, clean
+from harness.datasets import CocoIndex, Dataset, make_index, require, with_ids_from
+from harness.types import UserError
+
+DIFFICULT = ("crowd", "keep", "drop")
+
+# name, (xmin, ymin, xmax, ymax), difficult
+_Object = tuple[str, tuple[float, float, float, float], bool]
+
+
+def voc_dataset(
+    name: str,
+    root: str | Path,
+    cache_dir: str | Path,
+    train: Sequence[str],
+    val: Sequence[str],
+    unlabeled: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
+    difficult: str = "crowd",
+    download: str = "",
+    verify: bool = False,
+) -> Dataset:
+    """A dataset in VOC format, of one folder or several joined.
+
+    Args:
+        name: how reports call it.
+        root: folder that the lists are relative to.
+        cache_dir: root of the cache.
+        train, val, unlabeled: list files, such as VOC2007/ImageSets/Main/trainval.txt; the pictures and annotations of
+            a list lie in JPEGImages and Annotations two folders above it.
+        classes: class names, in the order of their labels; default: those of the training boxes, alphabetically.
+        difficult: what to do with objects so marked. "crowd" gives them COCO's crowd flag: split.crowd_boxes decides
+            whether training sees them, and the evaluation does not count them (with COCO's rule for crowds: several
+            detections may match one). "keep" treats them as any other, "drop" leaves them out.
+        download: where to get the files, for the message when they are missing.
+        verify: hash the annotation files even if they look unchanged.
+
+    Images are numbered from 1 in the order of the lists: training, evaluation, unlabelled.
+
+    Raises:
+        UserError: if a file is missing or cannot be used.
+    """
+    if difficult not in DIFFICULT:
+        raise UserError(f"data.difficult={difficult} is not one of {', '.join(DIFFICULT)}")
+    base = Path(root).expanduser()
+    for key, lists in (("train", train), ("val", val), ("unlabeled", unlabeled or ())):
+        for file in lists:
+            require(base / file, name, key, download)
+
+    def open_part(lists: Sequence[str], known: Sequence[str] | None) -> CocoIndex:
+        return voc_index(base, lists, Path(cache_dir), known, difficult, verify)
+
+    first = open_part(train, classes)
+    second = with_ids_from(open_part(val, first.category_names), len(first) + 1)
+    third = open_part(unlabeled, first.category_names) if unlabeled else None
+    if third:
+        third = with_ids_from(third, len(first) + len(second) + 1)
+    return Dataset(name, first, second, third, "data.unlabeled names no list")
+
+
+def voc_index(
+    root: Path,
+    lists: Sequence[str],
+    cache_dir: Path,
+    classes: Sequence[str] | None = None,
+    difficult: str = "crowd",
+    verify: bool = False,
+) -> CocoIndex:
+    """Opens the pictures of VOC list files; images and classes are numbered from 1.
+
+    Args:
+        root: folder that `lists` and the file names of the index are relative to.
+        lists: list files, joined in this order.
+        cache_dir: root of the cache.
+        classes: names in the order of their labels; boxes of others are dropped and counted. Default: every name that
+            occurs, alphabetically.
+        difficult: see `voc_dataset`.
+        verify: hash the files even if they look unchanged.
+    """
+    entries = [entry for file in lists for entry in _read_list(root, file)]
+    if not entries:
+        raise UserError(f"{root / lists[0] if lists else root} lists no image: give a list with one name per line")
+    files = [root / folder / "Annotations" / f"{stem}.xml" for folder, stem in entries]
+    names = [os.path.normpath(os.path.join(folder, "JPEGImages", stem)) for folder, stem in entries]
+    parameters = {
+        "form": "voc",
+        "entries": [list(entry) for entry in entries],
+        "classes": list(classes) if classes else None,
+        "difficult": difficult,
+    }
+    origin = str(root / lists[0])
+
+    def parse(contents: list[bytes]) -> CleanAnnotations:
+        return clean(_raw(origin, names, files, contents, classes, difficult))
+
+    try:
+        parsed, sha256 = annotation_cache.load(files, parameters, cache_dir, parse, verify)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{origin} lists a picture whose annotation {error.filename} is not there: add it, "
+            "or take the name off the list"
+        ) from error
+    return make_index(Path(lists[0]).stem, root, parsed, sha256)
+
+
+def _read_list(root: Path, file: str) -> list[tuple[str, str]]:
+    """(folder of the VOC tree relative to root, name of the picture without suffix) of each line.
+
+    Lists of one class have a second column: -1 for pictures without the class, which are left out, 0 and 1 for others.
+    """
+    folder = os.path.normpath(os.path.join(file, "..", "..", ".."))
+    try:
+        lines = (root / file).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{root / file} is not a UTF-8 text file: give a list with one picture name per line"
+        ) from error
+    found = []
+    for line in lines:
+        name, _, flag = line.strip().rpartition(" ")
+        if flag in ("-1", "0", "1") and name:
+            name, keep = name.strip(), flag != "-1"
+        else:
+            name, keep = line.strip(), True
+        if name and keep:
+            found.append((folder, name))
+    return found
+
+
+def _raw(
+    origin: str,
+    stems: list[str],
+    files: list[Path],
+    contents: list[bytes],
+    classes: Sequence[str] | None,
+    difficult: str,
+) -> RawAnnotations:
+    """XML files as unchecked arrays. `stems` are picture names without their suffix, which the XML file knows."""
+    names, sizes, objects, owners = [], [], [], []
+    for number, (stem, file, content) in enumerate(zip(stems, files, contents, strict=True), 1):
+        suffix, size, found = _parse(content, file)
+        names.append(stem + suffix)
+        sizes.append(size)
+        objects += found
+        owners += [number] * len(found)
+    used = list(classes) if classes else sorted({name for name, _, _ in objects})
+    number_of = {name: label for label, name in enumerate(used, 1)}
+    flags = np.array([flag for _, _, flag in objects], bool)
+    corners = np.array([box for _, box, _ in objects], np.float64).reshape(-1, 4)
+    extent = corners[:, 2:] - corners[:, :2]
+    extent = np.where(extent > 0, extent + 1, extent)  # both corners on one pixel: a click, not an object; dropped
+    raw = RawAnnotations(
+        origin,
+        np.arange(1, len(names) + 1, dtype=np.int64),
+        names,
+        np.array(sizes, np.int64).reshape(-1, 2),
+        [(label, name) for name, label in number_of.items()],
+        np.array(owners, np.int64),
+        np.array([number_of.get(name, -1) for name, _, _ in objects], np.int64),
+        np.concatenate([corners[:, :2] - 1, extent], 1),
+        flags if difficult == "crowd" else np.zeros(len(flags), bool),
+        np.full(len(flags), np.nan),
+    )
+    return raw
+
+
+def _parse(content: bytes, file: Path) -> tuple[str, tuple[int, int], list[_Object]]:
+    """Suffix of the picture, its (height, width), and its objects."""
+    try:
+        tree = ElementTree.fromstring(content)
+        suffix = os.path.splitext(tree.findtext("filename") or "")[1] or ".jpg"
+        size = (int(_text(tree, "size/height")), int(_text(tree, "size/width")))
+        return suffix, size, [_object(node) for node in tree.iter("object")]
+    except (ElementTree.ParseError, ValueError) as error:
+        raise UserError(f"{file} is not a VOC annotation ({error}): correct that file") from error
+
+
+def _object(node: ElementTree.Element) -> _Object:
+    box = tuple(float(_text(node, f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax"))
+    return _text(node, "name").strip(), box, (node.findtext("difficult") or "0").strip() == "1"  # type: ignore[return-value]
+
+
+def _text(node: ElementTree.Element, path: str) -> str:
+    text = node.findtext(path)
+    if text is None:
+        raise ValueError(f"no <{path.replace('/', '><')}> in <{node.tag}>")
+    return text
