@@ -1,0 +1,169 @@
+"""Ranks and reductions: the same code for one process and for many.
+
+Gradients of all trainable parameters live in one flat buffer, so that a step has one all-reduce, one norm and one
+zeroing whatever the number of layers, and a rank whose parameters got no gradient still takes part.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from harness.types import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and talks to the user."""
+        return self.rank == 0
+
+
+def resolve_device(device: str, devices: int) -> str:
+    """`auto` made definite: cpu or cuda.
+
+    Raises:
+        UserError: when more GPUs are asked for than there are, or cuda without one.
+    """
+    gpus = torch.cuda.device_count()
+    if device == "auto":
+        device = "cuda" if gpus else "cpu"
+    if device == "cuda" and gpus == 0:
+        raise UserError("device=cuda, but there is no CUDA device: use device=cpu")
+    if device == "cuda" and devices > gpus and "LOCAL_RANK" not in os.environ:
+        raise UserError(f"devices={devices}, but there are {gpus} GPUs: lower devices, or train on device=cpu")
+    return device
+
+
+def join(device: str) -> World:
+    """Joins the process group that torchrun's environment describes; a lone process joins none."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if device == "cuda":
+        torch.cuda.set_device(local)
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(minutes=60))
+    return World(rank, size, torch.device("cuda", local) if device == "cuda" else torch.device("cpu"))
+
+
+def leave() -> None:
+    """Leaves the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def launch(entry: Callable[..., int], arguments: Sequence[Any], processes: int) -> int:
+    """Runs `entry(*arguments)` in `processes` processes of this machine through torch's elastic launcher.
+
+    Returns:
+        The largest exit code.
+    """
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=f"ssodbench-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="spawn",
+    )
+    return max(elastic_launch(config, entry)(*arguments).values())
+
+
+def barrier(world: World) -> None:
+    """Waits for all ranks."""
+    if world.size > 1:
+        dist.barrier()
+
+
+def gather(world: World, value: Any) -> list[Any]:
+    """`value` of every rank, in rank order, on every rank. Pickled: for arrays after an evaluation, not for steps."""
+    if world.size == 1:
+        return [value]
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(world: World, compute: Callable[[], Any]) -> Any:
+    """Runs `compute` on rank 0 alone and gives its result, or raises its exception, on every rank."""
+    if world.size == 1:
+        return compute()
+    box: list[Any] = [None, None]
+    if world.is_main:
+        try:
+            box[0] = compute()
+        except Exception as error:
+            box[1] = error
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+class FlatGradients:
+    """Gradients of a module's trainable parameters as views into one buffer.
+
+    The buffer ends with `flags` extra numbers, which ride along in the all-reduce, so that ranks agree on a request to
+    stop or on a non-finite loss without a collective of their own.
+    """
+
+    def __init__(self, module: nn.Module, flags: int = 2) -> None:
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        count = sum(p.numel() for p in self.parameters)
+        first = self.parameters[0]
+        self.buffer = torch.zeros(count + flags, dtype=first.dtype, device=first.device)
+        self.gradient, self.flags = self.buffer[:count], self.buffer[count:]
+        offset = 0
+        for p in self.parameters:
+            # The parameter's own strides, so that channels_last weights accumulate without a copy.
+            p.grad = self.buffer.as_strided(p.size(), p.stride(), offset)
+            offset += p.numel()
+
+    def zero(self) -> None:
+        """Zeroes gradients and flags."""
+        self.buffer.zero_()
+
+    def average(self, world: World) -> None:
+        """Averages gradients and flags over the ranks."""
+        if world.size > 1:
+            dist.all_reduce(self.buffer)
+            self.buffer /= world.size
+
+    def clip(self, norm: float | None) -> Tensor:
+        """Scales the gradient down to an L2 norm of at most `norm`; gives the norm before."""
+        total = torch.linalg.vector_norm(self.gradient)
+        if norm is not None:
+            self.gradient.mul_(torch.clamp(norm / (total + 1e-6), max=1.0))
+        return total
+
+
+def average_buffers(world: World, modules: Sequence[nn.Module]) -> None:
+    """Averages floating-point buffers (BatchNorm's running statistics) over the ranks, in one collective."""
+    if world.size == 1:
+        return
+    buffers = [b for m in modules for b in m.buffers() if b.is_floating_point()]
+    if not buffers:
+        return
+    flat = torch.cat([b.flatten().float() for b in buffers])
+    dist.all_reduce(flat)
+    flat /= world.size
+    for buffer, part in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+        buffer.copy_(part.view_as(buffer))
