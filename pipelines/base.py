@@ -1,0 +1,339 @@
+"""What every backend shares: from drawn images to jobs, from rendered images to batches, and how bad files are met.
+
+A backend only renders jobs: it reads and decodes every image of a job once and returns the pixels of each view.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harness.sampling import BatchSampler, MicroBatch, image_keys
+from harness.types import Batch, ImageSource, Normalize, Target, UserError, View, Views
+from pipelines.plan import ViewPlan, boxes_through, plan_view, shrunk_sizes
+from pipelines.policy import Policy
+
+logger = logging.getLogger(__name__)
+
+PAD = 32  # view sizes are multiples of this
+MAX_BAD_SHARE, MIN_BAD_IMAGES = 0.01, 10  # the run stops when more are bad
+
+
+class BadImageError(Exception):
+    """A file that cannot be read or decoded, or is not what the annotations say."""
+
+
+@dataclass
+class Job:
+    """B images to render, and how."""
+
+    source: ImageSource
+    positions: np.ndarray  # (B,) int64 in the source
+    keys: np.ndarray  # (B,) int64
+    plans: list[ViewPlan]  # one per view
+    shrunk: np.ndarray  # (B, 2) int64 size to shrink to before all views
+    rows: np.ndarray  # (M,) int64 rows of the source's boxes, image after image
+    counts: np.ndarray  # (B,) int64 boxes per image
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """Names of the views."""
+        return tuple(plan.policy.name for plan in self.plans)
+
+    @property
+    def paths(self) -> list[str]:
+        """Files of the images."""
+        return [self.source.paths[position] for position in self.positions]
+
+    @property
+    def stored_sizes(self) -> np.ndarray:
+        """(B, 2) int64 height, width that the source states."""
+        return self.source.sizes[self.positions]
+
+
+def canvas(plan: ViewPlan) -> tuple[int, int]:
+    """Common padded size of a view's images."""
+    height, width = (-(-plan.sizes.max(0) // PAD) * PAD).tolist()
+    return height, width
+
+
+def make_job(policy: Policy, views: Sequence[str], source: ImageSource, positions: np.ndarray, keys: np.ndarray) -> Job:
+    """Plans all views of the images at `positions`."""
+    starts = source.offsets[positions]
+    counts = source.offsets[positions + 1] - starts
+    rows = np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+    sizes, boxes = source.sizes[positions], source.boxes[rows]
+    plans = [plan_view(policy.view(name), keys, sizes, boxes, counts) for name in views]
+    return Job(source, positions, keys, plans, shrunk_sizes(policy, plans, sizes), rows, counts)
+
+
+def view_targets(job: Job, plan: ViewPlan) -> list[Target]:
+    """The source's boxes in view pixels: through the same matrix as the pixels, clipped, filtered."""
+    image = np.repeat(np.arange(len(job)), job.counts)
+    hulls = boxes_through(plan.to_view[image], job.source.boxes[job.rows].astype(np.float64))
+    limit = plan.sizes[image][:, [1, 0, 1, 0]]
+    boxes = np.clip(hulls, 0, limit)
+    sides, full = boxes[:, 2:] - boxes[:, :2], hulls[:, 2:] - hulls[:, :2]
+    keep = (sides > 0).all(1) & (sides >= plan.policy.min_side).all(1)
+    keep &= sides.prod(1) >= plan.policy.min_visible * full.prod(1)
+    rows, kept = job.rows[keep], np.bincount(image[keep], minlength=len(job)).tolist()
+    parts = (
+        torch.from_numpy(boxes[keep].astype(np.float32)).split(kept),
+        torch.from_numpy(job.source.labels[rows].astype(np.int64)).split(kept),
+        torch.from_numpy(job.source.scores[rows].astype(np.float32)).split(kept),
+    )
+    return [Target(*part) for part in zip(*parts, strict=True)]
+
+
+class BasePipeline:
+    """The `harness.types.Pipeline` of every backend.
+
+    Args:
+        policy: augmentation policy.
+        normalize: what the network expects.
+        views: the views that training needs; with `sampler` and `labeled` it makes `train` possible.
+        sampler: which images a step draws.
+        labeled: labelled images, with boxes.
+        unlabeled: unlabelled images; boxes only if they are pseudo labels made offline.
+        device: where the batches go, cpu or cuda[:n].
+        rank: this process among `world_size`, each of which gets its share of the micro-batches.
+        world_size: number of processes.
+        threads: CPU threads per stream of images.
+        prefetch: batches prepared ahead.
+        eval_batch: images per batch of `eval`.
+        on_bad_image: "skip" replaces a bad image by the next good one of the list, warns and counts; "error" stops.
+    """
+
+    name = "base"
+
+    def __init__(
+        self,
+        policy: Policy,
+        normalize: Normalize,
+        *,
+        views: Views | None = None,
+        sampler: BatchSampler | None = None,
+        labeled: ImageSource | None = None,
+        unlabeled: ImageSource | None = None,
+        device: str = "cpu",
+        rank: int = 0,
+        world_size: int = 1,
+        threads: int = 1,
+        prefetch: int = 2,
+        eval_batch: int = 8,
+        on_bad_image: str = "skip",
+    ) -> None:
+        if on_bad_image not in ("skip", "error"):
+            raise UserError(f"pipeline.on_bad_image={on_bad_image} is unknown; give skip or error")
+        self.policy, self.normalize, self.device = policy, normalize, torch.device(device)
+        self.rank, self.world_size, self.threads, self.prefetch = rank, world_size, threads, max(1, prefetch)
+        self.eval_batch, self.on_bad_image = eval_batch, on_bad_image
+        self._views, self._sampler, self._labeled, self._unlabeled = views, sampler, labeled, unlabeled
+        self._drawn = [torch.zeros(len(s) if s is not None else 0, dtype=torch.bool) for s in (labeled, unlabeled)]
+        self.bad_images: dict[str, str] = {}  # file -> what is wrong with it
+        for name in (*views.labeled, *views.unlabeled) if views else ():
+            policy.view(name)
+
+    # What a backend implements
+
+    def _render(self, jobs: Iterator[Job]) -> Iterator[list[Tensor] | Exception]:
+        """Images (B, 3, H, W) of each view of each job, in order; in their place the error if a job's image is bad."""
+        raise NotImplementedError
+
+    def _render_now(self, job: Job) -> list[Tensor] | Exception:
+        """The same for one job, at once, beside the jobs that are under way."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Free threads and memory; the pipeline is unusable afterwards."""
+
+    # Training
+
+    def train(self, start_step: int = 0) -> Iterator[Batch]:
+        """Endless micro-batches of this rank, from the first one of `start_step` on.
+
+        Raises:
+            UserError: if too many images are bad, or one is and `on_bad_image` is "error".
+        """
+        assert self._views is not None
+        assert self._sampler is not None
+        assert self._labeled is not None
+        waiting: deque[dict[str, Job]] = deque()
+
+        def jobs() -> Iterator[Job]:
+            assert self._sampler is not None
+            for micro in self._sampler.stream(start_step, self.rank, self.world_size):
+                parts = self._parts(micro)
+                waiting.append(parts)
+                yield from parts.values()
+
+        results = self._render(jobs())
+        for first in results:
+            parts = waiting.popleft()
+            rendered = [first, *itertools.islice(results, len(parts) - 1)]
+            resolved = [self._resolve(job, result) for job, result in zip(parts.values(), rendered, strict=True)]
+            yield self._batch(dict(zip(parts, resolved, strict=True)))
+
+    def _parts(self, micro: MicroBatch) -> dict[str, Job]:
+        """Jobs of the labelled and the unlabelled images of a micro-batch, where it has any."""
+        assert self._views is not None
+        assert self._sampler is not None
+        parts = {}
+        for number, (name, source, views, positions, slots) in enumerate(
+            (
+                ("labeled", self._labeled, self._views.labeled, micro.labeled, micro.labeled_slots),
+                ("unlabeled", self._unlabeled, self._views.unlabeled, micro.unlabeled, micro.unlabeled_slots),
+            )
+        ):
+            if source is None or not views or not len(positions):
+                continue
+            self._drawn[number][torch.from_numpy(positions)] = True
+            keys = image_keys(self._sampler.seed, micro.step, slots)
+            parts[name] = make_job(self.policy, views, source, self._good(source, positions), keys)
+        return parts
+
+    def _batch(self, parts: dict[str, tuple[Job, list[Tensor]]]) -> Batch:
+        none = torch.zeros(0, dtype=torch.int64)
+        views: dict[str, dict[str, View]] = {"labeled": {}, "unlabeled": {}}
+        ids = {"labeled": none, "unlabeled": none}
+        keys = {name: none.to(self.device) for name in views}
+        for name, (job, images) in parts.items():
+            with_targets = name == "labeled" or len(job.source.boxes) > 0
+            views[name] = dict(zip(job.views, self._assemble(job, images, with_targets), strict=True))
+            ids[name] = torch.from_numpy(job.source.ids[job.positions])
+            keys[name] = torch.from_numpy(job.keys).to(self.device, non_blocking=True)
+        return Batch(
+            views["labeled"], views["unlabeled"], ids["labeled"], ids["unlabeled"], keys["labeled"], keys["unlabeled"]
+        )
+
+    def _assemble(self, job: Job, images: list[Tensor], with_targets: bool) -> list[View]:
+        result = []
+        for plan, pixels in zip(job.plans, images, strict=True):
+            targets = [t.to(self.device) for t in view_targets(job, plan)] if with_targets else None
+            to_view = torch.from_numpy(plan.to_view.astype(np.float32)).to(self.device, non_blocking=True)
+            sizes = torch.from_numpy(plan.sizes).to(self.device, non_blocking=True)
+            result.append(View(pixels, sizes, to_view, targets))
+        return result
+
+    # Evaluation
+
+    def eval(self, source: ImageSource, view: str = "test") -> Iterator[tuple[View, Tensor]]:
+        """(View, image ids), every image of `source` exactly once over all ranks.
+
+        Targets are the source's boxes, if it has any. A bad image comes as an empty (all 0) view.
+        """
+        waiting: deque[Job] = deque()
+        mine = np.arange(self.rank, len(source), self.world_size)
+
+        def jobs() -> Iterator[Job]:
+            for start in range(0, len(mine), self.eval_batch):
+                positions = mine[start : start + self.eval_batch]
+                job = make_job(self.policy, (view,), source, positions, image_keys(0, 0, source.ids[positions]))
+                waiting.append(job)
+                yield job
+
+        for rendered in self._render(jobs()):
+            job = waiting.popleft()
+            images = rendered if isinstance(rendered, list) else self._blank_bad(job, rendered)
+            (result,) = self._assemble(job, images, len(source.boxes) > 0)
+            yield result, torch.from_numpy(source.ids[job.positions])
+
+    def _blank_bad(self, job: Job, error: Exception) -> list[Tensor]:
+        """Renders a job image by image, with zeros for those that fail."""
+        images = [torch.zeros(len(job), 3, *canvas(plan), device=self.device) for plan in job.plans]
+        failed = 0
+        for row in range(len(job)):
+            one = self._only(job, row)
+            rendered = self._render_now(one)
+            if isinstance(rendered, Exception):
+                failed += 1
+                self._mark_bad(one, rendered)
+                continue
+            for whole, single in zip(images, rendered, strict=True):
+                whole[row, :, : single.shape[2], : single.shape[3]] = single[0]
+        if not failed:
+            raise error
+        return images
+
+    # Bad images
+
+    def _only(self, job: Job, row: int) -> Job:
+        rows = slice(row, row + 1)
+        return make_job(self.policy, job.views, job.source, job.positions[rows], job.keys[rows])
+
+    def _good(self, source: ImageSource, positions: np.ndarray) -> np.ndarray:
+        """Positions with known bad images replaced by the next good one of the list."""
+        if not self.bad_images:
+            return positions
+        positions = positions.copy()
+        for row, position in enumerate(positions):
+            steps = 0
+            while source.paths[position] in self.bad_images:
+                position, steps = (position + 1) % len(source), steps + 1
+                if steps > len(source):
+                    raise UserError("every image of the list is bad; check data.root")
+            positions[row] = position
+        return positions
+
+    def _mark_bad(self, job: Job, error: Exception) -> None:
+        """Counts the one image of a job as bad."""
+        path = job.paths[0]
+        if self.on_bad_image == "error":
+            raise UserError(f"{path}: {error}; repair or remove it, or set pipeline.on_bad_image=skip") from error
+        if path not in self.bad_images:
+            logger.warning("bad image skipped: %s: %s", path, error)
+            self.bad_images[path] = str(error)
+
+    def _resolve(self, job: Job, rendered: list[Tensor] | Exception) -> tuple[Job, list[Tensor]]:
+        """The job and its images; where an image is bad, with another one in its place.
+
+        Decoders do not say which image of a batch they could not read, so each is tried alone.
+        """
+        while isinstance(rendered, Exception):
+            known = len(self.bad_images)
+            replaced = self._good(job.source, job.positions)
+            if (replaced == job.positions).all():
+                for row in range(len(job)):
+                    one = self._only(job, row)
+                    alone = self._render_now(one)
+                    if isinstance(alone, Exception):
+                        self._mark_bad(one, alone)
+                if len(self.bad_images) == known:
+                    raise rendered  # not an image's fault
+                self._check_share()
+                replaced = self._good(job.source, job.positions)
+            job = make_job(self.policy, job.views, job.source, replaced, job.keys)
+            rendered = self._render_now(job)
+        return job, rendered
+
+    @property
+    def drawn(self) -> int:
+        """Distinct images drawn for training so far, by this rank."""
+        return sum(int(drawn.sum()) for drawn in self._drawn)
+
+    def _check_share(self) -> None:
+        bad = len(self.bad_images)
+        if bad >= MIN_BAD_IMAGES and bad > MAX_BAD_SHARE * self.drawn:
+            path, reason = next(iter(self.bad_images.items()))
+            raise UserError(f"{bad} of {self.drawn} images drawn so far are bad, as {path}: {reason}; check data.root")
+
+    def state(self) -> dict[str, Any]:
+        """What resuming needs beside the step number: the bad images, and which images were drawn."""
+        return {"bad_images": dict(self.bad_images), "drawn": [drawn.clone() for drawn in self._drawn]}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes up the counts of `state`."""
+        self.bad_images = dict(state["bad_images"])
+        for mine, saved in zip(self._drawn, state["drawn"], strict=True):
+            mine |= saved

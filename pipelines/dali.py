@@ -1,0 +1,161 @@
+"""The DALI pipeline: file bytes in, every image decoded once, one branch per view, normalised batches out.
+
+The graph is in `pipelines.dali_graph`. Jobs are fed explicitly and run ahead on DALI's own threads.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from nvidia.dali import Pipeline
+from torch import Tensor
+
+from pipelines.base import BadImageError, BasePipeline, Job, canvas
+from pipelines.dali_graph import Graph, define
+from pipelines.plan import ViewPlan, from_shrunk
+from pipelines.policy import Policy, ViewPolicy
+
+
+def _view_inputs(policy: Policy, plan: ViewPlan, unshrink: np.ndarray) -> dict[str, np.ndarray]:
+    """The plan as the graph's inputs."""
+    name, count = plan.policy.name, len(plan.sizes)
+    two_steps = plan.policy.affine is not None and policy.color_at == "view"
+    first = plan.to_resized
+    if plan.policy.affine is not None:
+        split = plan.color_first & two_steps
+        first = np.where(split[:, None, None], plan.to_resized, plan.to_view)
+    inputs = {
+        "size": plan.sizes,
+        "canvas": np.tile(np.asarray(canvas(plan)), (count, 1)),
+        "resize": first @ unshrink,
+    }
+    if plan.policy.color:
+        inputs |= {"kinds": plan.kinds.astype(np.int32), "values": plan.values}
+    if two_steps:
+        inputs |= {"affine": plan.affine, "color first": plan.color_first}
+    for number, erase in enumerate(plan.erase):
+        patches = np.stack([erase.boxes[:, :, :2].reshape(count, -1), erase.boxes[:, :, 2:].reshape(count, -1)], axis=1)
+        inputs[f"erase {number}"] = patches
+    keep = (np.int32, np.bool_)
+    return {
+        f"{name} {key}": np.ascontiguousarray(value if value.dtype in keep else value.astype(np.float32))
+        for key, value in inputs.items()
+    }
+
+
+class _Runner:
+    """One built DALI pipeline and the jobs it has under way."""
+
+    def __init__(self, graph: Graph, views: list[ViewPolicy], batch: int, threads: int) -> None:
+        self._graph = graph
+        self.batch = batch
+        # Depth 1 lets `schedule_run` take jobs one at a time; the executor still runs all scheduled jobs ahead.
+        self._pipeline: Pipeline | None = define(
+            graph,
+            views,
+            batch_size=batch,
+            num_threads=threads,
+            device_id=torch.cuda.current_device() if graph.gpu else None,
+            prefetch_queue_depth=1,
+        )
+        self._pipeline.build()
+        self._data: deque[list[np.ndarray]] = deque()  # DALI reads the bytes in place
+
+    def submit(self, job: Job) -> Exception | None:
+        """Feeds a job; the error if a file cannot be read."""
+        assert self._pipeline is not None
+        try:
+            data = [np.fromfile(path, dtype=np.uint8) for path in job.paths]
+        except OSError as error:
+            return BadImageError(error.strerror or "cannot be read")
+        if not all(len(d) for d in data):
+            return BadImageError("the file is empty")
+        inputs: dict[str, Any] = {"data": data}
+        unshrink = np.eye(3)[None]
+        if self._graph.policy.antialias:
+            inputs["shrunk"] = job.shrunk.astype(np.float32)
+            unshrink = from_shrunk(job.stored_sizes, job.shrunk)
+        for plan in job.plans:
+            inputs |= _view_inputs(self._graph.policy, plan, unshrink)
+        for name, value in inputs.items():
+            self._pipeline.feed_input(name, value)
+        self._data.append(data)
+        self._pipeline.schedule_run()
+        return None
+
+    def collect(self, job: Job) -> list[Tensor] | Exception:
+        """Images of each view of the oldest job under way."""
+        assert self._pipeline is not None
+        try:
+            if self._graph.gpu:
+                stored, *images = self._pipeline.share_outputs(cuda_stream=torch.cuda.current_stream())
+            else:
+                stored, *images = self._pipeline.share_outputs()
+        except RuntimeError as error:
+            return BadImageError("; ".join(str(error).splitlines()[-1:]) or "cannot be decoded")
+        finally:
+            self._data.popleft()
+        shapes = np.asarray(stored.as_tensor())[:, :2]
+        tensors = [torch.from_dlpack(view.as_tensor()) for view in images]
+        self._pipeline.release_outputs()
+        wrong = (shapes != job.stored_sizes).any(1)
+        if wrong.any():
+            row = int(wrong.argmax())
+            height, width = shapes[row]
+            stated = job.stored_sizes[row]
+            return BadImageError(f"it is {width}x{height}, but the annotations say {stated[1]}x{stated[0]}")
+        return tensors
+
+    def close(self) -> None:
+        """Stops DALI's threads."""
+        self._pipeline = None
+
+
+class DaliPipeline(BasePipeline):
+    """See `pipelines.base.BasePipeline`. Graphs are built once per combination of views and kept."""
+
+    name = "dali"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._graph = Graph(self.policy, self.normalize, self.device.type == "cuda")
+        self._runners: dict[tuple[str, tuple[str, ...]], _Runner] = {}
+
+    def _runner(self, job: Job, purpose: str) -> _Runner:
+        key = (purpose, job.views)
+        runner = self._runners.get(key)
+        if runner is None or runner.batch < len(job):
+            views = [self.policy.view(name) for name in job.views]
+            batch = max(len(job), self.eval_batch, self._sampler.micro if self._sampler else 0)
+            runner = self._runners[key] = _Runner(self._graph, views, batch, self.threads)
+        return runner
+
+    def _render(self, jobs: Iterator[Job]) -> Iterator[list[Tensor] | Exception]:
+        under_way: deque[tuple[Job, _Runner, Exception | None]] = deque()
+        # Each part of a step is a job of its own.
+        ahead = self.prefetch * 2
+        for job in jobs:
+            runner = self._runner(job, "stream")
+            under_way.append((job, runner, runner.submit(job)))
+            if len(under_way) > ahead:
+                yield self._finish(under_way)
+        while under_way:
+            yield self._finish(under_way)
+
+    def _finish(self, under_way: deque[tuple[Job, _Runner, Exception | None]]) -> list[Tensor] | Exception:
+        job, runner, error = under_way.popleft()
+        return error or runner.collect(job)
+
+    def _render_now(self, job: Job) -> list[Tensor] | Exception:
+        runner = self._runner(job, "single")
+        return runner.submit(job) or runner.collect(job)
+
+    def close(self) -> None:
+        """Stops DALI's threads and frees its memory."""
+        for runner in self._runners.values():
+            runner.close()
+        self._runners.clear()
