@@ -1,0 +1,96 @@
+"""Folders that are made once per machine and shared by every run, each named by a hash of what it was made from."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from harness.types import UserError
+
+_MANIFEST = "manifest.json"
+
+
+def cached_folder(root: Path, parameters: dict[str, Any]) -> Path:
+    """Where the folder made from `parameters` (plain data) lies under `root`, whether it exists or not."""
+    canonical = json.dumps(parameters, sort_keys=True, separators=(",", ":"))
+    return Path(root) / hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether `folder` is complete and undamaged.
+
+    Files directly in it are compared by sha256, sub-folders by the number and total size of their files: enough to see
+    a half-deleted or truncated cache, and a matter of milliseconds.
+    """
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        return bool(manifest["contents"] == _contents(folder))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def build_once(root: Path, parameters: dict[str, Any], build: Callable[[Path], None]) -> Path:
+    """The cached folder of `parameters`, built if it is missing or damaged.
+
+    Processes that ask at the same time wait for the first one. The folder is built under another name and renamed when
+    it is complete, so nobody ever reads a half-written one.
+
+    Args:
+        root: folder of this kind of cached thing.
+        parameters: plain data that decides the content; another value gives another folder.
+        build: writes the content into the empty folder it is given.
+
+    Returns:
+        The whole folder.
+
+    Raises:
+        UserError: if `root` cannot be written.
+    """
+    folder = cached_folder(root, parameters)
+    if is_whole(folder):
+        return folder
+    with _locked(folder.with_suffix(".lock")):
+        if not is_whole(folder):
+            partial = folder.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            build(partial)
+            manifest = {"parameters": parameters, "contents": _contents(partial)}
+            (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+    return folder
+
+
+def _contents(folder: Path) -> dict[str, Any]:
+    """Name to sha256 of each file, name to [number of files, bytes] of each sub-folder; JSON data."""
+    contents: dict[str, Any] = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                with os.scandir(entry.path) as files:
+                    sizes = [file.stat().st_size for file in files]
+                contents[entry.name] = [len(sizes), sum(sizes)]
+            elif entry.name != _MANIFEST:
+                contents[entry.name] = hashlib.sha256(Path(entry.path).read_bytes()).hexdigest()
+    return contents
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds an exclusive lock; the system frees it when the process ends, however it ends."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise UserError(f"cannot write to the cache folder {path.parent} ({error.strerror}); set cache_dir") from error
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
