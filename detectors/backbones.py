@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import torchvision.models.resnet as resnet
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 
 def _downsampling_block(channels_in: int, channels_out: int) -> BasicBlock:
@@ -20,10 +26,12 @@ class SmallBackbone(nn.Module):
         channels: of the stem and the three blocks.
     """
 
+    strides = (4, 8, 16)
+
     def __init__(self, channels: tuple[int, int, int, int] = (24, 32, 64, 96)) -> None:
         super().__init__()
         stem, first, second, third = channels
-        self.out_channels = (first, second, third)
+        self.out_channels = [first, second, third]
         self.stem = nn.Sequential(
             nn.Conv2d(3, stem, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(stem), nn.ReLU(inplace=True)
         )
@@ -39,3 +47,89 @@ class SmallBackbone(nn.Module):
         c1 = self.l1(self.stem(images))
         c2 = self.l2(c1)
         return [c1, c2, self.l3(c2)]
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """The normalisation that trains from scratch with few images at a time."""
+    return nn.GroupNorm(32, channels)
+
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "frozen": FrozenBatchNorm2d,
+    "batch": nn.BatchNorm2d,
+    "group": group_norm,
+}
+
+
+class ResNetBackbone(nn.Module):
+    """torchvision's ResNet without its classifier; parameter names are torchvision's.
+
+    Args:
+        depth: 18, 50 or 101.
+        norm: key of `NORMS`.
+        frozen_stages: 0 trains everything; 1 freezes the stem, 2 the stem and layer1 (all papers), ...
+        stride_in_1x1: where a bottleneck halves the resolution: in its first convolution as in the original (caffe)
+            network, or in its 3x3 convolution as in torchvision.
+    """
+
+    strides = (4, 8, 16, 32)
+
+    def __init__(self, depth: int, norm: str, frozen_stages: int, stride_in_1x1: bool = False) -> None:
+        super().__init__()
+        network = getattr(resnet, f"resnet{depth}")(weights=None, norm_layer=NORMS[norm])
+        self.conv1, self.bn1, self.relu, self.maxpool = network.conv1, network.bn1, network.relu, network.maxpool
+        self.layer1, self.layer2, self.layer3, self.layer4 = (getattr(network, f"layer{i}") for i in range(1, 5))
+        expansion = 1 if depth < 50 else 4
+        self.out_channels = [width * expansion for width in (64, 128, 256, 512)]
+        if stride_in_1x1:
+            for module in self.modules():
+                if isinstance(module, Bottleneck):
+                    module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
+        self._freeze(frozen_stages)
+
+    def _freeze(self, stages: int) -> None:
+        parts = [[self.conv1, self.bn1], [self.layer1], [self.layer2], [self.layer3], [self.layer4]]
+        for part in parts[:stages]:
+            for module in part:
+                module.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) to [c2, c3, c4, c5] at strides 4, 8, 16 and 32."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        levels = []
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = layer(x)
+            levels.append(x)
+        return levels
+
+
+class Pyramid(nn.Module):
+    """A backbone with torchvision's feature pyramid on top.
+
+    Args:
+        body: the backbone.
+        channels: of every level.
+        first: index of the first backbone level to use.
+        norm: normalisation after the pyramid's convolutions, or None.
+        extra: block that adds coarser levels, or None.
+    """
+
+    def __init__(
+        self,
+        body: SmallBackbone | ResNetBackbone,
+        channels: int,
+        first: int = 0,
+        norm: Callable[[int], nn.Module] | None = None,
+        extra: ExtraFPNBlock | None = None,
+    ) -> None:
+        super().__init__()
+        self.body = body
+        self.first = first
+        self.out_channels = channels
+        self.strides: Sequence[int] = body.strides[first:]
+        self.fpn = FeaturePyramidNetwork(body.out_channels[first:], channels, extra, norm)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) to feature maps, finest first."""
+        levels = self.body(images)[self.first :]
+        return list(self.fpn(OrderedDict((str(i), level) for i, level in enumerate(levels))).values())

@@ -1,0 +1,287 @@
+"""Faster R-CNN on a feature pyramid, with its stages open to methods that use them one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from detectors.backbones import NORMS, Pyramid, ResNetBackbone, SmallBackbone
+from detectors.detector import Detector
+from detectors.padded import PaddedTargets
+from detectors.roi import RoiSettings, RoiStage
+from detectors.rpn import Anchors, Proposals, Rpn, RpnSettings
+from detectors.weights import CAFFE, RGB, first_weights, load_backbone
+from harness import pretrain
+from harness.types import Normalize, UserError, View
+
+# Where the codebases differ. Methods are compared on equal detectors, so the style is the detector's, not the method's.
+STYLES: dict[str, dict[str, dict[str, Any]]] = {
+    "torchvision": {"rpn": {}, "roi": {}},
+    "detectron": {  # detectron2 as Unbiased Teacher configures it
+        "rpn": {"beta": 0.0, "fixed_normalizer": True, "positive_fraction": 0.25, "train_proposals": (2000, 1000)},
+        "roi": {"beta": 0.0, "aligned": True, "sampling_ratio": 0},
+    },
+    "mmdetection": {  # mmdetection 2.16 as Soft Teacher configures it
+        "rpn": {"beta": 0.0, "train_proposals": (2000, 1000)},
+        "roi": {"beta": 0.0, "aligned": True, "sampling_ratio": 0},
+    },
+    "tensorpack": {  # as STAC configures it
+        "rpn": {"fixed_normalizer": True, "train_proposals": (2000, 2000)},
+        "roi": {"beta": 0.0, "aligned": True, "sampling_ratio": 0, "batch": 64},
+    },
+}
+
+
+class FasterRcnn(Detector):
+    """Backbone and pyramid, RPN, RoI stage.
+
+    Args:
+        num_classes: C, without background.
+        name: for records.
+        backbone: images to features.
+        strides: of the feature maps; a further, coarser map is for the RPN alone.
+        anchors: of each cell of each map.
+        rpn: numbers of the first stage.
+        roi: numbers of the second stage.
+        normal_init: heads start from normal weights, as detectron's, instead of torch's default for linear layers.
+        normalize, pretraining: see `Detector`.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        name: str,
+        backbone: Pyramid,
+        anchors: Anchors,
+        rpn: RpnSettings,
+        roi: RoiSettings,
+        normal_init: bool,
+        normalize: Normalize,
+        pretraining: str,
+    ) -> None:
+        super().__init__(num_classes=num_classes, name=name, normalize=normalize, pretraining=pretraining)
+        self.backbone = backbone
+        self.rpn = Rpn(backbone.out_channels, anchors, rpn)
+        self.roi = RoiStage(backbone.out_channels, list(backbone.strides), num_classes, roi)
+        if normal_init:
+            self._normal_init()
+
+    def _normal_init(self) -> None:
+        """detectron's first weights of the second stage."""
+        for layer in self.roi.head.layers:
+            if isinstance(layer, nn.Linear):
+                nn.init.kaiming_uniform_(layer.weight, a=1)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        for predictor, std in ((self.roi.head.classes, 0.01), (self.roi.head.boxes, 0.001)):
+            nn.init.normal_(predictor.weight, std=std)
+            nn.init.zeros_(predictor.bias)
+
+    def losses(
+        self,
+        features: list[Tensor],
+        view: View,
+        targets: PaddedTargets,
+        keys: Tensor,
+        *,
+        boxes: bool = True,
+        focal_gamma: float = 0.0,
+    ) -> dict[str, Tensor]:
+        """`rpn_class`, `rpn_box`, `roi_class`, `roi_box`.
+
+        Args:
+            features, view, targets, keys: see `Detector.losses`.
+            boxes: False leaves both box losses out: they are not computed.
+            focal_gamma: of the RoI classification, see `losses.cross_entropy`.
+        """
+        output = self.rpn(features, view.images.shape[-2:])
+        result = self.rpn.losses(output, targets, keys, boxes)
+        proposals = self.rpn.proposals(output, view.sizes, training=True)
+        rois, count = self.roi.sample(proposals, targets, keys)
+        logits, deltas = self.roi(features, rois.boxes, rois.images)
+        result["roi_class"] = self.roi.class_loss(logits, rois, focal_gamma)
+        if boxes:
+            result["roi_box"] = self.roi.box_loss(deltas, rois, count)
+        return result
+
+    def find(
+        self, features: list[Tensor], view: View, score_threshold: float, training_proposals: bool = False
+    ) -> PaddedTargets:
+        """Detections; `training_proposals` takes the number of proposals that training has, as teachers do."""
+        output = self.rpn(features, view.images.shape[-2:])
+        proposals = self.rpn.proposals(output, view.sizes, training_proposals)
+        return self.detections(features, view, proposals, score_threshold)
+
+    def detections(
+        self, features: list[Tensor], view: View, proposals: Proposals, score_threshold: float
+    ) -> PaddedTargets:
+        """The second stage on all proposals."""
+        batch, count = proposals.valid.shape
+        images = torch.arange(batch, device=proposals.boxes.device).repeat_interleave(count, output_size=batch * count)
+        logits, deltas = self.roi(features, proposals.boxes.view(-1, 4), images)
+        return self.roi.detections(logits, deltas, proposals, view.sizes, score_threshold)
+
+
+def _settings(kind: type, style: str, part: str, given: Mapping[str, Any] | None) -> Any:
+    """A settings dataclass: its defaults, then the style's numbers, then those that the user gave."""
+    if style not in STYLES:
+        raise UserError(f"detector.style={style} is unknown: choose one of {', '.join(STYLES)}")
+    chosen = {key: value for key, value in (given or {}).items() if value is not None}
+    known = [f.name for f in fields(kind)]
+    for key in chosen:
+        if key not in known:
+            raise UserError(f"detector.{part}.{key} is unknown: choose one of {', '.join(known)}")
+    merged = {**STYLES[style][part], **chosen}
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in merged.items()})
+
+
+def small_faster_rcnn(
+    *,
+    num_classes: int,
+    name: str,
+    cache_dir: str | Path,
+    weights: str = "generated",
+    channels: Sequence[int] = (24, 32, 64, 96),
+    pyramid_channels: int = 48,
+    anchor_sizes: Sequence[float] = (12, 18, 28),
+    anchor_ratios: Sequence[float] = (1.0,),
+    style: str = "torchvision",
+    rpn: Mapping[str, Any] | None = None,
+    roi: Mapping[str, Any] | None = None,
+) -> FasterRcnn:
+    """The CPU preset's detector: half a million parameters, trainable BatchNorm everywhere.
+
+    Args:
+        num_classes, name: see `Detector`.
+        cache_dir: where the generated first weights lie.
+        weights: `generated` (see `harness.pretrain`), `scratch`, or the path of a file with the backbone's state.
+        channels: of the backbone.
+        pyramid_channels: of every pyramid level.
+        anchor_sizes: one for each of the three levels, in pixels.
+        anchor_ratios: height / width.
+        style: key of `STYLES`.
+        rpn, roi: numbers that differ from the style's.
+
+    Raises:
+        UserError: a file is missing or does not fit, or a key is unknown.
+    """
+    width = tuple(int(c) for c in channels)
+    if len(width) != 4:
+        raise UserError(f"detector.channels={list(channels)} must be four numbers")
+    if len(anchor_sizes) != 3:
+        raise UserError(f"detector.anchor_sizes={list(anchor_sizes)} must be three numbers, one per pyramid level")
+    body = SmallBackbone((width[0], width[1], width[2], width[3]))
+    if weights == "generated":
+        recipe = pretrain.Recipe(channels=(width[0], width[1], width[2], width[3]))
+        body.load_state_dict(pretrain.backbone_weights(Path(cache_dir), recipe))
+        pretraining = pretrain.description(recipe)
+    elif weights == "scratch":
+        pretraining = "small backbone from scratch, nothing pre-trained"
+    else:
+        path = Path(weights)
+        if not path.is_file():
+            raise UserError(f"detector.weights={weights} is no file: give generated, scratch, or the path of a file")
+        load_backbone(body, torch.load(path, map_location="cpu", weights_only=True), weights)
+        pretraining = f"small backbone from the file {path.name}"
+    return FasterRcnn(
+        num_classes=num_classes,
+        name=name,
+        backbone=Pyramid(body, pyramid_channels, norm=nn.BatchNorm2d),
+        anchors=Anchors([[float(size)] for size in anchor_sizes], anchor_ratios, rounded=True),
+        rpn=_settings(RpnSettings, style, "rpn", rpn),
+        roi=_settings(RoiSettings, style, "roi", roi),
+        normal_init=style != "torchvision",
+        normalize=Normalize(mean=(120.0, 120.0, 120.0), std=(60.0, 60.0, 60.0)),
+        pretraining=pretraining,
+    )
+
+
+def build_resnet(
+    depth: int, weights: str, norm: str | None, frozen_stages: int | None, caffe: bool | None, cache_dir: str | Path
+) -> tuple[ResNetBackbone, Normalize, str]:
+    """A ResNet with its first weights, what it wants of pixels, and where the weights come from.
+
+    Args:
+        depth: 18, 50 or 101.
+        weights: `torchvision`, `scratch`, or the path of a file; see `detectors.weights`.
+        norm: `frozen`, `batch` or `group`; None: group from scratch, frozen otherwise.
+        frozen_stages: None: 2 (stem and layer1), but 0 from scratch.
+        caffe: see `first_weights`.
+        cache_dir: for downloads.
+
+    Raises:
+        UserError: an impossible combination, or weights that cannot be had.
+    """
+    if depth not in (18, 50, 101):
+        raise UserError(f"detector.depth={depth} is unknown: choose 18, 50 or 101")
+    if norm is not None and norm not in NORMS:
+        raise UserError(f"detector.norm={norm} is unknown: choose one of {', '.join(NORMS)}")
+    scratch = weights == "scratch"
+    if scratch and norm == "frozen":
+        raise UserError("detector.norm=frozen needs pre-trained weights: take detector.norm=group with weights=scratch")
+    if not scratch and norm == "group":
+        raise UserError(f"detector.norm=group does not fit detector.weights={weights}: those weights have BatchNorm")
+    if scratch and frozen_stages:
+        raise UserError("detector.frozen_stages must be 0 with detector.weights=scratch: nothing is learnt there yet")
+    first = first_weights(depth, weights, caffe, Path(cache_dir))
+    norm = norm or ("group" if scratch else "frozen")
+    frozen = (0 if scratch else 2) if frozen_stages is None else frozen_stages
+    body = ResNetBackbone(depth, norm, frozen, stride_in_1x1=first.caffe)
+    if first.state is not None:
+        load_backbone(body, first.state, weights)
+    return body, CAFFE if first.caffe else RGB, first.words
+
+
+def faster_rcnn(
+    *,
+    num_classes: int,
+    name: str,
+    cache_dir: str | Path,
+    depth: int = 50,
+    weights: str = "torchvision",
+    norm: str | None = None,
+    frozen_stages: int | None = None,
+    caffe: bool | None = None,
+    pyramid_channels: int = 256,
+    anchor_sizes: Sequence[float] = (32, 64, 128, 256, 512),
+    anchor_ratios: Sequence[float] = (0.5, 1.0, 2.0),
+    style: str = "torchvision",
+    rpn: Mapping[str, Any] | None = None,
+    roi: Mapping[str, Any] | None = None,
+) -> FasterRcnn:
+    """Faster R-CNN on ResNet-FPN, the detector of the papers.
+
+    Args:
+        num_classes, name: see `Detector`.
+        cache_dir, depth, weights, norm, frozen_stages, caffe: see `build_resnet`.
+        pyramid_channels: of every pyramid level.
+        anchor_sizes: one for each of the five levels, in pixels.
+        anchor_ratios: height / width.
+        style: key of `STYLES`: RoIAlign, box losses, normalisers, proposal counts, first weights of the heads.
+        rpn, roi: numbers that differ from the style's.
+
+    Raises:
+        UserError: see `build_resnet`; an unknown key.
+    """
+    if len(anchor_sizes) != 5:
+        raise UserError(f"detector.anchor_sizes={list(anchor_sizes)} must be five numbers, one per pyramid level")
+    body, normalize, pretraining = build_resnet(depth, weights, norm, frozen_stages, caffe, cache_dir)
+    pyramid_norm = NORMS["group"] if weights == "scratch" and norm in (None, "group") else None
+    return FasterRcnn(
+        num_classes=num_classes,
+        name=name,
+        backbone=Pyramid(body, pyramid_channels, norm=pyramid_norm, extra=LastLevelMaxPool()),
+        anchors=Anchors([[float(size)] for size in anchor_sizes], anchor_ratios, rounded=style == "torchvision"),
+        rpn=_settings(RpnSettings, style, "rpn", rpn),
+        roi=_settings(RoiSettings, style, "roi", roi),
+        normal_init=style != "torchvision",
+        normalize=normalize,
+        pretraining=pretraining,
+    )

@@ -1,0 +1,181 @@
+"""What the training loop needs of a method. A method owns loss, teacher and state; the loop owns time."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from detectors.detector import Detector, join_views
+from detectors.padded import PaddedTargets
+from harness import ema
+from harness.types import Batch, Target, UserError, View, Views
+
+__all__ = ["Detector", "Ema", "Losses", "Method"]
+
+Losses = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Ema:
+    """How the teacher follows the student."""
+
+    momentum: float
+    ramp: bool = False  # let the momentum grow as `harness.ema.ramp` says, up to the one above
+    update: str = "after"  # before or after the student's step
+    buffers: bool = True  # average buffers too: with trainable BatchNorm a teacher has stale statistics otherwise
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum <= 1:
+            raise UserError(f"method.ema.momentum={self.momentum} must lie between 0 and 1")
+        if self.update not in ("before", "after"):
+            raise UserError(f"method.ema.update={self.update} is unknown: choose before or after")
+
+
+class Method(nn.Module, ABC):
+    """Base of every method: a student and, if `ema` is given, a teacher that averages it.
+
+    Args:
+        detector: the student, with its first weights.
+        steps: length of the schedule in student steps.
+        reported: `student` or `teacher`: whose numbers are the result, declared before training.
+        ema: fields of `Ema`, or None for no teacher.
+        teacher_from: step at which the teacher begins to average; it is a copy of the student until then.
+
+    Raises:
+        UserError: the method cannot train this detector, an option is wrong, or there is no such network to report.
+    """
+
+    needs: type[Detector] = Detector  # type: ignore[type-abstract]  # the kind of detector it can train
+    views: Views
+    unlabeled_from = 0  # first step that needs unlabelled images
+
+    def __init__(
+        self,
+        detector: Detector,
+        steps: int,
+        *,
+        reported: str = "student",
+        ema: Mapping[str, Any] | None = None,
+        teacher_from: int = 0,
+    ) -> None:
+        super().__init__()
+        if not isinstance(detector, self.needs):
+            raise UserError(
+                f"detector={detector.name} does not fit method {type(self).__name__}, which works on the stages of "
+                f"{self.needs.__name__}: choose a detector of that kind, or another method"
+            )
+        self.student = detector
+        self.steps = steps
+        self.reported = reported
+        self.ema = Ema(**ema) if ema is not None else None
+        self.teacher_from = teacher_from
+        self.teacher: Detector | None = None
+        if self.ema is not None:
+            self.teacher = deepcopy(detector)
+            self.teacher.requires_grad_(False)
+            self.teacher.eval()
+        self._labels: dict[str, PaddedTargets] = {}
+        if reported not in self.networks():
+            raise UserError(f"method.reported={reported} does not exist here: choose {' or '.join(self.networks())}")
+
+    @abstractmethod
+    def forward(self, batch: Batch, step: int) -> tuple[Losses, Losses]:
+        """Losses, weighted and ready to be summed, and metrics: 0-d tensors, under the same keys on every call."""
+
+    def train(self, mode: bool = True) -> Method:
+        """Sets the student's mode; the teacher's statistics are never its own."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def before_step(self, step: int) -> None:
+        """Called before the forward of a student step."""
+        self._average(step, "before")
+
+    def after_step(self, step: int) -> None:
+        """Called after the optimiser has made a student step."""
+        self._average(step, "after")
+
+    def _average(self, step: int, when: str) -> None:
+        if self.teacher is None or self.ema is None:
+            return
+        if step <= self.teacher_from and when == "before":
+            ema.copy(self.teacher, self.student)
+        elif when == self.ema.update and step >= self.teacher_from:
+            momentum = ema.ramp(step, self.ema.momentum) if self.ema.ramp else self.ema.momentum
+            ema.update(self.teacher, self.student, momentum, self.ema.buffers)
+
+    def trainable(self) -> nn.Module:
+        """What the optimiser changes."""
+        return self.student
+
+    def networks(self) -> dict[str, Detector]:
+        """The networks that can be evaluated: `student` and, where there is one, `teacher`."""
+        both = {"student": self.student}
+        return both if self.teacher is None else {**both, "teacher": self.teacher}
+
+    @property
+    def pseudo_labels(self) -> dict[str, list[Target]]:
+        """What the last forward took for the truth of unlabelled images, in pixels of their strong views.
+
+        By the use that was made of it, `classification` first. Waits for the device.
+        """
+        return {name: labels.unpad() for name, labels in self._labels.items()}
+
+
+def first_step(burn_in: float, steps: int) -> int:
+    """Length of a purely supervised beginning in steps.
+
+    Args:
+        burn_in: steps, or below 1 a fraction of the schedule.
+        steps: length of the schedule.
+
+    Raises:
+        UserError: nothing would be left of the schedule.
+    """
+    first = round(burn_in * steps) if burn_in < 1 else int(burn_in)
+    if not 0 <= first < steps:
+        raise UserError(f"method.burn_in={burn_in} must be below schedule.steps={steps}: lower it, or train longer")
+    return first
+
+
+def student_features(student: Detector, views: Sequence[View], joint: bool) -> tuple[list[View], list[list[Tensor]]]:
+    """Features of several views of a step.
+
+    Args:
+        student: the detector.
+        views: what it shall see.
+        joint: one forward over all of them, padded to a common size, so that BatchNorm sees them together; otherwise
+            one forward for each, as in the papers.
+
+    Returns:
+        The views as they were seen (without boxes), and the features of each.
+    """
+    if not joint or len(views) == 1:
+        return list(views), [student.features(view.images) for view in views]
+    counts = [len(view) for view in views]
+    joined = join_views(views)
+    levels = [level.split(counts) for level in student.features(joined.images)]
+    seen = [
+        View(images, sizes, to_view)
+        for images, sizes, to_view in zip(
+            joined.images.split(counts), joined.sizes.split(counts), joined.to_view.split(counts), strict=True
+        )
+    ]
+    return seen, [[level[part] for level in levels] for part in range(len(views))]
+
+
+def unlabeled_terms(losses: Losses, weight: float) -> Losses:
+    """Losses of unlabelled images, weighted, under names of their own."""
+    return {f"unlabeled_{name}": weight * value for name, value in losses.items()}
+
+
+def mean_count(mask: Tensor) -> Tensor:
+    """Marks per image of a (B, N) mask, 0-d float32."""
+    return mask.sum(1).float().mean()

@@ -1,0 +1,83 @@
+"""Boxes of a batch as tensors of one shape, so that matching and sampling need no loop over images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from harness import boxes as box_ops
+from harness.types import Target, View
+
+
+@dataclass
+class PaddedTargets:
+    """Boxes of B images, each with room for N >= 1; what `valid` does not mark is padding and means nothing."""
+
+    boxes: Tensor  # (B, N, 4) float32
+    labels: Tensor  # (B, N) int64 in 1..C
+    scores: Tensor  # (B, N) float32
+    valid: Tensor  # (B, N) bool
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def keep(self, mask: Tensor) -> PaddedTargets:
+        """The same boxes, valid only where `mask` (B, N) is too."""
+        return replace(self, valid=self.valid & mask)
+
+    def to_view(self, source: View, destination: View) -> PaddedTargets:
+        """Boxes of one view in the pixels of another view of the same images.
+
+        They are clipped to the valid area of the destination; those that leave it become invalid.
+        """
+        matrices = box_ops.between_views(source.to_view, destination.to_view)
+        mapped = box_ops.clip_boxes(box_ops.transform_boxes(self.boxes, matrices), destination.sizes)
+        return replace(self, boxes=mapped, valid=self.valid & box_ops.is_large_enough(mapped))
+
+    def trim(self) -> PaddedTargets:
+        """The same boxes with no more room than needed, at least 1. Waits for the device."""
+        slots = torch.arange(1, self.valid.shape[1] + 1, device=self.valid.device)
+        room = max(1, int((self.valid * slots).max())) if self.valid.numel() else 1
+        return PaddedTargets(self.boxes[:, :room], self.labels[:, :room], self.scores[:, :room], self.valid[:, :room])
+
+    def unpad(self) -> list[Target]:
+        """One Target per image, detached. Waits for the device."""
+        parts = zip(self.boxes.detach(), self.labels, self.scores.detach(), self.valid, strict=True)
+        return [Target(boxes[valid], labels[valid], scores[valid]) for boxes, labels, scores, valid in parts]
+
+
+def pad(targets: Sequence[Target]) -> PaddedTargets:
+    """Puts the boxes of B >= 1 images side by side."""
+    device = targets[0].boxes.device
+    counts = torch.tensor([len(target) for target in targets])
+    room = max(1, int(counts.max()))
+    empty = torch.zeros(room, 4, device=device)  # an extra row: pad_sequence pads to the longest
+    rows = [empty, *(target.boxes for target in targets)]
+    boxes = pad_sequence(rows, batch_first=True)[1:]
+    labels = pad_sequence([empty[:, 0].long(), *(target.labels for target in targets)], batch_first=True)[1:]
+    scores = pad_sequence([empty[:, 0], *(target.scores for target in targets)], batch_first=True)[1:]
+    valid = torch.arange(room)[None] < counts[:, None]
+    return PaddedTargets(boxes, labels, scores, valid.to(device, non_blocking=True))
+
+
+def gather(values: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` (B, S) of `values` (B, N) or (B, N, D), image by image."""
+    if values.dim() == 2:
+        return values.gather(1, index)
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
+
+
+def scatter_by_image(values: Tensor, images: Tensor, batch: int, room: int, fill: float = 0.0) -> Tensor:
+    """Rows (K, ...) sorted by image to (B, room, ...): each image's first `room` rows, padded with `fill`."""
+    index = torch.arange(batch, device=images.device)
+    first = (images[None] < index[:, None]).sum(1)
+    slots = torch.arange(len(images), device=images.device) - first[images]
+    overflow = batch * room  # one row to throw away, since a mask would wait for the device
+    place = torch.where(slots < room, images * room + slots, overflow)
+    out = torch.full((batch * room + 1, *values.shape[1:]), fill, dtype=values.dtype, device=values.device)
+    out[place] = values
+    return out[:overflow].view(batch, room, *values.shape[1:])

@@ -1,0 +1,211 @@
+"""First weights of ResNets: downloaded or from a local file, in the words a record needs. Never a silent fall-back.
+
+Layouts of a local file, told apart by their names: torchvision's (`layer1.0.conv1.weight`; mmdetection's conversion of
+the MSRA weights too), detectron2's (`res2.0.conv1.norm.weight`) and caffe2's (`res2_0_branch2a_bn_s`).
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision.models as models
+from torch import Tensor, nn
+
+from harness.types import Normalize, UserError
+
+RGB = Normalize()  # what torchvision's weights want
+CAFFE = Normalize(std=(1.0, 1.0, 1.0), bgr=True)  # MSRA's weights: BGR, mean subtraction only
+
+_EPS = 1e-5  # of the batch normalisation, which caffe2's folded statistics must undo
+
+
+@dataclass(frozen=True)
+class FirstWeights:
+    """What a ResNet starts from."""
+
+    state: dict[str, Tensor] | None  # by torchvision's names; None: from scratch
+    caffe: bool  # BGR input, and stride in the 1x1 convolutions
+    words: str  # for records
+
+
+def first_weights(depth: int, weights: str, caffe: bool | None, cache_dir: Path) -> FirstWeights:
+    """Finds the first weights of a ResNet.
+
+    Args:
+        depth: 18, 50 or 101.
+        weights: `torchvision` (downloaded once into the cache), `scratch`, or the path of a file.
+        caffe: whether the file wants BGR and has its strides in the 1x1 convolutions; None asks the layout, which
+            knows it for caffe2 alone and otherwise says no.
+        cache_dir: downloads go to its sub-folder `weights`.
+
+    Raises:
+        UserError: there is no such file, its layout is unknown, or the download fails.
+    """
+    if weights == "scratch":
+        return FirstWeights(None, bool(caffe), f"ResNet-{depth} from scratch, nothing pre-trained")
+    if weights == "torchvision":
+        if caffe:
+            raise UserError("detector.caffe=true does not fit detector.weights=torchvision: those weights want RGB")
+        return FirstWeights(
+            _download(depth, cache_dir),
+            False,
+            f"ResNet-{depth}, ImageNet-1k classification (torchvision IMAGENET1K_V1)",
+        )
+    path = Path(weights)
+    state, layout = to_torchvision_names(_read(path), path)
+    caffe = layout == "caffe2" if caffe is None else caffe
+    return FirstWeights(state, caffe, f"ResNet-{depth} from the file {path.name} ({layout} layout)")
+
+
+def load_backbone(backbone: nn.Module, state: Mapping[str, Tensor], weights: str) -> None:
+    """Copies weights into a backbone of the same names.
+
+    Raises:
+        UserError: something is missing or has another shape.
+    """
+    own = backbone.state_dict()
+    needed = [name for name in own if not name.endswith("num_batches_tracked")]
+    missing = [name for name in needed if name not in state]
+    if missing:
+        raise UserError(
+            f"detector.weights={weights} lacks {missing[0]} and {len(missing) - 1} more of {len(needed)} tensors: "
+            "choose a file of the same depth"
+        )
+    for name in needed:
+        if own[name].shape != state[name].shape:
+            raise UserError(
+                f"detector.weights={weights}: {name} has the shape {tuple(state[name].shape)} instead of "
+                f"{tuple(own[name].shape)}: choose a file of the same depth"
+            )
+        own[name].copy_(state[name])
+
+
+def _download(depth: int, cache_dir: Path) -> dict[str, Tensor]:
+    url = getattr(models, f"ResNet{depth}_Weights").IMAGENET1K_V1.url
+    folder = Path(cache_dir) / "weights"
+    try:
+        return torch.hub.load_state_dict_from_url(
+            url, model_dir=str(folder), progress=False, check_hash=True, map_location="cpu", weights_only=True
+        )
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"the weights {url} cannot be downloaded ({error}): put that file into {folder}, or set detector.weights "
+            "to a local file, or to scratch with detector.norm=group"
+        ) from error
+
+
+_HARMLESS = {
+    ("numpy", "dtype"),
+    ("numpy", "ndarray"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy.core.multiarray", "scalar"),
+    ("numpy._core.multiarray", "scalar"),
+    ("numpy._core.numeric", "_frombuffer"),
+    ("numpy.core.numeric", "_frombuffer"),
+    ("_codecs", "encode"),
+    ("collections", "OrderedDict"),
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads arrays and plain containers, nothing that could run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _HARMLESS:
+            raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no array")
+        return super().find_class(module, name)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The tensors of a .pkl, .pth or .pt file by name, out of whatever dictionary they lie in."""
+    if not path.is_file():
+        raise UserError(f"detector.weights={path} is no file: give torchvision, scratch, or the path of a file")
+    try:
+        if path.suffix == ".pkl":
+            with path.open("rb") as file:
+                state = _Unpickler(file, encoding="latin1").load()
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
+        raise UserError(f"detector.weights={path} cannot be read: {error}") from error
+    for wrapper in ("model", "state_dict", "blobs"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict):
+        raise UserError(f"detector.weights={path} holds no dictionary of tensors: choose another file")
+    return {str(name): value for name, value in state.items()}
+
+
+def to_torchvision_names(tensors: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor], str]:
+    """Renames tensors of any known layout.
+
+    Returns:
+        The backbone's tensors by torchvision's names, and the layout: torchvision, detectron2 or caffe2.
+
+    Raises:
+        UserError: an unknown layout.
+    """
+    names = [re.sub(r"^(module\.)?(backbone\.)?(bottom_up\.|body\.)?", "", name) for name in tensors]
+    values = list(tensors.values())
+    if any(re.match(r"res2_0_branch", name) for name in names):
+        layout, rename = "caffe2", _from_caffe2
+    elif any(name.startswith("res2.0.") for name in names):
+        layout, rename = "detectron2", _from_detectron2
+    elif any(name.startswith("layer1.0.") for name in names):
+        layout, rename = "torchvision", _from_torchvision
+    else:
+        raise UserError(
+            f"detector.weights={path} has neither torchvision's, detectron2's nor caffe2's names: choose another file"
+        )
+    state = {}
+    for name, value in zip(names, values, strict=True):
+        new = rename(name)
+        if new is not None:
+            state[new] = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+    _complete_folded_norms(state)
+    return state, layout
+
+
+def _complete_folded_norms(state: dict[str, Tensor]) -> None:
+    """Batch normalisation that was folded into scale and bias: statistics that change nothing."""
+    for name in [name for name in state if re.search(r"(bn\d|downsample\.1)\.weight$", name)]:
+        stem = name.removesuffix("weight")
+        state.setdefault(stem + "running_mean", torch.zeros_like(state[name]))
+        state.setdefault(stem + "running_var", torch.ones_like(state[name]) - _EPS)
+
+
+def _from_torchvision(name: str) -> str | None:
+    return name if re.match(r"(conv1|bn1|layer\d)\.", name) else None
+
+
+def _from_detectron2(name: str) -> str | None:
+    name = re.sub(r"^stem\.", "", name)
+    name = re.sub(r"^res(\d)\.", lambda m: f"layer{int(m[1]) - 1}.", name)
+    name = name.replace("shortcut.norm.", "downsample.1.").replace("shortcut.", "downsample.0.")
+    return _from_torchvision(re.sub(r"conv(\d)\.norm\.", r"bn\1.", name))
+
+
+_CAFFE2_KINDS = {"w": "weight", "bn_s": "weight", "bn_b": "bias", "bn_rm": "running_mean", "bn_riv": "running_var"}
+
+
+def _from_caffe2(name: str) -> str | None:
+    stem = re.fullmatch(r"(?:res_)?conv1_(w|bn_s|bn_b|bn_rm|bn_riv)", name)
+    if stem:
+        return f"{'conv1' if stem[1] == 'w' else 'bn1'}.{_CAFFE2_KINDS[stem[1]]}"
+    block = re.fullmatch(r"res(\d)_(\d+)_branch(1|2a|2b|2c)_(w|bn_s|bn_b|bn_rm|bn_riv)", name)
+    if not block:
+        return None
+    level, index, branch, kind = block.groups()
+    if branch == "1":
+        part = "downsample.0" if kind == "w" else "downsample.1"
+    else:
+        part = ("conv" if kind == "w" else "bn") + str("abc".index(branch[1]) + 1)
+    return f"layer{int(level) - 1}.{index}.{part}.{_CAFFE2_KINDS[kind]}"
