@@ -75,7 +75,8 @@ class RunLog:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._loggers = [open_logger(name, run_dir, title, start_step) for name in loggers]
         path = run_dir / "metrics.jsonl"
-        cut_lines(path, start_step)
+        # Scores of the end are written before the record: a run killed in between scores again, and says it once.
+        self._evaluated = cut_lines(path, start_step)
         self._file = path.open("ab")
         self._images, self._data_seconds, self._step_seconds, self._window_steps = 0, 0.0, 0.0, 0
         self._step_time: float | None = None  # smoothed seconds per step, for the ETA
@@ -139,7 +140,9 @@ class RunLog:
 
     def evaluation(self, step: int, network: str, metrics: Mapping[str, float | None]) -> None:
         """Notes the scores (0..100) of a network after `step`."""
-        self._write({"kind": "eval", "step": step, "network": network, "metrics": dict(metrics)})
+        if (step, network) not in self._evaluated:
+            self._evaluated.add((step, network))
+            self._write({"kind": "eval", "step": step, "network": network, "metrics": dict(metrics)})
         self._to_loggers(step, {f"eval/{network}/{k}": v for k, v in metrics.items() if v is not None})
         shown = "  ".join(f"{name.upper()} {value:.1f}" for name, value in metrics.items() if value is not None)
         self.say(f"{self.title}  step {step + 1}/{self.steps}  {network}  {shown}")
@@ -204,19 +207,32 @@ def to_host(values: Mapping[str, float | Tensor]) -> dict[str, float]:
     return {name: moved[name] if name in moved else float(value) for name, value in values.items()}
 
 
-def cut_lines(path: Path, start_step: int) -> None:
-    """Removes the lines of metrics.jsonl of `start_step` and later, and torn ones."""
+def cut_lines(path: Path, start_step: int) -> set[tuple[int, str]]:
+    """Removes the lines of metrics.jsonl of `start_step` and later, and torn ones.
+
+    Returns:
+        (step, network) of the evaluations that stay.
+    """
     if not path.exists():
-        return
-    kept = [line for line in path.read_bytes().splitlines(keepends=True) if _step_of(line) < start_step]
+        return set()
+    kept, evaluated = [], set()
+    for line in path.read_bytes().splitlines(keepends=True):
+        content = _parse(line)
+        if content.get("step", start_step) < start_step:
+            kept.append(line)
+            if content.get("kind") == "eval":
+                evaluated.add((content["step"], content["network"]))
     write_atomically(path, b"".join(kept))
+    return evaluated
 
 
-def _step_of(line: bytes) -> float:
-    if line.endswith(b"\n"):
-        with contextlib.suppress(msgspec.DecodeError, KeyError, TypeError):
-            return float(msgspec.json.decode(line)["step"])
-    return float("inf")
+def _parse(line: bytes) -> dict[str, Any]:
+    """A line's content; empty when the line is torn."""
+    with contextlib.suppress(msgspec.DecodeError):
+        content = msgspec.json.decode(line)
+        if line.endswith(b"\n") and isinstance(content, dict):
+            return content
+    return {}
 
 
 def train_scalars(line: Mapping[str, Any]) -> dict[str, float]:

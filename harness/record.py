@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
-import math
 import os
 import platform
 import subprocess
@@ -78,11 +77,6 @@ def read_record(path: Path) -> RunRecord:
     if record.status not in STATUSES:
         raise UserError(f"{path} is damaged (status is {record.status!r}, not one of {', '.join(STATUSES)}): {remedy}.")
     return record
-
-
-def finite(value: float | None) -> float | None:
-    """`value`, or None where it is missing, not finite, or pycocotools' -1 for "there was nothing to score"."""
-    return value if value is not None and math.isfinite(value) and value >= 0 else None
 
 
 def environment() -> dict[str, Any]:

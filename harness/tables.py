@@ -1,0 +1,315 @@
+"""Records, sorted into what may stand in one table, and averaged where that is honest.
+
+Runs of different suites, datasets, split protocols, evaluation sets, detectors or score thresholds are never put in
+one table, and runs whose configurations differ in anything but percent, fold and seed are never averaged.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pandas as pd
+from omegaconf import OmegaConf
+
+from harness import config
+from harness.record import read_record
+from harness.types import RunRecord, UserError
+
+BASELINE = "supervised"
+ALL_LABELS = 100.0
+
+# Runs that differ in one of these are never shown in one table.
+TABLE_KEYS = (
+    "suite",
+    "dataset",
+    "dataset_sha256",
+    "val_sha256",
+    "protocol",
+    "empty_images",
+    "crowd_boxes",
+    "detector",
+    "pretraining",
+    "preset",
+    "score_threshold",
+)
+_ORDER = (BASELINE, "stac", "unbiased_teacher", "soft_teacher", "mean_teacher")  # then others, by name
+_LABELS = {"stac": "STAC"}
+
+
+def method_label(name: str) -> str:
+    """A method's name for people."""
+    return _LABELS.get(name, name.replace("_", " ").title())
+
+
+@dataclass
+class Run:
+    """One record, and its folder (None for a cell that left no record)."""
+
+    record: RunRecord
+    folder: Path | None
+    variant: str = ""  # what its configuration has that others of the same method have not
+
+
+@dataclass
+class Cell:
+    """All runs of one method at one label ratio."""
+
+    percent: float
+    runs: list[Run]  # those that are ok
+    missing: list[Run]
+    gains: list[float]  # paired with the baseline of the same fold and seed
+
+    def mean(self, key: str) -> float | None:
+        """Mean of a record's field over the runs that have it."""
+        return _number(self._values(key).mean())
+
+    def std(self, key: str) -> float | None:
+        """Sample standard deviation; None for fewer than two runs."""
+        return _number(self._values(key).std(ddof=1))
+
+    def _values(self, key: str) -> pd.Series[float]:
+        return pd.Series([getattr(run.record, key) for run in self.runs], dtype="float64").dropna()
+
+    @property
+    def n(self) -> int:
+        """Runs that are ok and have a score."""
+        return len(self._values("ap"))
+
+    @property
+    def gain(self) -> float | None:
+        """Mean difference to the baseline, over folds and seeds that both have."""
+        return _number(pd.Series(self.gains, dtype="float64").mean())
+
+    @property
+    def gain_std(self) -> float | None:
+        """Sample standard deviation of that difference."""
+        return _number(pd.Series(self.gains, dtype="float64").std(ddof=1))
+
+    @property
+    def reason(self) -> str:
+        """Why runs are missing."""
+        reasons = [f"{run.record.status}: {first_line(run.record.error)}" for run in self.missing]
+        return "; ".join(dict.fromkeys(reasons)) or ("not part of this suite" if not self.runs else "")
+
+
+@dataclass
+class Row:
+    """One method (in one configuration) over the label ratios."""
+
+    method: str
+    variant: str
+    cells: dict[float, Cell]
+
+    @property
+    def label(self) -> str:
+        """The method's name, with what is particular about its configuration."""
+        return method_label(self.method) + (f" ({self.variant})" if self.variant else "")
+
+
+@dataclass
+class Section:
+    """What may stand in one table: one suite, dataset, protocol, evaluation set and detector."""
+
+    keys: dict[str, Any]
+    rows: list[Row]
+    percents: list[float]  # columns
+    reference: list[Row] = field(default_factory=list)  # trained on all labels
+    plots: dict[str, str] = field(default_factory=dict)  # name -> SVG
+
+    @property
+    def runs(self) -> list[Run]:
+        """Every run that is ok."""
+        return [run for row in [*self.rows, *self.reference] for cell in row.cells.values() for run in cell.runs]
+
+    @property
+    def missing(self) -> list[Run]:
+        """Every run that is not."""
+        return [run for row in [*self.rows, *self.reference] for cell in row.cells.values() for run in cell.missing]
+
+    @property
+    def title(self) -> str:
+        """Dataset, protocol and suite."""
+        suite = f"suite {self.keys['suite']}" if self.keys["suite"] else "single runs"
+        return f"{self.keys['dataset']}, split protocol {self.keys['protocol']}, {suite}"
+
+    def distinct(self, key: str) -> list[Any]:
+        """The different values of a record's field, in order."""
+        values = {json.dumps(getattr(run.record, key), default=str): getattr(run.record, key) for run in self.runs}
+        return [values[name] for name in sorted(values)]
+
+
+def load(folder: Path) -> tuple[list[Section], list[str]]:
+    """Reads and sorts all records below a folder.
+
+    Returns:
+        Sections, and sentences about records that could not be used.
+
+    Raises:
+        UserError: there is no record.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: give runs_dir=DIR with the records of runs")
+    runs, problems = [], []
+    for path in find_records(folder):
+        try:
+            runs.append(Run(read_record(path), path.parent))
+        except UserError as error:
+            problems.append(str(error))
+    if not runs:
+        raise UserError(f"{problems[0] if problems else f'there is no record.json below {folder}'}")
+    runs += planned_without_record(folder, runs)
+    runs = _without_copies(runs, problems)
+    by_table: dict[str, list[Run]] = {}
+    for one in runs:
+        keys = [getattr(one.record, key) for key in TABLE_KEYS]
+        by_table.setdefault(json.dumps(keys), []).append(one)
+    return [_section(by_table[key]) for key in sorted(by_table)], problems
+
+
+def find_records(folder: Path) -> Iterator[Path]:
+    """Every record.json below a folder; not those of a run's own first stage, which lie inside that run's folder."""
+    for parent, folders, files in os.walk(folder):
+        folders.sort()
+        if "record.json" in files:
+            yield Path(parent) / "record.json"
+            folders.clear()
+
+
+def planned_without_record(folder: Path, runs: list[Run]) -> list[Run]:
+    """The cells that a suite planned and that left no record, each with the reason."""
+    known = {(run.record.suite, run.record.cell) for run in runs}
+    found = []
+    for path in sorted(folder.rglob("suite.json")):
+        try:
+            plan = msgspec.json.decode(path.read_bytes())
+        except (OSError, msgspec.DecodeError):
+            continue
+        for cell in plan["cells"]:
+            if (plan["suite"], cell["name"]) in known:
+                continue
+            alike = [
+                r.record for r in runs if r.record.suite == plan["suite"] and r.record.protocol == cell["protocol"]
+            ]
+            same = [r for r in alike if r.dataset == cell["dataset"]]
+            template = (same or alike or [RunRecord(dataset=cell["dataset"], protocol=cell["protocol"])])[0]
+            record = RunRecord(**{key: getattr(template, key) for key in TABLE_KEYS})
+            record.suite, record.cell, record.method = plan["suite"], cell["name"], cell["method"]
+            record.percent, record.fold, record.seed = cell["percent"], cell["fold"], cell["seed"]
+            record.status, record.error = cell["state"], cell["reason"] or "not run"
+            found.append(Run(record, None))
+    return found
+
+
+def _without_copies(runs: list[Run], problems: list[str]) -> list[Run]:
+    """Counts a run once whose folder was copied, and the newest where one was run again elsewhere."""
+    newest: dict[str, Run] = {}
+    for one in sorted(runs, key=lambda run: (run.record.status == "ok", run.record.started)):
+        r = one.record
+        place = [*(getattr(r, key) for key in TABLE_KEYS), r.method, _variable_part(r), r.percent, r.fold, r.seed]
+        key = json.dumps(place)
+        if key in newest:
+            problems.append(f"{newest[key].folder} is not counted: {one.folder} is a newer run of the same cell.")
+        newest[key] = one
+    return list(newest.values())
+
+
+def _variable_part(record: RunRecord) -> dict[str, Any]:
+    """What a record's configuration says besides which split and seed: runs are averaged only where it is equal."""
+    if not record.config:
+        keys = ("steps", "augment", "pipeline", "batch_labeled", "batch_unlabeled", "micro_batch", "reported_network")
+        return {key: getattr(record, key) for key in keys} if record.status == "ok" else {}
+    plain = config.identity(OmegaConf.create(record.config))
+    plain.pop("seed", None)
+    split = plain.get("split")
+    if isinstance(split, dict):
+        plain["split"] = {key: value for key, value in split.items() if key not in ("percent", "fold")}
+    return plain
+
+
+def _name_variants(runs: list[Run]) -> None:
+    """Says for each run of one method what its configuration has that the commonest one has not."""
+    parts = [_variable_part(run.record) for run in runs]
+    texts = pd.Series([json.dumps(part, sort_keys=True) for part in parts if part], dtype="object")
+    if texts.empty:
+        return
+    commonest = json.loads(str(texts.mode().iloc[0]))
+    for one, part in zip(runs, parts, strict=True):
+        differing = config.differences(commonest, part) if part else []
+        values = [line.split(": ", 1)[0] + "=" + line.rsplit(" -> ", 1)[1] for line in differing]
+        one.variant = ", ".join(values[:3]) + (f" and {len(values) - 3} more" if len(values) > 3 else "")
+
+
+def _place(method: str) -> tuple[int, str]:
+    return (_ORDER.index(method) if method in _ORDER else len(_ORDER), method)
+
+
+def _section(runs: list[Run]) -> Section:
+    """Sorts the runs that share a table into rows and columns."""
+    methods = sorted({run.record.method for run in runs}, key=_place)
+    percents = sorted({run.record.percent for run in runs})
+    columns = [percent for percent in percents if percent < ALL_LABELS] or percents
+    rows, reference = [], []
+    for method in methods:
+        own = [run for run in runs if run.record.method == method]
+        _name_variants(own)
+        for variant in sorted({run.variant for run in own}):
+            row = Row(method, variant, {})
+            extra = Row(method, variant, {})
+            for percent in percents:
+                here = [run for run in own if run.variant == variant and run.record.percent == percent]
+                cell = _cell(percent, here, runs)
+                if percent in columns:
+                    row.cells[percent] = cell
+                elif here:
+                    extra.cells[percent] = cell
+            if any(cell.runs or cell.missing for cell in row.cells.values()):
+                rows.append(row)
+            if extra.cells:
+                reference.append(extra)
+    keys = {key: getattr(runs[0].record, key) for key in TABLE_KEYS}
+    return Section(keys, rows, columns, reference)
+
+
+def _cell(percent: float, here: list[Run], all_runs: list[Run]) -> Cell:
+    fine = sorted(
+        (run for run in here if run.record.status == "ok"), key=lambda run: (run.record.fold, run.record.seed)
+    )
+    missing = [run for run in here if run.record.status != "ok"]
+    pairs = [(run.record, _baseline_of(run.record, all_runs)) for run in fine if run.record.method != BASELINE]
+    gains = [
+        record.ap - baseline.ap
+        for record, baseline in pairs
+        if baseline is not None and record.ap is not None and baseline.ap is not None
+    ]
+    return Cell(percent, fine, missing, gains)
+
+
+def _baseline_of(record: RunRecord, runs: list[Run]) -> RunRecord | None:
+    """The baseline of the same split and seed with as many student steps."""
+    keys = ("percent", "fold", "seed", "split_sha256", "steps")
+    for run in sorted(runs, key=lambda run: run.variant):
+        other = run.record
+        if (
+            other.method == BASELINE
+            and other.status == "ok"
+            and all(getattr(other, k) == getattr(record, k) for k in keys)
+        ):
+            return other
+    return None
+
+
+def first_line(text: str | None) -> str:
+    """The first line of an error, not too long for a table."""
+    line = (text or "no reason recorded").strip().splitlines()[0]
+    return line if len(line) <= 200 else line[:197] + "..."
+
+
+def _number(value: Any) -> float | None:
+    """None for pandas' missing value."""
+    return None if pd.isna(value) else float(value)
