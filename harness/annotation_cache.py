@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ import numpy as np
 from harness.annotations import CleanAnnotations, Finding
 from harness.cache import build_once, cached_folder, is_whole
 
-_FORMAT = 1  # raise it whenever the checks or the stored arrays change
+# The code that decides what is stored: a change to it makes every cached copy stale.
+_CODE = ("annotation_cache.py", "annotations.py", "coco.py", "images.py", "voc.py")
 _TICK_NS = 2_000_000_000  # the coarsest time stamp of a file system in use
 _STRINGS = ("file_names", "category_names")
 
@@ -45,7 +47,7 @@ def load(
     """
     root = Path(cache_dir) / "annotations"
     paths = [str(file.resolve()) for file in files]
-    key = hashlib.sha256(json.dumps([paths, parameters, _FORMAT]).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps([paths, parameters]).encode()).hexdigest()[:32]
     stamp = root / "stamps" / f"{key}.json"
     state = _state(paths)
     sha256 = None if verify else _trusted(stamp, state)
@@ -53,12 +55,12 @@ def load(
         began = time.time_ns()
         contents = [Path(path).read_bytes() for path in paths]
         sha256 = digest(contents)
-        folder = build_once(root, _parameters(sha256, parameters), lambda to: _save(to, parse(contents)))
+        folder = build_once(root, _parameters(sha256, parameters), lambda to: save(to, parse(contents)))
         if _state(paths) == state:
             _write(stamp, {"state": state["digest"], "sha256": sha256, "read": began})
     else:
         folder = cached_folder(root, _parameters(sha256, parameters))
-    return _read(folder), sha256
+    return read(folder), sha256
 
 
 def digest(contents: list[bytes]) -> str:
@@ -68,7 +70,13 @@ def digest(contents: list[bytes]) -> str:
 
 
 def _parameters(sha256: str, parameters: dict[str, Any]) -> dict[str, Any]:
-    return {**parameters, "sha256": sha256, "format": _FORMAT}
+    return {**parameters, "sha256": sha256, "code": code_sha256()}
+
+
+@cache
+def code_sha256() -> str:
+    """Hash of the code that decides what is stored."""
+    return digest([(Path(__file__).parent / name).read_bytes() for name in _CODE])
 
 
 def _state(paths: list[str]) -> dict[str, Any]:
@@ -98,7 +106,8 @@ def _write(path: Path, data: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def _save(folder: Path, annotations: CleanAnnotations) -> None:
+def save(folder: Path, annotations: CleanAnnotations) -> None:
+    """Writes annotations into an empty folder."""
     values = {field.name: getattr(annotations, field.name) for field in fields(annotations)}
     strings = {name: values.pop(name) for name in _STRINGS}
     strings["findings"] = [asdict(finding) for finding in values.pop("findings")]
@@ -106,7 +115,8 @@ def _save(folder: Path, annotations: CleanAnnotations) -> None:
     (folder / "strings.json").write_text(json.dumps(strings))
 
 
-def _read(folder: Path) -> CleanAnnotations:
+def read(folder: Path) -> CleanAnnotations:
+    """Annotations that `save` wrote."""
     strings = json.loads((folder / "strings.json").read_text())
     findings = tuple(Finding(f["what"], f["count"], tuple(f["examples"])) for f in strings.pop("findings"))
     with np.load(folder / "arrays.npz", allow_pickle=False) as arrays:

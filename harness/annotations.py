@@ -10,6 +10,7 @@ import numpy as np
 from harness.types import UserError
 
 _EXAMPLES = 5  # shown of each finding
+_TABLE = 1 << 22  # largest range of ids that is looked up in a table
 _ROUNDING = 1e-3  # px by which a box may leave its image without being called outside
 
 
@@ -99,29 +100,30 @@ def clean(raw: RawAnnotations) -> CleanAnnotations:
         "boxes of a category that is not listed, dropped",
         lambda i: f"category {raw.box_category_ids[i]}",
     )
-    unusable: np.ndarray = ~np.isfinite(raw.xywh).all(1)
-    drop(unusable, "boxes with NaN or infinite coordinates, dropped")
-    flat: np.ndarray = (raw.xywh[:, 2:] <= 0).any(1)
-    drop(flat, "boxes of zero or negative width or height, dropped")
-    xyxy = np.concatenate([raw.xywh[:, :2], raw.xywh[:, :2] + raw.xywh[:, 2:]], 1)
-    limits = raw.sizes[np.maximum(image_rows, 0)][:, [1, 0, 1, 0]].astype(np.float64)
+    x, y, w, h = np.ascontiguousarray(raw.xywh.T)  # columns: short rows are what NumPy is slowest at
+    with np.errstate(invalid="ignore", over="ignore"):
+        drop(~np.isfinite(x + y + w + h), "boxes with NaN or infinite coordinates, dropped")
+    drop((w <= 0) | (h <= 0), "boxes of zero or negative width or height, dropped")
+    height, width = (side[np.maximum(image_rows, 0)] for side in raw.sizes.T.astype(np.float64))
     with np.errstate(invalid="ignore"):
-        clipped = np.clip(xyxy, 0, limits).astype(np.float32)
-        outside: np.ndarray = (clipped[:, 2:] <= clipped[:, :2]).any(1)
-        drop(outside, "boxes wholly outside their image, dropped")
-        beyond = (np.maximum(-xyxy, xyxy - limits) > _ROUNDING).any(1)
+        left, right, top, bottom = (
+            np.clip(edge, 0, limit).astype(np.float32)
+            for edge, limit in ((x, width), (x + w, width), (y, height), (y + h, height))
+        )
+        drop((right <= left) | (bottom <= top), "boxes wholly outside their image, dropped")
+        beyond = (np.minimum(x, y) < -_ROUNDING) | (x + w - width > _ROUNDING) | (y + h - height > _ROUNDING)
     findings += finding("boxes that leave their image, clipped", beyond & keep, describe)
 
     order = np.flatnonzero(keep)
     order = order[np.argsort(image_rows[order], kind="stable")]
     counts = np.bincount(image_rows[order], minlength=len(raw.image_ids))
-    areas = np.where(np.isfinite(raw.areas), raw.areas, raw.xywh[:, 2] * raw.xywh[:, 3])
+    areas = np.where(np.isfinite(raw.areas), raw.areas, w * h)
     return CleanAnnotations(
         raw.image_ids,
         raw.file_names,
         raw.sizes,
-        clipped[order],
-        raw.xywh[order],
+        np.stack([left[order], top[order], right[order], bottom[order]], 1),
+        np.take(raw.xywh, order, 0),
         category_rows[order] + 1,
         raw.crowd[order],
         areas[order].astype(np.float32),
@@ -136,6 +138,11 @@ def positions(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Position of each of `wanted` in `known` (distinct integers in any order); -1 where it is not there."""
     if not len(known):
         return np.full(len(wanted), -1, np.int64)
+    low, high = int(known.min()), int(known.max())
+    if high - low < _TABLE:  # a table is ten times faster than a search, and COCO's ids fit
+        table = np.full(high - low + 1, -1, np.int64)
+        table[known - low] = np.arange(len(known))
+        return np.where((wanted >= low) & (wanted <= high), table[np.clip(wanted, low, high) - low], -1)
     order = np.argsort(known, kind="stable")
     found = np.minimum(np.searchsorted(known, wanted, sorter=order), len(known) - 1)
     rows = order[found]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -11,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from harness import annotation_cache, coco
-from harness.annotations import CleanAnnotations, Finding, clean, positions
+from harness.annotations import CleanAnnotations, Finding, RawAnnotations, clean, finding, positions
+from harness.cache import build_once
+from harness.images import list_pictures, read_sizes
 from harness.types import ImageSource, UserError
 
 EMPTY_IMAGES = ("keep", "drop", "drop_unannotated")
@@ -167,6 +171,15 @@ class Dataset:
     no_unlabeled: str = "the dataset names none"  # why `unlabeled` is None, for the message when it is asked for
 
 
+def _without_boxes(folder: Path, names: list[str], sizes: list[Any]) -> RawAnnotations:
+    none = np.zeros(0, np.int64)
+    ids = np.arange(1, len(names) + 1, dtype=np.int64)
+    size_array = np.array(sizes, np.int64).reshape(-1, 2)
+    return RawAnnotations(
+        str(folder), ids, names, size_array, [], none, none, np.zeros((0, 4)), none.astype(bool), np.zeros(0)
+    )
+
+
 def make_index(name: str, image_dir: Path, annotations: CleanAnnotations, sha256: str) -> CocoIndex:
     """An index from checked annotations."""
     values = {field.name: getattr(annotations, field.name) for field in fields(annotations)}
@@ -194,6 +207,38 @@ def coco_index(
         verify,
     )
     return make_index(annotations.stem, image_dir, parsed, sha256)
+
+
+def folder_index(folder: Path, cache_dir: Path, threads: int = 8) -> CocoIndex:
+    """The pictures in a folder and below it, by name; those that cannot be read are left out and counted.
+
+    Their headers are read once, and again when a name, size, inode or time in the folder has changed. The sha256 is of
+    names, file sizes and picture sizes.
+    """
+    listed = list_pictures(folder)
+    names = [name for name, _ in listed]
+    state = [[name, s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns] for name, s in listed]
+
+    def build(to: Path) -> None:
+        seen = read_sizes([str(folder / name) for name in names], threads)
+        usable = [row for row, size in enumerate(seen) if not isinstance(size, str)]
+        bad = np.array([isinstance(size, str) for size in seen], bool)
+        annotations = clean(_without_boxes(folder, [names[row] for row in usable], [seen[row] for row in usable]))
+        annotations.findings += tuple(
+            finding("pictures that cannot be read, left out", bad, lambda row: f"{names[row]} {seen[row]}")
+        )
+        annotation_cache.save(to, annotations)
+
+    path = build_once(
+        cache_dir / "annotations", {"form": "folder", "state": state, "code": annotation_cache.code_sha256()}, build
+    )
+    annotations = annotation_cache.read(path)
+    size_of = {name: s.st_size for name, s in listed}
+    described = [
+        [n, size_of[n], *size] for n, size in zip(annotations.file_names, annotations.sizes.tolist(), strict=True)
+    ]
+    sha256 = hashlib.sha256(json.dumps(described).encode()).hexdigest()
+    return make_index(folder.name, folder, annotations, sha256)
 
 
 def coco_dataset(
@@ -233,12 +278,15 @@ def coco_dataset(
     train = coco_index(root / train_annotations, root / train_images, cache, verify=verify)
     val = coco_index(root / val_annotations, root / val_images, cache, verify=verify)
     check_same_classes(train, val)
-    if unlabeled_annotations is None or not (root / unlabeled_annotations).exists():
-        why = f"{root / unlabeled_annotations} is not there" if unlabeled_annotations else "the dataset names none"
+    missing = [root / file for file in (unlabeled_annotations, unlabeled_images) if file and not (root / file).exists()]
+    if missing or not unlabeled_images:
+        why = f"{missing[0]} is not there" if missing else "data.unlabeled_images names none"
         return Dataset(name, train, val, None, why)
-    pictures = root / (unlabeled_images or "")
-    require(pictures, name, "unlabeled_images", download)
-    more = coco_index(root / unlabeled_annotations, pictures, cache, labeled=False, verify=verify)
+    pictures = root / unlabeled_images
+    if unlabeled_annotations:
+        more = coco_index(root / unlabeled_annotations, pictures, cache, labeled=False, verify=verify)
+    else:
+        more = folder_index(pictures, cache)
     return Dataset(name, train, val, as_unlabeled(more, train))
 
 

@@ -1,18 +1,25 @@
-"""What a run needs of its data: the split that the configuration names, and the images of its two parts."""
+"""What a run needs of its data: the split that the configuration names, its images, and whether they can be used.
+
+`run` is the command `ssodbench prepare`, which says all of that before anything is trained.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from harness import split_files
+from harness.annotations import Finding, finding
 from harness.datasets import CocoIndex, Dataset
+from harness.images import LEVELS, ImageCheck, check_images
 from harness.splits import make_split
 from harness.types import ImageSource, Split, UserError
+
+_MOST_BAD = 0.1  # of the training pictures; more than that is a wrong folder rather than a few bad files
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,8 @@ class Policy:
 
 # What the papers' code does. STAC leaves out labelled images without a box that is not a crowd. Soft Teacher, through
 # mmdetection, leaves out those without any annotation, so that images with crowds alone stay, and tiny images. Unbiased
-# Teacher's list has no image without a box in the first place. None shows a crowd box.
+# Teacher's list has no image without a box in the first place. None shows a crowd box. `full` follows Soft Teacher, and
+# explicit ids mean what they say.
 POLICIES = {
     "stac": Policy("drop", "drop"),
     "soft_teacher": Policy("drop_unannotated", "drop", 32),
@@ -48,25 +56,30 @@ def resolve_split(dataset: Dataset, split_config: Mapping[str, Any]) -> Split:
 
     Args:
         dataset: what to split.
-        split_config: keys protocol, percent, fold, offset and index_file.
+        split_config: keys protocol, percent, fold, offset and index_file, as `harness.splits.make_split` explains them;
+            in index_file, {percent} and {fold} stand for the split's.
 
     Raises:
         UserError: if there is no such split, or its labelled part shows no box.
     """
-    protocol, file = split_config["protocol"], split_config.get("index_file")
-    index = _read_json(file) if file and protocol in ("unbiased_teacher", "ids") else None
-    ids = dataset.train.nonempty_ids() if protocol == "unbiased_teacher" else dataset.train.image_ids
-    if protocol == "full" and dataset.unlabeled is None:
-        raise UserError(f"split.protocol=full needs unlabelled images, and {dataset.no_unlabeled}")
-    split = make_split(
-        ids,
-        split_config.get("percent", 10),
-        split_config.get("fold", 1),
-        protocol,
-        offset=split_config.get("offset") or 0,
-        index=index,
-        unlabeled_ids=dataset.unlabeled.image_ids if protocol == "full" and dataset.unlabeled else None,
-    )
+    protocol, train, more = split_config["protocol"], dataset.train, dataset.unlabeled
+    percent, fold = float(split_config.get("percent", 10)), int(split_config.get("fold", 1))
+    index = unlabeled_ids = None
+    file = split_config.get("index_file")
+    if file and protocol == "unbiased_teacher":
+        index = split_files.read_index(split_files.index_path(file, percent, fold))
+    elif file and protocol == "ids":
+        index, unlabeled_ids = split_files.read_ids(split_files.index_path(file, percent, fold), percent, fold)
+    elif protocol == "full":
+        if more is None:
+            raise UserError(
+                f"split.protocol=full needs unlabelled images, but {dataset.no_unlabeled}: "
+                f"add them to data={dataset.name}"
+            )
+        unlabeled_ids = more.image_ids
+    ids = train.nonempty_ids() if protocol == "unbiased_teacher" else train.image_ids
+    offset = int(split_config.get("offset") or 0)
+    split = make_split(ids, percent, fold, protocol, offset=offset, index=index, unlabeled_ids=unlabeled_ids)
     if not len(labeled_source(dataset, split, split_config).boxes):
         raise UserError(
             f"the {len(split.labeled_ids)} labelled image(s) of split.percent={split.percent:g} "
@@ -76,42 +89,131 @@ def resolve_split(dataset: Dataset, split_config: Mapping[str, Any]) -> Split:
 
 
 def unlabeled_index(dataset: Dataset, split: Split) -> CocoIndex:
-    """The index that the split's unlabelled ids are in; their hidden boxes too, for measuring pseudo labels."""
+    """The index that the split's unlabelled ids are in; with their hidden boxes, to measure pseudo labels."""
     if split.protocol == "full":
         assert dataset.unlabeled is not None
         return dataset.unlabeled
     return dataset.train
 
 
-def labeled_source(dataset: Dataset, split: Split, split_config: Mapping[str, Any]) -> ImageSource:
+def labeled_source(
+    dataset: Dataset, split: Split, split_config: Mapping[str, Any], checks: Checks | None = None
+) -> ImageSource:
     """The labelled images, with their boxes."""
     p = policy(split_config)
-    return dataset.train.source(split.labeled_ids, p.crowd_boxes, p.empty_images, p.min_side)
+    ids = _without(split.labeled_ids, checks, "train")
+    return dataset.train.source(ids, p.crowd_boxes, p.empty_images, p.min_side)
 
 
-def sources(dataset: Dataset, split: Split, split_config: Mapping[str, Any]) -> tuple[ImageSource, ImageSource | None]:
+def sources(
+    dataset: Dataset, split: Split, split_config: Mapping[str, Any], checks: Checks | None = None
+) -> tuple[ImageSource, ImageSource | None]:
     """The images of the two parts.
+
+    Args:
+        dataset: what was split.
+        split: from `resolve_split`.
+        split_config: for its policy.
+        checks: from `check`; pictures found bad are left out.
 
     Returns:
         Labelled images with boxes; unlabelled images without, or None where there is none.
     """
-    labeled = labeled_source(dataset, split, split_config)
-    if not len(split.unlabeled_ids):
+    labeled = labeled_source(dataset, split, split_config, checks)
+    part = "unlabeled" if split.protocol == "full" else "train"
+    ids = _without(split.unlabeled_ids, checks, part)
+    if not len(ids):
         return labeled, None
     index = unlabeled_index(dataset, split)
-    return labeled, index.source(split.unlabeled_ids, min_side=policy(split_config).min_side, boxes=False)
+    return labeled, index.source(ids, min_side=policy(split_config).min_side, boxes=False)
 
 
-def _read_json(file: str | Path) -> Any:
-    path = Path(file).expanduser()
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read split.index_file={path} ({error.strerror}): give an existing file") from error
-    except ValueError as error:
-        raise UserError(f"split.index_file={path} is not JSON ({error}): give an index file") from error
+def _without(ids: np.ndarray, checks: Checks | None, part: str) -> np.ndarray:
+    bad = list(checks.pictures[part].bad) if checks and part in checks.pictures else []
+    return ids[~np.isin(ids, bad)] if bad else ids
 
 
-def class_counts(index: CocoIndex, source: ImageSource) -> np.ndarray:
-    """(C,) boxes of each class in a source."""
-    return np.bincount(source.labels - 1, minlength=index.num_classes)
+@dataclass
+class Checks:
+    """What was found in a dataset."""
+
+    pictures: dict[str, ImageCheck]  # by part: train, val, unlabeled
+    findings: list[Finding]  # about the parts together
+    fatal: str | None  # one sentence, where nothing should be trained
+
+    @property
+    def bad_images(self) -> int:
+        """Pictures that no run will see."""
+        return sum(len(check.bad) for check in self.pictures.values())
+
+
+def parts(dataset: Dataset) -> dict[str, CocoIndex]:
+    """The indices of a dataset by the name of the part."""
+    found = {"train": dataset.train, "val": dataset.val, "unlabeled": dataset.unlabeled}
+    return {name: index for name, index in found.items() if index is not None}
+
+
+def inspect(
+    dataset: Dataset, level: str = "quick", threads: int = 1, progress: Callable[[int], None] = lambda _: None
+) -> Checks:
+    """Looks at every picture of a dataset; see `harness.images.check_images` for the levels."""
+    if level not in LEVELS:
+        raise UserError(f"check={level} is not one of {', '.join(LEVELS)}")
+    pictures, paths = {}, {}
+    for part, index in parts(dataset).items():
+        source = index.source(boxes=False)
+        paths[part] = [os.path.abspath(path) for path in source.paths]
+        pictures[part] = check_images(source.paths, source.ids, source.sizes, level, threads, progress)
+    findings = []
+    for other in ("val", "unlabeled"):
+        if other in paths:
+            shared = np.isin(paths[other], paths["train"])
+            findings += finding(f"pictures are in train and in {other}", shared, lambda row, o=other: paths[o][row])
+    return Checks(pictures, findings, _fatal(dataset, pictures))
+
+
+def check(dataset: Dataset, level: str = "quick", threads: int = 1) -> Checks:
+    """`inspect`, before a training.
+
+    Raises:
+        UserError: if an evaluation picture cannot be used, more than a tenth of the training pictures cannot, or the
+            evaluation part has no box.
+    """
+    checks = inspect(dataset, level, threads)
+    if checks.fatal:
+        raise UserError(checks.fatal)
+    return checks
+
+
+def _fatal(dataset: Dataset, pictures: dict[str, ImageCheck]) -> str | None:
+    for part, index in parts(dataset).items():
+        bad = pictures[part].bad
+        allowed = 0 if part == "val" else int(_MOST_BAD * len(index))
+        if len(bad) > allowed:
+            number, reason = next(iter(bad.items()))
+            name = index.file_names[int(index.positions([number])[0])]
+            why = "every evaluation image counts" if part == "val" else "that is more than a tenth"
+            return (
+                f"{len(bad)} of the {len(index)} {part} pictures under {index.image_dir} cannot be used and {why}; the "
+                f"first is {name} ({reason}): put the files there, or take them off the annotations"
+            )
+    if dataset.val.crowd.all():
+        return f"{dataset.val.name} has no box to score against: give evaluation images with boxes"
+    return None
+
+
+def run(cfg: Any) -> dict[str, Any]:
+    """The command `ssodbench prepare`: opens a dataset, checks it, and says what its splits hold.
+
+    Args:
+        cfg: the whole configuration; reads data, split, check, export_dir, prepare.percents, prepare.folds, cache_dir.
+
+    Returns:
+        What was written to `prepared.json`.
+
+    Raises:
+        UserError: after printing everything, if what was found rules out a training.
+    """
+    from harness.describe import describe  # tables and progress, which training does not need
+
+    return describe(cfg)

@@ -1,0 +1,127 @@
+"""Splits as files: the form that Soft Teacher and mmdetection read, and the lists of ids that a user may give."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from harness.datasets import CocoIndex, Dataset
+from harness.types import Split, UserError
+
+_NAME = re.compile(r"\.(\d+)@([\d.]+?)(-unlabeled)?$")
+
+
+def file_names(train: str, split: Split) -> tuple[str, str]:
+    """Names of the labelled and the unlabelled file of a split, as Soft Teacher's configurations expect them."""
+    if split.protocol == "full":
+        return f"{train}.json", "instances_unlabeled2017.json"
+    stem = f"{train}.{split.fold}@{split.percent:g}"
+    return f"{stem}.json", f"{stem}-unlabeled.json"
+
+
+def export(dataset: Dataset, split: Split, folder: Path) -> tuple[Path, Path]:
+    """Writes a split as two COCO annotation files, without polygons.
+
+    The unlabelled file holds the annotations that the dataset has, as the original scripts write it; what reads it for
+    training is expected to ignore them.
+
+    Returns:
+        The labelled and the unlabelled file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    names = file_names(dataset.train.name, split)
+    other = dataset.unlabeled if split.protocol == "full" else dataset.train
+    assert other is not None
+    parts: tuple[tuple[CocoIndex, np.ndarray], ...] = ((dataset.train, split.labeled_ids), (other, split.unlabeled_ids))
+    for name, (index, ids) in zip(names, parts, strict=True):
+        partial = folder / f"{name}.partial"
+        partial.write_bytes(msgspec.json.encode(index.coco_ground_truth(ids)))
+        partial.replace(folder / name)
+    return folder / names[0], folder / names[1]
+
+
+def index_path(pattern: str, percent: float, fold: int) -> Path:
+    """A file name in which {percent} and {fold} stand for the split's; other braces are left alone."""
+    return Path(pattern.replace("{percent}", f"{percent:g}").replace("{fold}", str(fold))).expanduser()
+
+
+def read_index(path: Path) -> Any:
+    """Unbiased Teacher's index file, a JSON object."""
+    return _json(path, _read(path))
+
+
+def read_ids(path: Path, percent: float, fold: int) -> tuple[Any, Any]:
+    """Labelled and unlabelled image ids from a file; the second is None where the file does not give them.
+
+    Args:
+        path: a JSON list of labelled ids; a JSON object {"labeled": [...], "unlabeled": [...]}, the second optional; a
+            labelled COCO annotation file such as `instances_train2017.1@10.json`, beside which the one whose name ends
+            in `-unlabeled.json` is read too; or a text file with one labelled id per line.
+        percent, fold: of the split asked for, which must be those in the name of such a COCO file.
+    """
+    content = _read(path)
+    if path.suffix.lower() != ".json" and content.lstrip()[:1] not in (b"[", b"{"):
+        return _text(path, content), None
+    entry = _json(path, content)
+    if isinstance(entry, list):
+        return entry, None
+    if isinstance(entry, Mapping) and "labeled" in entry:
+        return entry["labeled"], entry.get("unlabeled")
+    if isinstance(entry, Mapping) and "images" in entry:
+        _check_name(path, percent, fold)
+        partner = path.with_name(f"{path.stem}-unlabeled.json")
+        rest = _json(partner, _read(partner)) if partner.exists() else None
+        return _image_ids(path, entry), None if rest is None else _image_ids(partner, rest)
+    raise UserError(
+        f'split.index_file={path} is neither a list of image ids, nor {{"labeled": [...]}}, nor a COCO annotation '
+        "file: give one of them"
+    )
+
+
+def _check_name(path: Path, percent: float, fold: int) -> None:
+    match = _NAME.search(path.stem)
+    if not match:
+        return
+    if match.group(3):
+        raise UserError(f"split.index_file={path} is the unlabelled half of a split: give the file without -unlabeled")
+    if (int(match.group(1)), float(match.group(2))) != (fold, float(percent)):
+        raise UserError(
+            f"split.index_file={path} is fold {match.group(1)} at {match.group(2)} %, not split.fold={fold} "
+            f"split.percent={percent:g}: set these keys to what the file holds"
+        )
+
+
+def _image_ids(path: Path, entry: Any) -> list[Any]:
+    try:
+        return [image["id"] for image in entry["images"]]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"split.index_file={path} has images without an id: give a COCO annotation file") from error
+
+
+def _text(path: Path, content: bytes) -> list[int]:
+    try:
+        return [int(word) for word in content.split()]
+    except ValueError as error:
+        raise UserError(
+            f"split.index_file={path} has a line that is no image id ({error}): give one per line"
+        ) from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read split.index_file={path} ({error.strerror}): give an existing file") from error
+
+
+def _json(path: Path, content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise UserError(f"split.index_file={path} is not JSON ({error}): give an index file") from error
