@@ -2,60 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import roi_align
 
 from detectors import losses
 from detectors.matching import match, matched_boxes, sample
 from detectors.padded import PaddedTargets, gather, scatter_by_image
+from detectors.roi_align import PyramidRoiAlign
 from detectors.rpn import Proposals
 from harness import boxes as box_ops
-
-
-class PyramidRoiAlign(nn.Module):
-    """RoIAlign on the pyramid level that fits each region: floor(level + log2(sqrt(area) / scale)) (FPN, equation 1).
-
-    Args:
-        output: side of the pooled grid.
-        sampling_ratio: samples per bin and axis; 0 takes as many as the bin is wide.
-        aligned: shift by half a pixel, as detectron does and torchvision's detectors do not.
-        scale: side in pixels of a region that belongs on `level`.
-        level: log2 of that level's stride.
-    """
-
-    def __init__(self, output: int, sampling_ratio: int, aligned: bool, scale: int = 224, level: int = 4) -> None:
-        super().__init__()
-        self.output = output
-        self.sampling_ratio = sampling_ratio
-        self.aligned = aligned
-        self.scale = scale
-        self.level = level
-
-    def forward(self, features: list[Tensor], strides: list[int], boxes: Tensor, images: Tensor) -> Tensor:
-        """Boxes (R, 4) of images (R,) to (R, channels, output, output)."""
-        rois = torch.cat([images[:, None].to(boxes.dtype), boxes], 1)
-        finest, coarsest = int(math.log2(strides[0])), int(math.log2(strides[-1]))
-        fitting = torch.floor(self.level + torch.log2(box_ops.area(boxes).sqrt() / self.scale) + 1e-6)
-        level = fitting.clamp(finest, coarsest).sub(finest).long()
-        order = torch.argsort(level, stable=True)
-        counts = (level[None] == torch.arange(len(strides), device=level.device)[:, None]).sum(1).tolist()
-        pooled = [
-            self._pool(feature, part, stride)
-            for feature, stride, part in zip(features, strides, rois[order].split(counts), strict=True)
-            if len(part)
-        ]
-        if len(pooled) == 1:  # all on one level, hence still in their order
-            return pooled[0]
-        if not pooled:
-            return self._pool(features[0], rois, strides[0])
-        return torch.cat(pooled)[torch.argsort(order)]
-
-    def _pool(self, feature: Tensor, rois: Tensor, stride: int) -> Tensor:
-        return roi_align(feature, rois, self.output, 1.0 / stride, self.sampling_ratio, self.aligned)
 
 
 class BoxHead(nn.Module):
