@@ -141,11 +141,19 @@ class ImageSource:
 class Pipeline(Protocol):
     """JPEG files to batches on the training device."""
 
+    bad_images: dict[str, str]  # file -> why it could not be used
+
     def train(self, start_step: int = 0) -> Iterator[Batch]:
         """Endless micro-batches of this rank, from the first one of `start_step` on."""
 
     def eval(self, source: ImageSource, view: str = "test") -> Iterator[tuple[View, Tensor]]:
         """(View, image ids), every image of `source` exactly once over all ranks."""
+
+    def state(self) -> dict[str, Any]:
+        """What resuming needs beside the step number: plain values and tensors."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes up what `state` gave."""
 
     def close(self) -> None:
         """Free threads and memory; the pipeline is unusable afterwards."""

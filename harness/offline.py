@@ -1,0 +1,141 @@
+"""Pseudo labels made before training: for methods whose configuration has `offline`, such as STAC.
+
+The unlabelled source's boxes are replaced by what a detector of stage 1 finds, so that pipelines and the loop treat
+them as annotations. Stage 1 is the run of another method on the same split: given, found, or trained here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from detectors.detector import Detector
+from detectors.pseudo_labels import label_offline, offline_quality
+from harness import build, checkpoint, config, dist
+from harness.build import Data
+from harness.train import StopRequest
+from harness.types import ImageSource, UserError
+
+
+@dataclass
+class Extra:
+    """What a run needed beyond its own schedule, and how good its pseudo labels are."""
+
+    steps: int = 0
+    quality: dict[str, float] = field(default_factory=dict)
+
+
+def label(cfg: DictConfig, data: Data, world: dist.World, stop: StopRequest) -> tuple[Data, Extra]:
+    """Replaces the unlabelled source by one with pseudo labels, if the method wants that.
+
+    Labels are kept in the run folder, so that a run that is taken up again uses the same.
+    """
+    options = cfg.method.get("offline")
+    if options is None or data.unlabeled is None:
+        return data, Extra()
+    path = Path(cfg.run_dir) / "pseudo_labels.npz"
+    stage_one = config.stage_one(cfg)
+    if not path.exists():
+        file = _stage_one_checkpoint(cfg, stage_one, world, stop)
+        source = _label_with(cfg, stage_one, data, file, world)
+        dist.from_main(world, lambda: _write(path, source))
+    source = _read(path, data.unlabeled)
+    measured = offline_quality(source, data.hidden) if data.hidden is not None else {}
+    return dataclasses.replace(data, unlabeled=source), Extra(int(stage_one.schedule.steps), measured)
+
+
+def _stage_one_checkpoint(cfg: DictConfig, stage_one: DictConfig, world: dist.World, stop: StopRequest) -> Path:
+    given = cfg.method.offline.get("checkpoint")
+    if given is not None:
+        return checkpoint.find(Path(given))
+    from harness.run import train_to_record  # stage 1 is a run like any other
+
+    train_to_record(stage_one, world, stop)
+    return checkpoint.find(Path(stage_one.run_dir))
+
+
+def _label_with(cfg: DictConfig, stage_one: DictConfig, data: Data, file: Path, world: dist.World) -> ImageSource:
+    """Runs stage 1's reported network over the unlabelled images, over all ranks."""
+    state = checkpoint.read(file)
+    known = {"split": data.split.sha256, "dataset": data.dataset.train.sha256}
+    for what, expected in known.items():
+        if state["identity"][what] != expected:
+            raise UserError(
+                f"the stage 1 checkpoint {file} was trained on another {what}: "
+                "set method.offline.checkpoint to a supervised run of the same split, or leave it null to train one"
+            )
+    torch.manual_seed(int(cfg.seed))
+    network = build.detector(stage_one, len(data.dataset.train.category_ids))
+    trained = build.method(stage_one, network).to(world.device)
+    try:
+        trained.load_state_dict(state["method"])
+    except RuntimeError as error:
+        raise UserError(
+            f"the stage 1 checkpoint {file} holds another detector: train stage 1 with the same one"
+        ) from error
+    reported: Detector = trained.networks()[trained.reported]
+    pipeline = build.pipeline(cfg, world, reported.normalize)
+    assert data.unlabeled is not None
+    options = OmegaConf.to_container(cfg.method.offline, resolve=True)
+    assert isinstance(options, dict)
+    thresholds = {str(k): v for k, v in options.items() if k not in ("stage1", "checkpoint")}
+    try:
+        own = label_offline(reported, pipeline.eval(data.unlabeled, "pseudo"), data.unlabeled, **thresholds)
+    finally:
+        pipeline.close()
+    return _merge(dist.gather(world, own), data.unlabeled)
+
+
+def _merge(parts: list[ImageSource], unlabeled: ImageSource) -> ImageSource:
+    """The labels that all ranks made, in the order of the unlabelled images, whoever made which."""
+    where = {int(image_id): (part, row) for part in parts for row, image_id in enumerate(part.ids)}
+    rows = [row for row, image_id in enumerate(unlabeled.ids) if int(image_id) in where]
+    found = [where[int(unlabeled.ids[row])] for row in rows]
+    boxes = [part.rows(row) for part, row in found]
+    return ImageSource(
+        paths=[unlabeled.paths[row] for row in rows],
+        ids=unlabeled.ids[rows],
+        sizes=unlabeled.sizes[rows],
+        boxes=np.concatenate(
+            [np.zeros((0, 4), np.float32), *(p.boxes[b] for (p, _), b in zip(found, boxes, strict=True))]
+        ),
+        labels=np.concatenate([np.zeros(0, np.int64), *(p.labels[b] for (p, _), b in zip(found, boxes, strict=True))]),
+        scores=np.concatenate(
+            [np.zeros(0, np.float32), *(p.scores[b] for (p, _), b in zip(found, boxes, strict=True))]
+        ),
+        offsets=np.cumsum([0, *(b.stop - b.start for b in boxes)]).astype(np.int64),
+    )
+
+
+def _write(path: Path, source: ImageSource) -> None:
+    temporary = path.with_suffix(".tmp.npz")
+    np.savez(
+        temporary,
+        ids=source.ids,
+        boxes=source.boxes,
+        labels=source.labels,
+        scores=source.scores,
+        offsets=source.offsets,
+    )
+    temporary.replace(path)
+
+
+def _read(path: Path, unlabeled: ImageSource) -> ImageSource:
+    """The unlabelled images that have pseudo labels, with them."""
+    with np.load(path) as arrays:
+        rows = {int(image_id): row for row, image_id in enumerate(unlabeled.ids.tolist())}
+        chosen = np.array([rows[int(i)] for i in arrays["ids"].tolist()], dtype=np.int64)
+        return ImageSource(
+            paths=[unlabeled.paths[i] for i in chosen],
+            ids=unlabeled.ids[chosen],
+            sizes=unlabeled.sizes[chosen],
+            boxes=arrays["boxes"],
+            labels=arrays["labels"],
+            scores=arrays["scores"],
+            offsets=arrays["offsets"],
+        )

@@ -1,0 +1,67 @@
+"""`ssodbench evaluate`: scores a run's networks again, for instance at another score threshold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from harness import build, checkpoint, dist
+from harness.evaluate import METRICS, evaluate
+from harness.types import UserError
+
+
+def run(cfg: DictConfig) -> int:
+    """Scores the newest checkpoint of `run_dir` with this command's `evaluation` settings; prints and writes a table.
+
+    The dataset, the detector and the method are those of the run. Metrics go to `out`, by default
+    `run_dir/evaluation_THRESHOLD.json`.
+
+    Raises:
+        UserError: when there is no run in `run_dir`.
+    """
+    run_dir = Path(cfg.run_dir)
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        raise UserError(f"there is no run in {run_dir}: set run_dir to the folder of a run")
+    trained = OmegaConf.load(path)
+    assert isinstance(trained, DictConfig)
+    trained.evaluation, trained.cache_dir = cfg.evaluation, cfg.cache_dir
+    world = dist.join(dist.resolve_device(cfg.device, 1))
+    torch.set_num_threads(int(cfg.threads))
+    opened = build.dataset(trained)
+    method = build.method(trained, build.detector(trained, len(opened.train.category_ids))).to(world.device)
+    file = checkpoint.find(run_dir)
+    method.load_state_dict(checkpoint.read(file, world.device)["method"])
+    reported = method.networks()[method.reported]
+    pipeline = build.pipeline(trained, world, reported.normalize)
+    threshold = float(cfg.evaluation.score_threshold)
+    try:
+        scores = {
+            name: evaluate(
+                network,
+                pipeline,
+                opened.val.source(),
+                opened.val.coco_ground_truth(),
+                opened.val.category_ids,
+                threshold,
+                world,
+            )[0]
+            for name, network in method.networks().items()
+        }
+    finally:
+        pipeline.close()
+    table = Table(title=f"{file}, scores above {threshold:g}", title_justify="left")
+    for heading in ("network", *METRICS):
+        table.add_column(heading, justify="left" if heading == "network" else "right")
+    for name, metrics in scores.items():
+        shown = [f"{metrics[m]:.1f}" if metrics[m] is not None else "-" for m in METRICS]
+        table.add_row(name + (" (reported)" if name == method.reported else ""), *shown)
+    Console().print(table)
+    out = Path(cfg.out) if cfg.out else run_dir / f"evaluation_{threshold:g}.json"
+    out.write_bytes(msgspec.json.format(msgspec.json.encode({"score_threshold": threshold, "networks": scores})))
+    return 0

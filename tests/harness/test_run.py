@@ -1,0 +1,219 @@
+"""Runs from the command line: records, repetition, resumption, mistakes. Real data, real training, few steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import checkpoint
+from harness.cli import main
+
+pytestmark = pytest.mark.timeout(300)
+
+SMALL = [
+    "data=shapes",
+    "data.train_images=40",
+    "data.val_images=12",
+    "detector.weights=scratch",
+    "schedule=smoke",
+    "split.percent=20",
+    "batch.labeled=4",
+    "batch.unlabeled=4",
+    "device=cpu",
+    "logging.loggers=[]",
+]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def _command(cache: Path, run_dir: Path, *overrides: str) -> list[str]:
+    return ["train", *SMALL, f"cache_dir={cache}", f"run_dir={run_dir}", *overrides]
+
+
+def _record(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "record.json").read_text())
+
+
+def _outcome(run_dir: Path) -> dict[str, Any]:
+    """What must not depend on time, place or interruptions."""
+    record = _record(run_dir)
+    keys = [
+        k for k in record if k.startswith(("ap", "student_", "teacher_", "pseudo_", "images_")) or k.endswith("sha256")
+    ]
+    outcome = {key: record[key] for key in keys if key != "images_per_s"}
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        for key in ("images_per_s", "data_wait", "memory_mb", "gpu_memory_mb"):
+            line.pop(key, None)
+    return {**outcome, "lines": lines, "predictions": (run_dir / "predictions.json").read_text()}
+
+
+@pytest.mark.parametrize("method", ["supervised", "stac", "soft_teacher", "unbiased_teacher", "mean_teacher"])
+def test_same_command_in_two_folders_gives_the_same_bits(cache: Path, tmp_path: Path, method: str) -> None:
+    for name in ("one", "two"):
+        assert main(_command(cache, tmp_path / name, f"method={method}")) == 0
+    one = _record(tmp_path / "one")
+    assert one["status"] == "ok"
+    assert one["ap"] is not None
+    assert one["reported_network"] in ("student", "teacher")
+    assert one["ap"] == one[f"{one['reported_network']}_ap"]
+    assert one["labeled_images"] == 8
+    assert _outcome(tmp_path / "one") == _outcome(tmp_path / "two")
+
+
+def test_finished_run_says_so_and_a_changed_command_is_refused(
+    cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(_command(cache, tmp_path / "run")) == 0
+    before = (tmp_path / "run" / "record.json").read_bytes()
+    assert main(_command(cache, tmp_path / "run")) == 0
+    assert "finished" in capfd.readouterr().err
+    assert main(_command(cache, tmp_path / "run", "schedule.optimizer.lr=0.5")) == 2
+    assert "schedule.optimizer.lr: 0.002 -> 0.5" in capfd.readouterr().err
+    assert (tmp_path / "run" / "record.json").read_bytes() == before
+
+
+def _start(command: list[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "harness.cli", *command],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def _wait_for_checkpoint(process: subprocess.Popen[bytes], run_dir: Path, count: int) -> None:
+    while process.poll() is None and len(checkpoint.checkpoints(run_dir)) < count:
+        time.sleep(0.005)
+
+
+LONGER = ("schedule.steps=24", "schedule.warmup_steps=2", "checkpointing.every=1", "checkpointing.keep=50")
+
+
+def _kill_at_random_moments(cache: Path, tmp_path: Path, method: str, kills: int, seed: int) -> None:
+    overrides = (f"method={method}", *LONGER)
+    assert main(_command(cache, tmp_path / "whole", *overrides)) == 0
+    generator = random.Random(seed)
+    for kill in range(kills):
+        process = _start(_command(cache, tmp_path / "killed", *overrides))
+        _wait_for_checkpoint(process, tmp_path / "killed", (kill + 1) * 20 // kills)
+        time.sleep(generator.random() * 0.1)
+        process.kill()
+        process.wait()
+    assert main(_command(cache, tmp_path / "killed", *overrides)) == 0
+    assert _outcome(tmp_path / "killed") == _outcome(tmp_path / "whole")
+    resumed = _record(tmp_path / "killed")["resumed_from"]
+    assert resumed
+    assert resumed == sorted(resumed)
+
+
+@pytest.mark.parametrize(("method", "kills"), [("supervised", 1), ("soft_teacher", 2)])
+def test_killed_run_continues_bit_for_bit(cache: Path, tmp_path: Path, method: str, kills: int) -> None:
+    _kill_at_random_moments(cache, tmp_path, method, kills, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("method", ["supervised", "soft_teacher"])
+def test_run_killed_ten_times_continues_bit_for_bit(cache: Path, tmp_path: Path, method: str) -> None:
+    _kill_at_random_moments(cache, tmp_path, method, kills=10, seed=2)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_and_exit_with_the_conventional_code(cache: Path, tmp_path: Path, number: int, code: int) -> None:
+    overrides = ("schedule.steps=400", "checkpointing.every=5")
+    process = _start(_command(cache, tmp_path / "run", *overrides))
+    _wait_for_checkpoint(process, tmp_path / "run", 1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors.decode()
+    record = _record(tmp_path / "run")
+    assert record["status"] == "interrupted"
+    state = checkpoint.newest(tmp_path / "run")
+    assert state is not None
+    assert state["step"] > 5 or state["step"] == 5
+    assert b"Traceback" not in errors
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_can_be_replayed(
+    cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    overrides = (
+        "schedule.optimizer.name=sgd",
+        "schedule.optimizer.lr=1e30",
+        "schedule.clip_norm=null",
+        "checkpointing.every=1",
+    )
+    assert main(_command(cache, tmp_path / "run", *overrides)) == 1
+    errors = capfd.readouterr().err
+    assert "not finite at step" in errors
+    assert _record(tmp_path / "run")["status"] == "failed"
+    replay = json.loads((tmp_path / "run" / "non_finite_rank0.json").read_text())
+    assert len(replay["labeled_ids"]) == 4
+    state = checkpoint.newest(tmp_path / "run")
+    assert state is None or state["step"] <= replay["step"]
+
+
+def test_run_folder_of_a_live_run_is_refused(cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    held = checkpoint.RunLock(tmp_path / "run").acquire()
+    assert main(_command(cache, tmp_path / "run")) == 2
+    held.release()
+    assert "held by process" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["method=nonsense"], "nonsense"),
+        (["data=nonsense"], "nonsense"),
+        (["batch.labelled=3"], "batch.labeled"),
+        (["data=coco", "data.root=missing folder"], "missing folder"),
+        (["split.percent=0.01"], "split.percent"),
+        (["batch.micro=3"], "batch.micro"),
+        (["method=soft_teacher", "split.percent=100"], "unlabelled"),
+        (["devices=2", "device=cuda"], "cuda"),
+    ],
+)
+def test_mistakes_give_one_sentence_and_leave_nothing(
+    cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], overrides: list[str], named: str
+) -> None:
+    assert main(_command(cache, tmp_path / "run", *overrides)) == 2
+    errors = capfd.readouterr().err
+    assert named in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_percent_never_labels_nothing(cache: Path, tmp_path: Path) -> None:
+    assert main(_command(cache, tmp_path / "run", "split.percent=1")) == 0
+    assert _record(tmp_path / "run")["labeled_images"] == 1
+
+
+def test_evaluate_scores_a_run_again(cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(_command(cache, tmp_path / "run")) == 0
+    assert main(["evaluate", f"run_dir={tmp_path / 'run'}", f"cache_dir={cache}"]) == 0
+    again = json.loads((tmp_path / "run" / "evaluation_0.05.json").read_text())
+    assert again["networks"]["student"]["ap"] == _record(tmp_path / "run")["student_ap"]
+    assert "ap50" in capfd.readouterr().out
+
+
+def test_help_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(command in shown for command in ("prepare", "train", "suite", "report", "evaluate", "profile"))
+    assert len(shown.splitlines()) < 40
+    assert main(["trian"]) == 2
+    assert "trian" in capsys.readouterr().err
+    assert main(["train", "--nonsense"]) == 2
