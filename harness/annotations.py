@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -23,10 +23,8 @@ class Finding:
     examples: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        shown = ", ".join(self.examples)
-        return f"{self.count:,} {self.what}" + (
-            f": {shown}{', ...' if self.count > len(self.examples) else ''}" if shown else ""
-        )
+        shown = ", ".join((*self.examples, "...") if self.count > len(self.examples) else self.examples)
+        return f"{self.what}: {self.count:,}" + (f" ({shown})" if self.examples else "")
 
 
 @dataclass
@@ -43,6 +41,7 @@ class RawAnnotations:
     xywh: np.ndarray  # (M, 4) float64
     crowd: np.ndarray  # (M,) bool
     areas: np.ndarray  # (M,) float64, NaN where the file gives none
+    unlisted: dict[int, str] = field(default_factory=dict)  # names of other categories that boxes may have
 
 
 @dataclass
@@ -98,7 +97,7 @@ def clean(raw: RawAnnotations) -> CleanAnnotations:
     drop(
         category_rows < 0,
         "boxes of a category that is not listed, dropped",
-        lambda i: f"category {raw.box_category_ids[i]}",
+        lambda i: raw.unlisted.get(int(raw.box_category_ids[i]), f"category {raw.box_category_ids[i]}"),
     )
     x, y, w, h = np.ascontiguousarray(raw.xywh.T)  # columns: short rows are what NumPy is slowest at
     with np.errstate(invalid="ignore", over="ignore"):

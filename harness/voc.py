@@ -42,8 +42,9 @@ def voc_dataset(
         name: how reports call it.
         root: folder that the lists are relative to.
         cache_dir: root of the cache.
-        train, val, unlabeled: list files, such as VOC2007/ImageSets/Main/trainval.txt; the pictures and annotations of
+        train, val: list files, such as VOC2007/ImageSets/Main/trainval.txt; the pictures and annotations of
             a list lie in JPEGImages and Annotations two folders above it.
+        unlabeled: lists of more images, for split.protocol=full; opened only if they are there.
         classes: class names, in the order of their labels; default: those of the training boxes, alphabetically.
         difficult: what to do with objects so marked. "crowd" gives them COCO's crowd flag: split.crowd_boxes decides
             whether training sees them, and the evaluation does not count them (with COCO's rule for crowds: several
@@ -59,7 +60,7 @@ def voc_dataset(
     if difficult not in DIFFICULT:
         raise UserError(f"data.difficult={difficult} is not one of {', '.join(DIFFICULT)}")
     base = Path(root).expanduser()
-    for key, lists in (("train", train), ("val", val), ("unlabeled", unlabeled or ())):
+    for key, lists in (("train", train), ("val", val)):
         for file in lists:
             require(base / file, name, key, download)
 
@@ -68,10 +69,12 @@ def voc_dataset(
 
     first = open_part(train, classes)
     second = with_ids_from(open_part(val, first.category_names), len(first) + 1)
-    third = open_part(unlabeled, first.category_names) if unlabeled else None
-    if third:
-        third = with_ids_from(third, len(first) + len(second) + 1)
-    return Dataset(name, first, second, third, "data.unlabeled names no list")
+    missing = [base / file for file in unlabeled or () if not (base / file).exists()]
+    if missing or not unlabeled:
+        why = f"{missing[0]} is not there" if missing else "data.unlabeled names no list"
+        return Dataset(name, first, second, None, why)
+    third = open_part(unlabeled, first.category_names)
+    return Dataset(name, first, second, with_ids_from(third, len(first) + len(second) + 1))
 
 
 def voc_index(
@@ -132,14 +135,12 @@ def _read_list(root: Path, file: str) -> list[tuple[str, str]]:
             f"{root / file} is not a UTF-8 text file: give a list with one picture name per line"
         ) from error
     found = []
-    for line in lines:
-        name, _, flag = line.strip().rpartition(" ")
-        if flag in ("-1", "0", "1") and name:
-            name, keep = name.strip(), flag != "-1"
-        else:
-            name, keep = line.strip(), True
-        if name and keep:
-            found.append((folder, name))
+    for line in filter(None, map(str.strip, lines)):
+        name, _, flag = line.rpartition(" ")
+        if not name or flag not in ("-1", "0", "1") or (root / folder / "Annotations" / f"{line}.xml").exists():
+            found.append((folder, line))
+        elif flag != "-1":
+            found.append((folder, name.strip()))
     return found
 
 
@@ -155,29 +156,31 @@ def _raw(
     names, sizes, objects, owners = [], [], [], []
     for number, (stem, file, content) in enumerate(zip(stems, files, contents, strict=True), 1):
         suffix, size, found = _parse(content, file)
+        found = [entry for entry in found if not (entry[2] and difficult == "drop")]
         names.append(stem + suffix)
         sizes.append(size)
         objects += found
         owners += [number] * len(found)
     used = list(classes) if classes else sorted({name for name, _, _ in objects})
-    number_of = {name: label for label, name in enumerate(used, 1)}
+    others = sorted({name for name, _, _ in objects} - set(used))
+    number_of = {name: label for label, name in enumerate([*used, *others], 1)}
     flags = np.array([flag for _, _, flag in objects], bool)
     corners = np.array([box for _, box, _ in objects], np.float64).reshape(-1, 4)
     extent = corners[:, 2:] - corners[:, :2]
     extent = np.where(extent > 0, extent + 1, extent)  # both corners on one pixel: a click, not an object; dropped
-    raw = RawAnnotations(
+    return RawAnnotations(
         origin,
         np.arange(1, len(names) + 1, dtype=np.int64),
         names,
         np.array(sizes, np.int64).reshape(-1, 2),
-        [(label, name) for name, label in number_of.items()],
+        list(enumerate(used, 1)),
         np.array(owners, np.int64),
-        np.array([number_of.get(name, -1) for name, _, _ in objects], np.int64),
+        np.array([number_of[name] for name, _, _ in objects], np.int64),
         np.concatenate([corners[:, :2] - 1, extent], 1),
         flags if difficult == "crowd" else np.zeros(len(flags), bool),
         np.full(len(flags), np.nan),
+        {number_of[name]: name for name in others},
     )
-    return raw
 
 
 def _parse(content: bytes, file: Path) -> tuple[str, tuple[int, int], list[_Object]]:
