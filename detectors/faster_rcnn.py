@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from detectors.backbones import NORMS, Pyramid, ResNetBackbone, SmallBackbone
+from detectors.backbones import NORMS, Pyramid, SmallBackbone, build_resnet
 from detectors.detector import Detector
 from detectors.padded import PaddedTargets
 from detectors.roi import RoiSettings, RoiStage
 from detectors.rpn import Anchors, Proposals, Rpn, RpnSettings
-from detectors.weights import CAFFE, RGB, first_weights, load_backbone
+from detectors.weights import load_backbone
 from harness import pretrain
 from harness.types import Normalize, UserError, View
 
@@ -201,42 +201,6 @@ def small_faster_rcnn(
         normalize=Normalize(mean=(120.0, 120.0, 120.0), std=(60.0, 60.0, 60.0)),
         pretraining=pretraining,
     )
-
-
-def build_resnet(
-    depth: int, weights: str, norm: str | None, frozen_stages: int | None, caffe: bool | None, cache_dir: str | Path
-) -> tuple[ResNetBackbone, Normalize, str]:
-    """A ResNet with its first weights, what it wants of pixels, and where the weights come from.
-
-    Args:
-        depth: 18, 50 or 101.
-        weights: `torchvision`, `scratch`, or the path of a file; see `detectors.weights`.
-        norm: `frozen`, `batch` or `group`; None: group from scratch, frozen otherwise.
-        frozen_stages: None: 2 (stem and layer1), but 0 from scratch.
-        caffe: see `first_weights`.
-        cache_dir: for downloads.
-
-    Raises:
-        UserError: an impossible combination, or weights that cannot be had.
-    """
-    if depth not in (18, 50, 101):
-        raise UserError(f"detector.depth={depth} is unknown: choose 18, 50 or 101")
-    if norm is not None and norm not in NORMS:
-        raise UserError(f"detector.norm={norm} is unknown: choose one of {', '.join(NORMS)}")
-    scratch = weights == "scratch"
-    if scratch and norm == "frozen":
-        raise UserError("detector.norm=frozen needs pre-trained weights: take detector.norm=group with weights=scratch")
-    if not scratch and norm == "group":
-        raise UserError(f"detector.norm=group does not fit detector.weights={weights}: those weights have BatchNorm")
-    if scratch and frozen_stages:
-        raise UserError("detector.frozen_stages must be 0 with detector.weights=scratch: nothing is learnt there yet")
-    first = first_weights(depth, weights, caffe, Path(cache_dir))
-    norm = norm or ("group" if scratch else "frozen")
-    frozen = (0 if scratch else 2) if frozen_stages is None else frozen_stages
-    body = ResNetBackbone(depth, norm, frozen, stride_in_1x1=first.caffe)
-    if first.state is not None:
-        load_backbone(body, first.state, weights)
-    return body, CAFFE if first.caffe else RGB, first.words
 
 
 def faster_rcnn(

@@ -108,7 +108,7 @@ class Method(nn.Module, ABC):
         if step <= self.teacher_from and when == "before":
             ema.copy(self.teacher, self.student)
         elif when == self.ema.update and step >= self.teacher_from:
-            momentum = ema.ramp(step, self.ema.momentum) if self.ema.ramp else self.ema.momentum
+            momentum = ema.ramp(step - self.teacher_from, self.ema.momentum) if self.ema.ramp else self.ema.momentum
             ema.update(self.teacher, self.student, momentum, self.ema.buffers)
 
     def trainable(self) -> nn.Module:

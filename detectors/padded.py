@@ -64,6 +64,22 @@ def pad(targets: Sequence[Target]) -> PaddedTargets:
     return PaddedTargets(boxes, labels, scores, valid.to(device, non_blocking=True))
 
 
+def concatenate(parts: Sequence[PaddedTargets]) -> PaddedTargets:
+    """Several batches as one, with the room of the largest."""
+    room = max(part.valid.shape[1] for part in parts)
+
+    def widened(values: Tensor) -> Tensor:
+        missing = room - values.shape[1]
+        return torch.cat([values, values.new_zeros(len(values), missing, *values.shape[2:])], 1)
+
+    return PaddedTargets(
+        torch.cat([widened(part.boxes) for part in parts]),
+        torch.cat([widened(part.labels) for part in parts]),
+        torch.cat([widened(part.scores) for part in parts]),
+        torch.cat([widened(part.valid) for part in parts]),
+    )
+
+
 def gather(values: Tensor, index: Tensor) -> Tensor:
     """Rows `index` (B, S) of `values` (B, N) or (B, N, D), image by image."""
     if values.dim() == 2:
