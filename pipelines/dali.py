@@ -16,35 +16,51 @@ from torch import Tensor
 
 from pipelines.base import BadImageError, BasePipeline, Job, canvas
 from pipelines.dali_graph import Graph, define
-from pipelines.plan import ViewPlan, from_shrunk
+from pipelines.plan import NOTHING, ViewPlan, from_shrunk, noise_patch
 from pipelines.policy import Policy, ViewPolicy
 
 
-def _view_inputs(policy: Policy, plan: ViewPlan, unshrink: np.ndarray) -> dict[str, np.ndarray]:
+def _view_inputs(policy: Policy, plan: ViewPlan, unshrink: np.ndarray) -> dict[str, Any]:
     """The plan as the graph's inputs."""
-    name, count = plan.policy.name, len(plan.sizes)
-    two_steps = plan.policy.affine is not None and policy.color_at == "view"
-    first = plan.to_resized
-    if plan.policy.affine is not None:
-        split = plan.color_first & two_steps
-        first = np.where(split[:, None, None], plan.to_resized, plan.to_view)
-    inputs = {
-        "size": plan.sizes,
-        "canvas": np.tile(np.asarray(canvas(plan)), (count, 1)),
-        "resize": first @ unshrink,
+    view, count = plan.policy, len(plan.sizes)
+    first, before, after = plan.geometry(policy.color_at)
+    inputs: dict[str, Any] = {
+        "size": _float(plan.sizes),
+        "first": _float(first @ unshrink),
+        "canvas": np.tile(np.array(canvas(plan), dtype=np.float32), (count, 1)),
     }
-    if plan.policy.color:
-        inputs |= {"kinds": plan.kinds.astype(np.int32), "values": plan.values}
-    if two_steps:
-        inputs |= {"affine": plan.affine, "color first": plan.color_first}
-    for number, erase in enumerate(plan.erase):
-        patches = np.stack([erase.boxes[:, :, :2].reshape(count, -1), erase.boxes[:, :, 2:].reshape(count, -1)], axis=1)
-        inputs[f"erase {number}"] = patches
-    keep = (np.int32, np.bool_)
-    return {
-        f"{name} {key}": np.ascontiguousarray(value if value.dtype in keep else value.astype(np.float32))
-        for key, value in inputs.items()
-    }
+    if view.color:
+        inputs |= {"kinds": plan.kinds.astype(np.int32), "values": _float(plan.values)}
+    if view.affine is not None:
+        inputs |= {"affine": _float(plan.affine), "composite": plan.has_affine & (before + after == NOTHING)}
+        if view.affine.nearest or view.affine.in_box_ops:
+            inputs["before"] = before.astype(np.int32)
+        if policy.color_at == "view":
+            inputs["after"] = after.astype(np.int32)
+        if view.affine.in_box_ops:
+            corners = plan.regions[:, [1, 0, 3, 2]].astype(np.int32)
+            inputs |= {"region anchor": corners[:, :2], "region shape": corners[:, 2:] - corners[:, :2]}
+            inputs["region affine"] = _float(plan.region_affine)
+    constant = [erase.boxes for erase in plan.erase if erase.noise is None]
+    if constant:
+        boxes = np.concatenate(constant, axis=1)
+        inputs["patches"] = _float(np.stack([boxes[:, :, :2], boxes[:, :, 2:]], axis=1).reshape(count, 2, -1))
+    noise = [
+        (erase.boxes[:, i], erase.noise[:, i])
+        for erase in plan.erase
+        if erase.noise is not None
+        for i in range(erase.boxes.shape[1])
+    ]
+    if noise:
+        anchors = [np.zeros((count, 2), np.int64), *(boxes[:, :2] for boxes, _ in noise)]
+        inputs["noise anchors"] = np.stack(anchors, axis=1).astype(np.int32)
+    for number, (boxes, offsets) in enumerate(noise):
+        inputs[f"noise {number}"] = [noise_patch(box, offset) for box, offset in zip(boxes, offsets, strict=True)]
+    return {f"{view.name} {key}": value for key, value in inputs.items()}
+
+
+def _float(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array, dtype=np.float32)
 
 
 class _Runner:
@@ -82,7 +98,7 @@ class _Runner:
         for plan in job.plans:
             inputs |= _view_inputs(self._graph.policy, plan, unshrink)
         for name, value in inputs.items():
-            self._pipeline.feed_input(name, value)
+            self._pipeline.feed_input(name, value if isinstance(value, list) else np.ascontiguousarray(value))
         self._data.append(data)
         self._pipeline.schedule_run()
         return None

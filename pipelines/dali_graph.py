@@ -12,7 +12,7 @@ from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
 
 from harness.types import Normalize
-from pipelines.plan import KINDS
+from pipelines.plan import IN_BOX, KINDS, LINEAR, NEAREST
 from pipelines.policy import Policy, ViewPolicy
 
 Node = Any  # nvidia.dali.data_node.DataNode
@@ -54,6 +54,10 @@ class Graph:
             interp_type=DALIInterpType.INTERP_NN if nearest else DALIInterpType.INTERP_LINEAR,
         )
 
+    def on_device(self, small: Node) -> Node:
+        """A small CPU array where an operation takes it as an input."""
+        return small.gpu() if self.gpu else small
+
     def gray(self, image: Node) -> Node:
         """Luma in all three channels."""
         gray = fn.color_space_conversion(image, image_type=self.weighed, output_type=DALIImageType.GRAY)
@@ -80,54 +84,92 @@ class Graph:
             output_layout="CHW",
         )
 
+    # One method per colour operation. What is slow on the CPU is avoided: arithmetic on images other than uint8 with
+    # uint8, and everything but crop_mirror_normalize that takes numbers per channel.
+
     def _brightness(self, image: Node, value: Node) -> Node:
         return fn.brightness_contrast(image, brightness=value)
 
     def _contrast(self, image: Node, value: Node) -> Node:
         gray = fn.color_space_conversion(image, image_type=self.weighed, output_type=DALIImageType.GRAY)
-        mean = fn.reductions.mean(gray)
+        mean = math.floor(fn.reductions.mean(gray) + 0.5)
         if self.gpu:  # named arguments must be on the CPU
-            return fn.cast(math.clamp(image * value + mean * (1.0 - value) + 0.5, 0.0, 255.0), dtype=DALIDataType.UINT8)
-        center = fn.cast(fn.cast(mean + 0.5, dtype=DALIDataType.INT32), dtype=DALIDataType.FLOAT)
-        return fn.brightness_contrast(image, contrast=value, contrast_center=center)
+            return fn.cast(math.clamp(image * value + mean * (1.0 - value), 0.0, 255.0), dtype=DALIDataType.UINT8)
+        return fn.brightness_contrast(image, contrast=value, contrast_center=mean)
 
     def _saturation(self, image: Node, value: Node) -> Node:
-        return self.blend(image, self.gray(image), value)
+        a = fn.brightness_contrast(image, brightness=value, dtype=DALIDataType.INT16)
+        b = fn.brightness_contrast(self.gray(image), brightness=1.0 - value, dtype=DALIDataType.INT16)
+        return fn.cast(a + b, dtype=DALIDataType.UINT8)
 
     def _sharpness(self, image: Node, value: Node) -> Node:
-        kernel = types.Constant(np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], dtype=np.float32) / 13.0, device="cpu")
-        return self.blend(image, fn.filter(image, kernel), value)
+        smooth = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], dtype=np.float32) / 13.0
+        same = np.zeros((3, 3), dtype=np.float32)
+        same[1, 1] = 1.0
+        kernel = types.Constant(same, device="cpu") * value + types.Constant(smooth, device="cpu") * (1.0 - value)
+        inner = fn.filter(image, self.on_device(kernel), mode="valid")
+        return self.paste(image, [inner], types.Constant(np.array([[0, 0], [1, 1]], dtype=np.int32), device="cpu"))
 
     def _solarize(self, image: Node, value: Node) -> Node:
-        above = fn.cast(image >= fn.cast(value, dtype=DALIDataType.INT32), dtype=DALIDataType.UINT8)
-        return image ^ (above * types.Constant(np.uint8(255)))
+        every_bit = types.Constant(255, dtype=DALIDataType.UINT8)
+        return image ^ ((image >= fn.cast(value, dtype=DALIDataType.UINT8)) * every_bit)
 
     def _posterize(self, image: Node, value: Node) -> Node:
-        return image & fn.cast(256 - fn.cast(2.0 ** (8.0 - value), dtype=DALIDataType.INT32), dtype=DALIDataType.UINT8)
+        mask = 256 - fn.cast(2.0 ** (8.0 - value), dtype=DALIDataType.INT32)
+        return image & fn.cast(mask, dtype=DALIDataType.UINT8)
 
     def _autocontrast(self, image: Node, _: Node) -> Node:
-        low = fn.reductions.min(image, axes=[0, 1], keep_dims=True)
-        high = fn.reductions.max(image, axes=[0, 1], keep_dims=True)
-        span = fn.cast(high, dtype=DALIDataType.FLOAT) - fn.cast(low, dtype=DALIDataType.FLOAT)
-        flat = fn.cast(span < 0.5, dtype=DALIDataType.FLOAT)
-        scale = 255.0 * (1.0 - flat) / (span + flat) + flat
-        return fn.cast(
-            fn.cast(image, dtype=DALIDataType.FLOAT) * scale
-            - fn.cast(low, dtype=DALIDataType.FLOAT) * scale * (1.0 - flat),
-            dtype=DALIDataType.UINT8,
-        )
+        low = fn.cast(fn.reductions.min(image, axes=[0, 1]), dtype=DALIDataType.FLOAT)
+        high = fn.cast(fn.reductions.max(image, axes=[0, 1]), dtype=DALIDataType.FLOAT)
+        flat = fn.cast(high - low < 0.5, dtype=DALIDataType.FLOAT)  # a channel of one value stays
+        if self.gpu:
+            scale = 255.0 * (1.0 - flat) / (high - low + flat) + flat
+            stretched = (image - low * (1.0 - flat)) * scale
+            return fn.cast(math.clamp(math.floor(stretched + 1e-4), 0.0, 255.0), dtype=DALIDataType.UINT8)
+        missing = fn.reductions.max(low + 255.0 - high)
+        if missing > 0.5:  # most photographs have all values in every channel
+            # PIL truncates, crop_mirror_normalize rounds.
+            result = fn.crop_mirror_normalize(
+                image,
+                mean=low * (1.0 - flat),
+                std=(high - low) * (1.0 - flat) / 255.0 + flat,
+                shift=-0.4999,
+                dtype=DALIDataType.UINT8,
+                output_layout="HWC",
+            )
+        else:
+            result = image
+        return result
 
     def _equalize(self, image: Node, _: Node) -> Node:
         return fn.equalize(image)
 
     def _hue(self, image: Node, value: Node) -> Node:
-        return fn.hue(image, hue=value * 360.0)
+        return fn.hue(image, hue=value * 360.0, image_type=self.weighed)
 
     def _grayscale(self, image: Node, _: Node) -> Node:
         return self.gray(image)
 
     def _blur(self, image: Node, value: Node) -> Node:
-        return fn.gaussian_blur(image, sigma=value)
+        radius = self.policy.blur_radius
+        taps = np.arange(-radius, radius + 1, dtype=np.float32)
+        kernel = math.exp(types.Constant(-(taps**2) / 2.0, device="cpu") / (value * value))
+        kernel = self.on_device(kernel / fn.reductions.sum(kernel))
+        image = fn.filter(image, fn.reshape(kernel, shape=[-1, 1]))
+        return fn.filter(image, fn.reshape(kernel, shape=[1, -1]))
+
+    def in_box(self, image: Node, inputs: dict[str, Node], fill: list[float]) -> Node:
+        """An operation inside one box: cut out, warped, pasted back."""
+        anchor, shape = inputs["anchor"], inputs["shape"]
+        cut = fn.slice(image, anchor, shape, axes=[0, 1])
+        size = fn.cast(shape, dtype=DALIDataType.FLOAT)
+        cut = self.warp(cut, inputs["region affine"], size, "constant", fill, False)
+        return self.paste(image, [cut], fn.stack(anchor * 0, anchor))
+
+    def paste(self, image: Node, patches: list[Node], anchors: Node) -> Node:
+        """Patches over an image; the first anchor is the image's own."""
+        size = fn.cast(image.shape()[:2], dtype=DALIDataType.INT32)
+        return fn.multi_paste(image, *patches, out_anchors=anchors, output_size=size)
 
 
 def _color(graph: Graph, image: Node, kind: Node, value: Node, names: list[str]) -> Node:
@@ -147,39 +189,80 @@ def _colors(graph: Graph, image: Node, view: ViewPolicy, kinds: Node, values: No
     return image
 
 
+def _geometry(graph: Graph, image: Node, view: ViewPolicy, kind: Node, inputs: dict[str, Node]) -> Node:
+    """The geometric operation of `kind`, if any."""
+    fill, affine, size = graph.fill(view.fill), inputs["affine"], inputs["size"]
+    assert view.affine is not None
+    if kind == LINEAR:
+        image = graph.warp(image, affine, size, "constant", fill, False)
+    # `and` would make a graph condition of what is known now.
+    if view.affine.nearest:  # noqa: SIM102
+        if kind == NEAREST:
+            image = graph.warp(image, affine, size, "constant", fill, True)
+    if view.affine.in_box_ops:  # noqa: SIM102
+        if kind == IN_BOX:
+            image = graph.in_box(image, inputs, fill)
+    return image
+
+
+def _erase(graph: Graph, image: Node, view: ViewPolicy) -> Node:
+    """Constant patches, then noise patches."""
+    constant = any(not step.noise for step in view.erase)
+    if constant:
+        patches = _input(f"{view.name} patches", DALIDataType.FLOAT, 2)
+        fill = graph.fill(view.erase_fill)
+        image = fn.erase(image, anchor=patches[0], shape=patches[1], axis_names="HW", fill_value=fill)
+    noises = sum(step.max_count for step in view.erase if step.noise)
+    if noises:
+        anchors = _input(f"{view.name} noise anchors", DALIDataType.INT32, 2)
+        noise = [
+            fn.external_source(name=f"{view.name} noise {i}", dtype=DALIDataType.UINT8, ndim=3, layout="HWC")
+            for i in range(noises)
+        ]
+        image = graph.paste(image, [graph.on_device(patch) for patch in noise], anchors)
+    return image
+
+
 def _define_view(graph: Graph, image: Node, view: ViewPolicy) -> Node:
-    """One branch: geometry, colour, erasing, normalisation."""
+    """One branch: geometry and colour in the view's order, erasing, normalisation."""
     fill, nearest = graph.fill(view.fill), graph.policy.interpolation == "nearest"
-    size = _input(f"{view.name} size", DALIDataType.FLOAT, 1)
-    padded = _input(f"{view.name} canvas", DALIDataType.FLOAT, 1)
-    resize = _input(f"{view.name} resize", DALIDataType.FLOAT, 2)
-    border = "replicate" if view.zoom is None else "constant"
-    source = graph.policy.color_at == "source"
+    at_source = graph.policy.color_at == "source"
+    inputs = {
+        "size": _input(f"{view.name} size", DALIDataType.FLOAT, 1),
+        "first": _input(f"{view.name} first", DALIDataType.FLOAT, 2),
+    }
     if view.color:
         kinds = _input(f"{view.name} kinds", DALIDataType.INT32, 1)
         values = _input(f"{view.name} values", DALIDataType.FLOAT, 1)
-    if view.color and source:
+    if view.color and at_source:
         image = _colors(graph, image, view, kinds, values)
-    if view.affine is None or source:
-        image = graph.warp(image, resize, size, "constant" if view.affine else border, fill, nearest)
-        if view.color and not source:
-            image = _colors(graph, image, view, kinds, values)
+    if view.zoom is not None:
+        image = graph.warp(image, inputs["first"], inputs["size"], "constant", fill, nearest)
+    elif view.affine is None:
+        image = graph.warp(image, inputs["first"], inputs["size"], "replicate", fill, nearest)
     else:
-        affine = _input(f"{view.name} affine", DALIDataType.FLOAT, 2)
-        color_first = _input(f"{view.name} color first", DALIDataType.BOOL, 0)
-        if color_first:
-            image = graph.warp(image, resize, size, border, fill, nearest)
-            image = _colors(graph, image, view, kinds, values)
-            image = graph.warp(image, affine, size, "constant", fill, nearest)
+        composite = _input(f"{view.name} composite", DALIDataType.BOOL, 0)
+        if composite:
+            image = graph.warp(image, inputs["first"], inputs["size"], "constant", fill, nearest)
         else:
-            image = graph.warp(image, resize, size, "constant", fill, nearest)
-            image = _colors(graph, image, view, kinds, values)
-    for number, _ in enumerate(view.erase):
-        patches = _input(f"{view.name} erase {number}", DALIDataType.FLOAT, 2)
-        image = fn.erase(
-            image, anchor=patches[0], shape=patches[1], axis_names="HW", fill_value=graph.fill(view.erase_fill)
-        )
-    return graph.normalize(image, padded)
+            image = graph.warp(image, inputs["first"], inputs["size"], "replicate", fill, nearest)
+    if view.affine is not None:
+        inputs["affine"] = _input(f"{view.name} affine", DALIDataType.FLOAT, 2)
+        if view.affine.in_box_ops:
+            inputs["anchor"] = _input(f"{view.name} region anchor", DALIDataType.INT32, 1)
+            inputs["shape"] = _input(f"{view.name} region shape", DALIDataType.INT32, 1)
+            inputs["region affine"] = _input(f"{view.name} region affine", DALIDataType.FLOAT, 2)
+        if view.affine.nearest or view.affine.in_box_ops:
+            before = _input(f"{view.name} before", DALIDataType.INT32, 0)
+            image = _geometry(graph, image, view, before, inputs)
+    if view.color and not at_source:
+        image = _colors(graph, image, view, kinds, values)
+    if view.affine is not None and not at_source:
+        after = _input(f"{view.name} after", DALIDataType.INT32, 0)
+        image = _geometry(graph, image, view, after, inputs)
+    if view.erase:
+        image = _erase(graph, image, view)
+    return graph.normalize(image, _input(f"{view.name} canvas", DALIDataType.FLOAT, 1))
 
 
 @pipeline_def(enable_conditionals=True)

@@ -6,6 +6,7 @@ Everything is vectorised over the batch and pure: the same keys give the same pl
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,22 +15,46 @@ from harness.sampling import uniform
 from pipelines.policy import COLOR_OPS, Affine, Erase, Policy, Range, Resize, ViewPolicy
 
 KINDS = {name: number for number, name in enumerate(COLOR_OPS)}
+NOISE_SIDE = 1024
+
+# What geometry an image gets before or after its colour operations, beside the first warp.
+NOTHING, LINEAR, NEAREST, IN_BOX = range(4)
+
+
+@functools.cache
+def noise_tile() -> np.ndarray:
+    """(NOISE_SIDE, NOISE_SIDE, 3) uint8 uniform random bytes, the same in every process.
+
+    Gaussian noise of standard deviation 1 on [0, 1] images that wraps around when it is cast to bytes, as Unbiased
+    Teacher's code does, is uniform to within 1e-8.
+    """
+    draws = uniform(np.arange(NOISE_SIDE), NOISE_SIDE * 3, "noise tile")
+    return (draws * 256).astype(np.uint8).reshape(NOISE_SIDE, NOISE_SIDE, 3)
+
+
+def noise_patch(box: np.ndarray, offset: np.ndarray) -> np.ndarray:
+    """(height, width, 3) uint8 noise of one patch; the tile repeats."""
+    rows = (np.arange(box[2]) + offset[0]) % NOISE_SIDE
+    columns = (np.arange(box[3]) + offset[1]) % NOISE_SIDE
+    return noise_tile()[rows[:, None], columns[None, :]]
 
 
 @dataclass
 class ErasePlan:
     """Patches of one erasing step."""
 
-    boxes: np.ndarray  # (B, N, 4) int64 top, left, height, width, inside the view; unused rows have height 0
-    noise: np.ndarray | None  # (B,) int64 keys of the noise, or None for a constant fill
+    boxes: np.ndarray  # (B, N, 4) int64 top, left, height, width, inside the view; unused rows are 0
+    noise: np.ndarray | None  # (B, N, 2) int64 top, left of the patch's noise in `noise_tile`; None: constant fill
 
 
 @dataclass
 class ViewPlan:
     """What happens to B images in one view.
 
-    The image is warped by `to_resized`, gets its colour operations and `affine`, in the order that `color_first` says,
-    and is erased. With `color_at: source` the colour operations come before everything.
+    The image is resized (`to_resized`), gets its colour operations and its geometric one (`affine`, or `region_affine`
+    inside `regions`) in the order that `color_first` says, and is erased. With `color_at: source` the colour operations
+    come before everything. Where the geometric operation directly follows the resizing and both interpolate linearly,
+    they are one warp, which saves a resampling.
     """
 
     policy: ViewPolicy
@@ -48,6 +73,28 @@ class ViewPlan:
     def to_view(self) -> np.ndarray:
         """(B, 3, 3) float64 original pixels -> view pixels; in-box operations move pixels and not boxes."""
         return self.affine @ self.to_resized
+
+    @property
+    def has_affine(self) -> np.ndarray:
+        """(B,) bool: there is a geometric operation on the whole image."""
+        return (self.affine != np.eye(3)).any((1, 2))
+
+    @property
+    def has_region(self) -> np.ndarray:
+        """(B,) bool: there is one inside a box."""
+        return (self.regions[:, 2] > self.regions[:, 0]) & (self.regions[:, 3] > self.regions[:, 1])
+
+    def geometry(self, color_at: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What a backend does beside the colour operations.
+
+        Returns:
+            (B, 3, 3) the first warp, (B,) geometry before and (B,) geometry after the colour operations, each
+            NOTHING, LINEAR or NEAREST (a warp by `affine`), or IN_BOX.
+        """
+        apart = self.has_affine & (self.nearest | (self.color_first & (color_at == "view")))
+        first = np.where((self.has_affine & ~apart)[:, None, None], self.to_view, self.to_resized)
+        kind = np.where(self.has_region, IN_BOX, np.where(~apart, NOTHING, np.where(self.nearest, NEAREST, LINEAR)))
+        return first, np.where(self.color_first, NOTHING, kind), np.where(self.color_first, kind, NOTHING)
 
 
 def _identity(count: int) -> np.ndarray:
@@ -189,7 +236,8 @@ def _erase(step: Erase, number: int, view: ViewPolicy, keys: np.ndarray, sizes: 
     y, x = np.maximum(y, 0), np.maximum(x, 0)
     used = (np.arange(most) < count[:, None]) & (bottom > y) & (right > x)
     boxes = np.stack([y, x, bottom - y, right - x], axis=2) * used[:, :, None]
-    return ErasePlan(boxes.astype(np.int64), keys if step.noise else None)
+    offsets = uniform(keys, 2 * most, f"{view.name} noise {number}").reshape(-1, most, 2)
+    return ErasePlan(boxes.astype(np.int64), (offsets * NOISE_SIDE).astype(np.int64) if step.noise else None)
 
 
 def plan_view(

@@ -81,6 +81,11 @@ class Range:
             raise _error(where, f"expected [low, high], got {list(config)}")
         return Range(float(config[0]), float(config[1]))
 
+    @property
+    def largest(self) -> float:
+        """The largest number it can give, before rounding."""
+        return max(self.values, default=self.high)
+
     def sample(self, u: np.ndarray) -> np.ndarray:
         """Maps uniform numbers in [0, 1) to values of the same shape."""
         if self.values:
@@ -146,7 +151,7 @@ class Erase:
     @property
     def max_count(self) -> int:
         """Most patches an image can get."""
-        return int(max(self.count.values, default=self.count.high))
+        return int(self.count.largest)
 
 
 @dataclass(frozen=True)
@@ -321,6 +326,13 @@ class Policy:
             if getattr(policy, name) != value
         )
         return dataclasses.replace(policy, deviations=policy.deviations + changed)
+
+    @property
+    def blur_radius(self) -> int:
+        """Three standard deviations of the widest blur of any view, pixels."""
+        steps = [step for view in self.views.values() for step in view.color]
+        widest = [step.ops["blur"].largest for step in steps if "blur" in step.ops]
+        return int(np.ceil(3.0 * max(widest, default=0.0)))
 
     def view(self, name: str) -> ViewPolicy:
         """The view of that name.
