@@ -130,8 +130,8 @@ class RetinaNet(OneStage):
     """
 
     def __init__(
-        self, *, per_image_normalizer: bool, beta: float, backbone: Pyramid, anchors: Anchors, **others
-    ) -> None:  # type: ignore[no-untyped-def]
+        self, *, per_image_normalizer: bool, beta: float, backbone: Pyramid, anchors: Anchors, **others: Any
+    ) -> None:
         super().__init__(backbone=backbone, anchors=anchors, **others)
         self.per_image_normalizer = per_image_normalizer
         self.beta = beta

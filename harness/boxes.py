@@ -53,8 +53,8 @@ def transform_boxes(boxes: Tensor, matrices: Tensor) -> Tensor:
         matrices: (..., 3, 3), one for each leading index of `boxes`, acting on columns (x, y, 1).
     """
     x, y = boxes[..., [0, 2, 2, 0]], boxes[..., [1, 1, 3, 3]]  # the four corners, clockwise
-    m = matrices.float()
-    (ax, ay, at), (bx, by, bt), (cx, cy, ct) = ([m[..., i, j, None, None] for j in range(3)] for i in range(3))
+    rows = [matrices[..., i, :, None, None].float().unbind(-3) for i in range(3)]
+    (ax, ay, at), (bx, by, bt), (cx, cy, ct) = rows
     depth = cx * x + cy * y + ct
     mapped_x, mapped_y = (ax * x + ay * y + at) / depth, (bx * x + by * y + bt) / depth
     return torch.stack([mapped_x.amin(-1), mapped_y.amin(-1), mapped_x.amax(-1), mapped_y.amax(-1)], -1)
