@@ -81,9 +81,11 @@ def resolve_split(dataset: Dataset, split_config: Mapping[str, Any]) -> Split:
     offset = int(split_config.get("offset") or 0)
     split = make_split(ids, percent, fold, protocol, offset=offset, index=index, unlabeled_ids=unlabeled_ids)
     if not len(labeled_source(dataset, split, split_config).boxes):
+        p = policy(split_config)
         raise UserError(
             f"the {len(split.labeled_ids)} labelled image(s) of split.percent={split.percent:g} "
-            f"split.fold={split.fold} show no box: give a larger percent or another fold"
+            f"split.fold={split.fold} show no box (split.crowd_boxes={p.crowd_boxes}, split.min_side={p.min_side}): "
+            "give a larger percent or another fold"
         )
     return split
 

@@ -70,7 +70,7 @@ def test_same_as_the_global_stream() -> None:
 
 @pytest.mark.parametrize("protocol", ["stac", "soft_teacher"])
 def test_nested(protocol: str) -> None:
-    parts = [set(make_split(COCO, percent, 2, protocol).labeled_ids) for percent in (0.01, 1, 2, 5, 10, 50, 100)]
+    parts = [set(make_split(COCO, percent, 2, protocol).labeled_ids) for percent in (0.01, 1, 10, 50, 100)]
     for small, large in pairwise(parts):
         assert small < large
 
@@ -100,7 +100,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     return options
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(cases())
 def test_every_image_is_in_exactly_one_part(options: dict[str, Any]) -> None:
     split = make_split(**options)

@@ -1,0 +1,439 @@
+"""What `prepare` finds in pictures, splits and split files, and what a run is then given."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from harness import cli, prepare, split_files
+from harness.datasets import Dataset, coco_dataset
+from harness.images import check_images
+from harness.types import UserError
+
+TINY = Path(__file__).parents[3] / "shared" / "data" / "coco_tiny"
+CLASSES = [{"id": 3, "name": "cat"}, {"id": 8, "name": "dog"}]
+
+
+def picture(width: int = 40, height: int = 30, mode: str = "RGB") -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def rotated(path: Path) -> None:
+    """As a phone held upright writes it: 40x30 pixels are stored, and EXIF asks to show them turned."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture().save(path, exif=exif)
+
+
+def cut(path: Path, share: float) -> None:
+    picture().save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+
+
+def sixteen_bit(path: Path) -> None:
+    Image.fromarray(np.full((30, 40), 50_000, np.uint16)).save(path)
+
+
+def sixteen_bit_colour(path: Path) -> None:
+    """Pillow writes no such file; OpenCV does."""
+    import cv2
+
+    cv2.imwrite(str(path), np.full((30, 40, 3), 50_000, np.uint16))
+
+
+# File name, how it is made, the size the annotations give; then what makes the picture bad, or what is said of it.
+PICTURES: dict[str, tuple[str, Callable[[Path], Any], tuple[int, int], str | None, str | None]] = {
+    "JPEG": ("a.jpg", picture().save, (40, 30), None, None),
+    "PNG": ("a.png", picture().save, (40, 30), None, None),
+    "spaces and letters beyond ASCII": ("grüne Äpfel 苹果.jpg", picture().save, (40, 30), None, None),
+    "PNG named JPEG": ("a.jpg", lambda p: picture().save(p, "PNG"), (40, 30), None, None),
+    "gray": ("a.jpg", picture(mode="L").save, (40, 30), None, "gray pixels"),
+    "CMYK": ("a.jpg", picture(mode="CMYK").save, (40, 30), None, "CMYK pixels"),
+    "palette": ("a.png", picture(mode="P").save, (40, 30), None, "palette pixels"),
+    "alpha": ("a.png", picture(mode="RGBA").save, (40, 30), None, "alpha pixels"),
+    "gray with alpha": ("a.png", picture(mode="LA").save, (40, 30), None, "alpha pixels"),
+    "16 bit gray": ("a.png", sixteen_bit, (40, 30), None, "16 bit pixels"),
+    "16 bit colour": ("a.png", sixteen_bit_colour, (40, 30), None, "16 bit pixels"),
+    "rotated by EXIF": ("a.jpg", rotated, (40, 30), None, "EXIF rotation, which is not applied"),
+    "annotated after rotation": ("a.jpg", rotated, (30, 40), "annotated after rotation by EXIF: stored as 40x30", None),
+    "other size": ("a.jpg", picture().save, (41, 30), "of another size than annotated: 40x30", None),
+    "missing": ("a.jpg", lambda _: None, (40, 30), "missing", None),
+    "empty": ("a.jpg", lambda p: p.write_bytes(b""), (40, 30), "empty", None),
+    "text": ("a.jpg", lambda p: p.write_text("404 not found"), (40, 30), "not an image", None),
+    "a folder": ("a.jpg", lambda p: p.mkdir(), (40, 30), "a folder", None),
+    "half a JPEG": ("a.jpg", lambda p: cut(p, 0.5), (40, 30), "truncated", None),
+    "first bytes of a JPEG": ("a.jpg", lambda p: cut(p, 0.02), (40, 30), "not an image", None),
+}
+
+
+@pytest.mark.parametrize("level", ["quick", "headers", "full"])
+@pytest.mark.parametrize("case", PICTURES)
+def test_pictures(tmp_path: Path, case: str, level: str) -> None:
+    name, make, (width, height), bad, note = PICTURES[case]
+    path = tmp_path / name
+    make(path)
+    check = check_images([str(path)], np.array([17]), np.array([[height, width]]), level)
+    assert list(check.bad) == ([17] if bad else [])
+    assert all(bad in reason for reason in check.bad.values() if bad)
+    assert [f.count for f in check.findings] == ([1] if bad or note else [])
+    assert all((bad or note or "").split(":")[0] in str(f) and name in str(f) for f in check.findings)
+
+
+def test_half_a_png_shows_when_it_is_decoded(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    cut(path, 0.5)
+    arguments: Any = ([str(path)], np.array([1]), np.array([[30, 40]]))
+    assert check_images(*arguments, "headers").bad == {}
+    assert check_images(*arguments, "full").bad == {1: "truncated"}
+
+
+@pytest.mark.timeout(60)
+def test_many_pictures(tmp_path: Path) -> None:
+    """In order, by threads, each exactly once; quick looks at every file but reads only a sample of headers."""
+    good, bad = tmp_path / "good.jpg", tmp_path / "bad.jpg"
+    picture().save(good)
+    bad.write_bytes(b"x")
+    count = 3000
+    paths = [str(bad if i == 2999 else tmp_path / "none.jpg" if i == 1001 else good) for i in range(count)]
+    sizes = np.tile([30, 40], (count, 1))
+    for level, checked in (("quick", 2000), ("headers", count)):
+        steps: list[int] = []
+        check = check_images(paths, np.arange(count), sizes, level, threads=3, progress=steps.append)
+        assert (check.checked, sum(steps)) == (checked, count)
+        assert check.bad == {1001: "missing", 2999: "not an image, or damaged"}
+
+
+def make_dataset(
+    root: Path, train: int = 20, val: int = 3, boxes: int = 2, change: Callable[[dict[str, Any]], Any] = lambda _: None
+) -> Dataset:
+    """Images train/0.jpg and on, of 64x48 px, each with `boxes` boxes; `change` edits the training annotations."""
+    for part, count in (("train", train), ("val", val)):
+        (root / part).mkdir(parents=True, exist_ok=True)
+        images = [{"id": 10 + i, "file_name": f"{i}.jpg", "width": 64, "height": 48} for i in range(count)]
+        for image in images:
+            picture(64, 48).save(root / part / str(image["file_name"]))
+        rows = [
+            {"image_id": 10 + i, "category_id": (3, 8)[n % 2], "bbox": [n, 1.5, 10, 12.25], "iscrowd": 0, "area": 5}
+            for i in range(count)
+            for n in range(boxes)
+        ]
+        content = {"images": images, "annotations": rows, "categories": CLASSES}
+        if part == "train":
+            change(content)
+        (root / f"{part}.json").write_text(json.dumps(content))
+    return open_dataset(root)
+
+
+def open_dataset(root: Path, **options: Any) -> Dataset:
+    return coco_dataset("mine", root, root / "cache", **options)
+
+
+def config(protocol: str = "soft_teacher", percent: float = 10, **more: Any) -> dict[str, Any]:
+    return {"protocol": protocol, "percent": percent, "fold": 1, "offset": 0, "index_file": None} | more
+
+
+def test_sources(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path)
+    split = prepare.resolve_split(dataset, config())
+    labeled, unlabeled = prepare.sources(dataset, split, config())
+    assert unlabeled is not None
+    assert (len(labeled), len(labeled.boxes)) == (2, 4)
+    assert (len(unlabeled), len(unlabeled.boxes), len(unlabeled.labels)) == (18, 0, 0)
+    assert sorted([*labeled.ids, *unlabeled.ids]) == list(range(10, 30))
+    everything = prepare.resolve_split(dataset, config(percent=100))
+    assert prepare.sources(dataset, everything, config(percent=100))[1] is None
+
+
+# Image 10 has no annotation, 11 a crowd alone, 12 is 20 px high: which labelled images each protocol shows of 10..14.
+SHOWN = {
+    "stac": [12, 13, 14],
+    "soft_teacher": [11, 13, 14],
+    "unbiased_teacher": [12, 13, 14],
+    "ids": [10, 11, 12, 13, 14],
+}
+
+
+@pytest.mark.parametrize("protocol", SHOWN)
+def test_policy_of_each_protocol(tmp_path: Path, protocol: str) -> None:
+    def change(content: dict[str, Any]) -> None:
+        for image in content["images"]:
+            image |= {"width": 400, "height": 300}
+        content["images"][2]["height"] = 20
+        rows = [row for row in content["annotations"] if row["image_id"] > 10]
+        for row in rows:
+            row["iscrowd"] = int(row["image_id"] == 11)
+        content["annotations"] = rows
+
+    dataset = make_dataset(tmp_path, train=5, change=change)
+    file = tmp_path / "index.json"
+    content = {"60.0": {"1": [0, 1, 2]}} if protocol == "unbiased_teacher" else list(range(10, 15))
+    file.write_text(json.dumps(content))
+    wanted = config(protocol, 60 if protocol == "unbiased_teacher" else 100, index_file=str(file))
+    labeled, _ = prepare.sources(dataset, prepare.resolve_split(dataset, wanted), wanted)
+    assert labeled.ids.tolist() == SHOWN[protocol]
+    if protocol != "unbiased_teacher":
+        wanted |= {"empty_images": "keep", "crowd_boxes": "keep", "min_side": 0}
+        labeled, _ = prepare.sources(dataset, prepare.resolve_split(dataset, wanted), wanted)
+        assert labeled.ids.tolist() == [10, 11, 12, 13, 14]
+        assert len(labeled.boxes) == 8
+
+
+def test_labelled_part_without_a_box(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, boxes=1, change=lambda c: c.update(annotations=c["annotations"][:1]))
+    with pytest.raises(UserError, match=r"split.percent=5 split.fold=1 show no box \(split.crowd_boxes=drop"):
+        prepare.resolve_split(dataset, config("stac", 5))
+
+
+def test_full(tmp_path: Path) -> None:
+    make_dataset(tmp_path)
+    (tmp_path / "more").mkdir()
+    picture(64, 48).save(tmp_path / "more" / "x.jpg")
+    dataset = open_dataset(tmp_path, unlabeled_images="more")
+    wanted = config("full")
+    split = prepare.resolve_split(dataset, wanted)
+    labeled, unlabeled = prepare.sources(dataset, split, wanted)
+    assert unlabeled is not None
+    assert (len(labeled), len(unlabeled), split.percent) == (20, 1, 100)
+    assert not set(labeled.ids) & set(unlabeled.ids)
+    assert prepare.unlabeled_index(dataset, split) is dataset.unlabeled
+    with pytest.raises(UserError, match=r"but .*none\.json is not there"):
+        prepare.resolve_split(
+            open_dataset(tmp_path, unlabeled_annotations="none.json", unlabeled_images="more"), wanted
+        )
+
+
+# Checks before a training.
+
+
+def test_bad_training_pictures_are_left_out(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path)
+    (tmp_path / "train" / "7.jpg").unlink()
+    (tmp_path / "train" / "8.jpg").write_bytes(b"")
+    checks = prepare.check(dataset)
+    assert checks.bad_images == 2
+    split = prepare.resolve_split(dataset, config("soft_teacher", 100))
+    assert len(split.labeled_ids) == 20
+    labeled, _ = prepare.sources(dataset, split, config("soft_teacher", 100), checks)
+    assert sorted(labeled.ids) == [i for i in range(10, 30) if i not in (17, 18)]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda root: (root / "val" / "1.jpg").unlink(), r"1 of the 3 val pictures .*1\.jpg \(missing\)"),
+        (
+            lambda root: [p.unlink() for p in (root / "train").iterdir()],
+            r"20 of the 20 train pictures .*more than a tenth",
+        ),
+    ],
+)
+def test_fatal_pictures(tmp_path: Path, spoil: Callable[[Path], Any], message: str) -> None:
+    dataset = make_dataset(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(UserError, match=message) as caught:
+        prepare.check(dataset)
+    assert "\n" not in str(caught.value)
+
+
+def test_evaluation_without_a_box(tmp_path: Path) -> None:
+    make_dataset(tmp_path)
+    content = json.loads((tmp_path / "val.json").read_text())
+    (tmp_path / "val.json").write_text(json.dumps(content | {"annotations": []}))
+    with pytest.raises(UserError, match="no box to score against"):
+        prepare.check(open_dataset(tmp_path))
+
+
+def test_shared_pictures_are_reported(tmp_path: Path) -> None:
+    make_dataset(tmp_path)
+    dataset = open_dataset(tmp_path, val_images="train")
+    (finding,) = prepare.check(dataset).findings
+    assert finding.count == 3
+    assert "in train and in val" in str(finding)
+
+
+def test_unknown_level(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="check=deep is not one of quick, headers, full"):
+        prepare.check(make_dataset(tmp_path), "deep")
+
+
+# Split files.
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    percent=st.sampled_from([5, 10, 12.5, 50]),
+    fold=st.integers(1, 10),
+    protocol=st.sampled_from(["stac", "soft_teacher"]),
+)
+def test_soft_teachers_files_come_back(
+    tmp_path_factory: pytest.TempPathFactory, percent: float, fold: int, protocol: str
+) -> None:
+    root = tmp_path_factory.getbasetemp() / "shared dataset"
+    dataset = open_dataset(root) if root.exists() else make_dataset(root, train=40)
+    wanted = config(protocol, percent, fold=fold)
+    split = prepare.resolve_split(dataset, wanted)
+    folder = root / "annotations of splits"
+    labeled, unlabeled = split_files.export(dataset, split, folder)
+    assert labeled.name == f"train.{fold}@{percent:g}.json"
+    assert unlabeled.name == f"train.{fold}@{percent:g}-unlabeled.json"
+    pattern = str(folder / "train.{fold}@{percent}.json")
+    again = prepare.resolve_split(dataset, wanted | {"protocol": "ids", "index_file": pattern})
+    assert again.sha256 == split.sha256
+    content = json.loads(labeled.read_text())
+    assert [image["id"] for image in content["images"]] == split.labeled_ids.tolist()
+    assert content["categories"] == CLASSES
+    assert content["annotations"][0].keys() >= {"id", "image_id", "category_id", "bbox", "area", "iscrowd"}
+    assert content["annotations"][0]["bbox"] == [0, 1.5, 10, 12.25]
+    rest = json.loads(unlabeled.read_text())
+    numbers = [row["id"] for part in (content, rest) for row in part["annotations"]]
+    assert sorted(numbers) == list(range(1, 81))
+
+
+def test_files_of_full(tmp_path: Path) -> None:
+    make_dataset(tmp_path)
+    (tmp_path / "more").mkdir()
+    picture(64, 48).save(tmp_path / "more" / "x.jpg")
+    dataset = open_dataset(tmp_path, unlabeled_images="more")
+    split = prepare.resolve_split(dataset, config("full"))
+    labeled, unlabeled = split_files.export(dataset, split, tmp_path)
+    content = json.loads(unlabeled.read_text())
+    assert (labeled.name, unlabeled.name) == ("train.json", "instances_unlabeled2017.json")
+    assert (len(content["images"]), content["annotations"], content["categories"]) == (1, [], CLASSES)
+
+
+# Content of the file of labelled ids (None: no file), its name, and what comes of it.
+ID_FILES: dict[str, tuple[str | None, str, Any]] = {
+    "list": ("[10, 12]", "ids.json", [10, 12]),
+    "object": ('{"labeled": [12], "unlabeled": [10]}', "ids.json", [12]),
+    "lines": ("10\n12\n", "ids.txt", [10, 12]),
+    "COCO": ('{"images": [{"id": 10, "file_name": "0.jpg"}]}', "some.json", [10]),
+    "right name": ('{"images": [{"id": 10}]}', "train.1@10.json", [10]),
+    "mmdetection's name": ('{"images": [{"id": 10}]}', "train.1@10.0.json", [10]),
+    "wrong fold": ('{"images": [{"id": 10}]}', "train.2@10.json", "is fold 2 at 10 %, not split.fold=1"),
+    "wrong percent": ('{"images": [{"id": 10}]}', "train.1@5.json", "is fold 1 at 5 %, not split.fold=1"),
+    "unlabelled half": ('{"images": [{"id": 10}]}', "train.1@10-unlabeled.json", "is the unlabelled half"),
+    "no file": (None, "ids.json", "cannot read split.index_file=.*No such file"),
+    "not JSON": ("[1, 2", "ids.json", "is not JSON"),
+    "other JSON": ('{"ids": []}', "ids.json", "is neither a list"),
+    "names": ("a.jpg\nb.jpg\n", "ids.txt", "no image id"),
+    "images without ids": ('{"images": ["a"]}', "x.json", "images without an id"),
+    "unknown id": ("[99]", "ids.json", "first 99, are not in the dataset"),
+}
+
+
+@pytest.mark.parametrize("case", ID_FILES)
+def test_files_of_ids(tmp_path: Path, case: str) -> None:
+    content, name, outcome = ID_FILES[case]
+    dataset = make_dataset(tmp_path)
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    wanted = config("ids", index_file=str(tmp_path / name))
+    if isinstance(outcome, str):
+        with pytest.raises(UserError, match=outcome):
+            prepare.resolve_split(dataset, wanted)
+    else:
+        assert prepare.resolve_split(dataset, wanted).labeled_ids.tolist() == outcome
+
+
+def test_index_file_of_unbiased_teacher(tmp_path: Path) -> None:
+    """Positions count only images with a box that is not a crowd."""
+    dataset = make_dataset(tmp_path, change=lambda c: c.update(annotations=c["annotations"][2:]))
+    (tmp_path / "index.txt").write_text('{"10.0": {"1": [0, 18], "2": [19]}}')
+    wanted = config("unbiased_teacher", index_file=str(tmp_path / "index.txt"))
+    assert prepare.resolve_split(dataset, wanted).labeled_ids.tolist() == [11, 29]
+    with pytest.raises(UserError, match="points to image 19 of a list of 19"):
+        prepare.resolve_split(dataset, wanted | {"fold": 2})
+
+
+# The command.
+
+
+def run(tmp_path: Path, *overrides: str) -> int:
+    return cli.main(["prepare", f"cache_dir={tmp_path}/cache", *overrides])
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_dataset(tmp_path / "ein Ordner = mit ü")
+    (tmp_path / "ein Ordner = mit ü" / "train" / "3.jpg").write_text("")
+    out = tmp_path / "exported files"
+    keys = (f"data.root={tmp_path}/ein Ordner = mit ü", f"export_dir={out}", "prepare.percents=[10]", "check=full")
+    assert run(tmp_path, "data=custom", *keys) == 0
+    found = json.loads((out / "prepared.json").read_text())
+    assert found["classes"] == ["cat", "dog"]
+    train = found["parts"]["train"]
+    assert (train["images"], train["boxes"], train["boxes_per_class"]) == (20, 40, {"cat": 20, "dog": 20})
+    assert train["pictures"]["bad"] == {"13": "empty"}
+    assert [(row["percent"], row["fold"]) for row in found["splits"]] == [(10, fold) for fold in range(1, 6)]
+    row = found["splits"][0]
+    assert (row["protocol"], row["labeled_images"], row["empty_images"]) == ("soft_teacher", 1, "drop_unannotated")
+    assert row["labeled_ids"] == 2  # one of them is the empty file
+    assert len(row["sha256"]) == 64
+    assert sorted(p.name for p in out.iterdir()) == ["prepared.json", "train.1@10-unlabeled.json", "train.1@10.json"]
+    printed = capsys.readouterr().out
+    for words in ("custom", "cat", "dog", "train: pictures empty: 1 (3.jpg)", row["sha256"][:10], "train.1@10.json"):
+        assert words in printed
+
+
+def test_command_names_classes_without_a_labelled_box(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_dataset(tmp_path, boxes=1)
+    assert run(tmp_path, "data=custom", f"data.root={tmp_path}", f"export_dir={tmp_path}") == 0
+    found = json.loads((tmp_path / "prepared.json").read_text())
+    rows = {row["percent"]: row for row in found["splits"] if row["fold"] == 1}
+    assert "1" not in rows
+    assert "less than one" in rows[1.0]["error"]
+    assert rows[10.0]["classes_without_labeled_box"] == ["dog"]
+    assert "no split: split.percent=1 of 20 images is less than one" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data=coco"], "instances_train2017.json.*download train2017.zip.*set data.root"),
+        (["data=voc"], "trainval.txt.*download.*set data.root"),
+        (["data=custom"], "train.json.*set data.root"),
+        (["data=bccd"], "trainval.txt.*BCCD_Dataset.*set data.root"),
+    ],
+)
+def test_missing_files_say_what_to_get(
+    tmp_path: Path,
+    overrides: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SSODBENCH_DATA", str(tmp_path / "nothing"))
+    assert run(tmp_path, *overrides) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error)
+    assert error.count("\n") == 1
+
+
+def test_fatal_findings_end_the_command_after_the_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_dataset(tmp_path)
+    (tmp_path / "val" / "0.jpg").write_text("no picture")
+    assert run(tmp_path, "data=custom", f"data.root={tmp_path}", f"export_dir={tmp_path}/out") == 2
+    streams = capsys.readouterr()
+    assert "val: pictures not an image, or damaged: 1 (0.jpg)" in streams.out
+    assert "1 of the 3 val pictures" in streams.err
+    assert not (tmp_path / "out" / "train.1@10.json").exists()
+
+
+@pytest.mark.skipif(not TINY.exists(), reason="coco_tiny is not here")
+def test_coco_tiny(tmp_path: Path) -> None:
+    assert run(tmp_path, "data=coco", f"data.root={TINY}", "check=full", f"export_dir={tmp_path}") == 0
+    found = json.loads((tmp_path / "prepared.json").read_text())
+    parts = {part: (e["images"], e["boxes"], e["crowd_boxes"]) for part, e in found["parts"].items()}
+    assert parts == {"train": (80, 699, 6), "val": (80, 804, 11)}
+    assert (tmp_path / "instances_train2017.1@10.json").exists()
+    assert (tmp_path / "instances_train2017.1@10-unlabeled.json").exists()
