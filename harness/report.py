@@ -115,8 +115,8 @@ def published() -> list[dict[str, Any]]:
 def show(folder: Path, console: Console) -> None:
     """Prints the tables of all records below a folder."""
     for section in load(folder)[0]:
-        table = Table(title=section.title, title_justify="left", caption_justify="left")
-        table.caption = "COCO AP, mean ± standard deviation (n runs); in brackets the paired difference to the baseline"
+        console.print(f"\n[bold]{section.title}[/]: COCO AP, mean ± standard deviation (n runs)", highlight=False)
+        table = Table()
         table.add_column("method")
         for percent in section.percents:
             table.add_column(f"{percent:g} %", justify="right")
@@ -126,6 +126,7 @@ def show(folder: Path, console: Console) -> None:
             for cell in row.cells.values():
                 table.add_row(f"{row.label}, all labels", cell_text(cell), *[""] * (len(section.percents) - 1))
         console.print(table)
+        console.print(f"in brackets: difference to {method_label(BASELINE).lower()}, paired", style="dim")
         for run in section.missing:
             console.print(
                 f"- {run.record.cell}: {run.record.status}: {run.record.error}", markup=False, highlight=False

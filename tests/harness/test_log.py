@@ -63,6 +63,15 @@ def test_a_resumed_run_writes_the_same_lines(tmp_path, resumed_from, stopped_at)
     assert whole == cut
 
 
+def test_scores_of_the_end_are_written_once(tmp_path):
+    for start_step in (0, 10):
+        run(tmp_path, start_step, 10)
+        log = logs.RunLog(tmp_path, steps=10, title="cell", every=2, loggers=(), start_step=10)
+        log.evaluation(9, "student", {"ap": 1.0})
+        log.close()
+    assert [line["kind"] for line in lines(tmp_path) if line["step"] == 9] == ["train", "eval"]
+
+
 def test_a_new_run_starts_an_empty_file(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"kind":"train","step":0}\n')
     run(tmp_path, 0, 1)

@@ -1,0 +1,233 @@
+"""Cells as processes side by side: how many, in which order, stopped in order, their ends explained."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from omegaconf import DictConfig
+
+from harness.record import available_cores, read_record, write_record
+from harness.types import RunRecord, UserError
+
+if TYPE_CHECKING:
+    from harness.suite_view import View
+
+GIB_PER_RUN = 1.5  # what one run of the small preset may take, for the number side by side
+_POLL_SECONDS = 0.2
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+
+@dataclass
+class Cell:
+    """One run of a suite, and how it stands."""
+
+    name: str
+    method: str
+    percent: float
+    fold: int
+    seed: int
+    run_dir: Path
+    overrides: list[str]
+    cfg: DictConfig
+    needs: Cell | None = None  # the cell whose checkpoint this one starts from
+    cost: float = 1.0  # relative time
+    urgency: float = 0.0  # its cost and that of what waits for it
+    state: str = "waiting"  # waiting, running, ok, failed, skipped, interrupted
+    reason: str | None = None
+    progress: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def done(self) -> float:
+        """Share of its steps that are done, 0..1."""
+        if self.state == "ok":
+            return 1.0
+        return self.progress["step"] / self.progress["steps"] if self.progress.get("steps") else 0.0
+
+
+def default_jobs(cfg: DictConfig) -> int:
+    """Cells side by side: one per GPU, otherwise one per core as far as memory allows."""
+    if cfg.device != "cpu" and torch.cuda.is_available():
+        return max(1, torch.cuda.device_count() // cfg.devices)
+    by_cores = available_cores() // (cfg.threads * cfg.devices)
+    by_memory = int(available_gib() / (GIB_PER_RUN * cfg.devices))
+    return max(1, min(by_cores, by_memory))
+
+
+def available_gib() -> float:
+    """Memory that is free, or that the control group leaves where that is less."""
+    free = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+    except (OSError, ValueError):  # no such group, or "max"
+        limit = free
+    return min(free, limit) / 2**30
+
+
+def environments(cfg: DictConfig, jobs: int) -> list[dict[str, str]]:
+    """One environment per process side by side: its threads, and its GPUs where there are any."""
+    base = dict(os.environ) | dict.fromkeys(_THREAD_VARIABLES, str(cfg.threads))
+    base["SSODBENCH_SUITE"] = cfg.suite.name
+    if cfg.device == "cpu" or not torch.cuda.is_available():
+        return [base] * jobs
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    groups = max(1, len(gpus) // cfg.devices)
+    own = [gpus[(i % groups) * cfg.devices :][: cfg.devices] for i in range(jobs)]
+    return [base | {"CUDA_VISIBLE_DEVICES": ",".join(names)} for names in own]
+
+
+@dataclass
+class StopSignal:
+    """Which signal asked to stop, and how often."""
+
+    number: int = 0
+    count: int = 0
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopSignal]:
+    """Collects SIGINT, SIGTERM and SIGHUP while inside, so that the cells can be stopped in order."""
+    stop = StopSignal()
+
+    def receive(number: int, _frame: FrameType | None) -> None:
+        stop.number, stop.count = number, stop.count + 1
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def execute(
+    cells: list[Cell],
+    suite_dir: Path,
+    slots: list[dict[str, str]],
+    stop: StopSignal,
+    view: View,
+) -> None:
+    """Runs the waiting cells, most urgent first, as many side by side as there are slots; sets their states."""
+    running: dict[int, tuple[Cell, subprocess.Popen[bytes], float]] = {}
+    told = 0
+    try:
+        with view:
+            while True:
+                for slot, (cell, process, begin) in list(running.items()):
+                    if process.poll() is not None:
+                        del running[slot]
+                        finish(cell, process.returncode, suite_dir, stop)
+                        view.finished(cell, time.monotonic() - begin, suite_dir)
+                for slot in range(len(slots)):
+                    ready = None if slot in running or stop.number else next_cell(cells)
+                    if ready is not None:
+                        ready.state = "running"
+                        running[slot] = (ready, start(ready, suite_dir, slots[slot]), time.monotonic())
+                        view.started(ready)
+                if stop.count > told:
+                    told = stop.count
+                    view.say("stopping: the running cells save their state" if told == 1 else "stopping at once")
+                    for _, process, _ in running.values():
+                        process.terminate() if told == 1 else kill(process)
+                if not running:
+                    break
+                view.update()
+                time.sleep(_POLL_SECONDS)
+    finally:
+        for _, process, _ in running.values():
+            kill(process)
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """Ends a cell at once, the processes that it started itself included."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def next_cell(cells: list[Cell]) -> Cell | None:
+    """The most urgent cell that can start now; marks those as skipped that never can."""
+    for cell in cells:
+        if cell.state == "waiting" and cell.needs is not None and cell.needs.state in ("failed", "skipped"):
+            cell.state, cell.reason = "skipped", f"its first stage {cell.needs.name} failed"
+    ready = [c for c in cells if c.state == "waiting" and (c.needs is None or c.needs.state == "ok")]
+    return max(ready, key=lambda cell: cell.urgency, default=None)
+
+
+def start(cell: Cell, suite_dir: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Starts a cell's process; what it prints goes to logs/CELL.log."""
+    overrides = list(cell.overrides)
+    if cell.needs is not None:
+        overrides.append(f"method.offline.checkpoint={cell.needs.run_dir}")
+    folders = [word for folder in cell.cfg.cli.config_dirs for word in ("--config-dir", str(folder))]
+    log = suite_dir / "logs" / f"{cell.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        output.write(b"\n")
+        # A session of its own: Ctrl-C reaches the suite alone, which then asks each cell once to save and stop.
+        return subprocess.Popen(
+            [*train_command(), *folders, *overrides],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+
+
+def train_command() -> list[str]:
+    """How a cell is started."""
+    return [sys.executable, "-m", "harness.cli", "train"]
+
+
+def finish(cell: Cell, code: int, suite_dir: Path, stop: StopSignal) -> None:
+    """Sets a cell's state from its exit code and its record, and mends a record that a killed process left behind."""
+    path = cell.run_dir / "record.json"
+    try:
+        record = read_record(path) if path.exists() else None
+    except UserError as error:
+        cell.state, cell.reason = "failed", str(error)
+        return
+    if code == 0 and record is not None and record.status == "ok":
+        cell.state, cell.reason = "ok", None
+    elif stop.number:
+        cell.state, cell.reason = "interrupted", "interrupted; the same command continues it"
+    else:
+        cell.state, cell.reason = "failed", explain(code, record, suite_dir / "logs" / f"{cell.name}.log")
+        if record is not None and record.status == "running":
+            write_record(path, replace(record, status="failed", error=cell.reason))
+
+
+def explain(code: int, record: RunRecord | None, log: Path) -> str:
+    """Why a cell failed: the signal that ended it, what its record says, or the last line it printed."""
+    if code < 0:
+        return f"ended by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
+    if record is not None and record.status == "failed" and record.error:
+        return record.error
+    return tail(log, 1) or f"exit code {code}"
+
+
+def tail(log: Path, lines: int) -> str:
+    """The last lines that are not empty."""
+    try:
+        text = log.read_bytes()[-20_000:].decode(errors="replace")
+    except OSError:
+        return ""
+    return "\n".join([line.rstrip() for line in text.splitlines() if line.strip()][-lines:])

@@ -1,0 +1,218 @@
+"""A suite: methods x percents x folds x seeds, every cell a process of its own, taken up where it stopped.
+
+A cell whose record says ok under the same configuration is not run again. A method whose configuration names a first
+stage (`offline.stage1`) waits for that method's cell of the same percent, fold and seed, and starts from its folder.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from harness import config, report
+from harness.checkpoint import RunLock
+from harness.jobs import Cell, default_jobs, environments, execute, stop_signals
+from harness.record import read_record, write_atomically
+from harness.suite_view import View
+from harness.tables import BASELINE
+from harness.types import UserError
+
+_OWN_KEYS = {
+    "method": "suite.methods=[...]",
+    "split.percent": "suite.percents=[...]",
+    "split.fold": "suite.folds=[...]",
+    "seed": "suite.seeds=[...]",
+    "run_dir": "runs_dir=DIR",
+}
+
+
+def run(cfg: DictConfig) -> int:
+    """Runs what is missing of a suite, writes its report and prints the table.
+
+    Args:
+        cfg: the configuration with a suite chosen; what the command line said (`cfg.cli`) reaches every cell.
+
+    Returns:
+        0 when every cell is ok, 1 when one is not, 128 + signal number when interrupted.
+
+    Raises:
+        UserError: no suite was chosen, a value cannot work, or another process works on the same suite.
+    """
+    cells = plan(cfg)
+    suite_dir = Path(cfg.runs_dir) / cfg.suite.name
+    console = Console()
+    with held(suite_dir):
+        for cell in cells:
+            cell.state = standing(cell)
+        missing = [cell for cell in cells if cell.state != "ok"]
+        jobs = cfg.suite.jobs or default_jobs(cfg)
+        console.print(
+            f"suite {cfg.suite.name}: {len(cells)} cells, {len(missing)} to run, {jobs} side by side, in {suite_dir}",
+            soft_wrap=True,
+            highlight=False,
+        )
+        if missing:
+            prepare(missing[0].cfg, console)
+            write_plan(suite_dir, cfg, cells)
+        with stop_signals() as stop:
+            if missing:
+                execute(cells, suite_dir, environments(cfg, jobs), stop, View(cells, console))
+        write_plan(suite_dir, cfg, cells)
+        html = report.run(suite_dir, suite_dir / "report")
+        report.show(suite_dir, console)
+        console.print(f"report: {html}", soft_wrap=True, highlight=False)
+    if stop.number:
+        return 128 + stop.number
+    return 0 if all(cell.state == "ok" for cell in cells) else 1
+
+
+def plan(cfg: DictConfig) -> list[Cell]:
+    """The cells of a suite, each with its checked configuration, before anything is run or written.
+
+    Raises:
+        UserError: no suite, a key that the suite itself sets, an empty list, or a cell that cannot work.
+    """
+    suite = cfg.get("suite")
+    if suite is None:
+        raise UserError("no suite is chosen: say suite=quick (or smoke, shapes, bccd, coco)")
+    overrides, config_dirs = list(cfg.cli.overrides), list(cfg.cli.config_dirs)
+    for override in overrides:
+        key = override.split("=", 1)[0].lstrip("+~")
+        if key in _OWN_KEYS:
+            raise UserError(f"{key} is set by the suite for each cell: say {_OWN_KEYS[key]} instead")
+    methods, percents, folds = _axis(suite, "methods", str), _axis(suite, "percents", float), _axis(suite, "folds", int)
+    seeds = [None] if suite.get("seeds") is None else _axis(suite, "seeds", int)
+    wanted = list(product(percents, folds, seeds, methods))
+    if suite.get("reference"):
+        wanted += [(100.0, fold, seed, BASELINE) for fold, seed in product(folds, seeds)]
+    suite_dir = Path(cfg.runs_dir) / suite.name
+    wanted = list(dict.fromkeys(wanted))
+    named = dict.fromkeys(method for *_, method in wanted)
+    composed = {method: config.load([*overrides, f"method={method}"], config_dirs) for method in named}
+    cells = []
+    for percent, fold, seed, method in wanted:
+        number = fold if seed is None else seed
+        share = int(percent) if percent == int(percent) else percent
+        own = [f"method={method}", f"split.percent={share}", f"split.fold={fold}", f"seed={number}"]
+        cell_cfg = _with_place(composed[method], share, fold, number)
+        name = config.cell_name(cell_cfg)
+        run_dir = suite_dir / name
+        cost = float((suite.get("cost") or {}).get(method, 1.0))
+        given = [*overrides, *own, f"run_dir={run_dir}"]
+        cells.append(Cell(name, method, percent, fold, number, run_dir, given, cell_cfg, cost=cost))
+    _link(cells)
+    return cells
+
+
+def _with_place(composed: DictConfig, percent: float, fold: int, seed: int) -> DictConfig:
+    """A cell's configuration, as its own process will compose it, without composing it anew."""
+    cfg = copy.deepcopy(composed)
+    cfg.split.percent, cfg.split.fold, cfg.seed = percent, fold, seed
+    config.check(cfg)
+    return cfg
+
+
+def _axis(suite: DictConfig, key: str, kind: Callable[[Any], Any]) -> list[Any]:
+    """The values of one axis of the suite."""
+    values = OmegaConf.to_container(suite, resolve=True)[key]  # type: ignore[call-overload, index]
+    if not isinstance(values, list) or not values:
+        raise UserError(f"suite.{key}={values} must be a list of at least one value, such as suite.{key}=[1]")
+    try:
+        return [kind(value) for value in values]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"suite.{key}={values} holds a value that is not of the right kind ({error})") from error
+
+
+def _link(cells: list[Cell]) -> None:
+    """Connects each cell to the one it starts from, and says how urgent each is."""
+    by_place = {(cell.method, cell.percent, cell.fold, cell.seed): cell for cell in cells}
+    for cell in cells:
+        stage1 = OmegaConf.select(cell.cfg, "method.offline.stage1")
+        given = OmegaConf.select(cell.cfg, "method.offline.checkpoint")
+        if stage1 is not None and given is None:
+            cell.needs = by_place.get((stage1, cell.percent, cell.fold, cell.seed))
+    for cell in cells:
+        cell.urgency = cell.cost + max((c.cost for c in cells if c.needs is cell), default=0.0)
+
+
+def standing(cell: Cell) -> str:
+    """ "ok" for a cell that is finished, "waiting" for one that is to be run.
+
+    Raises:
+        UserError: it was finished under another configuration, or its record is damaged.
+    """
+    path = cell.run_dir / "record.json"
+    if not path.exists():
+        return "waiting"
+    record = read_record(path)
+    if record.status != "ok":
+        return "waiting"
+    if record.config_sha256 != config.config_sha256(cell.cfg):
+        differing = config.differences(config.identity(OmegaConf.create(record.config)), config.identity(cell.cfg))
+        shown = "; ".join(differing[:5]) or "the code's defaults"
+        raise UserError(
+            f"{cell.run_dir} was made with other settings ({shown}): give the same ones, set suite.name=NAME or "
+            "runs_dir=DIR to start a new suite, or delete that folder"
+        )
+    return "ok"
+
+
+@contextmanager
+def held(suite_dir: Path) -> Iterator[None]:
+    """Holds the suite's folder for this process; an empty folder does not stay.
+
+    Raises:
+        UserError: a live process works on the same suite.
+    """
+    lock = RunLock(suite_dir)
+    try:
+        lock.acquire()
+    except UserError as error:
+        if not lock.path.exists():
+            raise
+        holder = lock.path.read_text().strip() or "another process"
+        raise UserError(
+            f"the suite in {suite_dir} is being run by {holder}: wait for it to end, or set another runs_dir=DIR"
+        ) from error
+    try:
+        yield
+    except BaseException:
+        lock.release(discard=True)
+        raise
+    lock.release()
+
+
+def prepare(cfg: DictConfig, console: Console) -> None:
+    """Makes what all cells share, once, instead of letting the first cells wait for each other."""
+    from harness.build import prepare_caches
+
+    begin = time.monotonic()
+    message = "preparing the dataset and the backbone's first weights (once per machine) ..."
+    if console.is_terminal:
+        with console.status(message):
+            prepare_caches(cfg)
+    else:
+        console.print(message)
+        prepare_caches(cfg)
+    console.print(f"prepared in {time.monotonic() - begin:.1f} s", highlight=False)
+
+
+def write_plan(suite_dir: Path, cfg: DictConfig, cells: list[Cell]) -> None:
+    """suite.json: every cell with its state, so that a report can say why one is missing."""
+    keys = ("name", "method", "percent", "fold", "seed", "state", "reason")
+    rows = [
+        {key: getattr(cell, key) for key in keys}
+        | {"dataset": config.group_name(cell.cfg, "data"), "protocol": cell.cfg.split.protocol}
+        for cell in cells
+    ]
+    content = {"suite": cfg.suite.name, "cells": rows}
+    write_atomically(suite_dir / "suite.json", msgspec.json.format(msgspec.json.encode(content), indent=1))
