@@ -37,7 +37,7 @@ class Recipe:
 
     patches: int = 6000
     size: int = 40  # height and width of a patch, px
-    epochs: int = 5
+    epochs: int = 8
     batch: int = 64
     lr: float = 1.2e-2  # peak of the one-cycle schedule
     weight_decay: float = 0.02
