@@ -37,7 +37,13 @@ class PyramidRoiAlign(nn.Module):
         fitting = torch.floor(self.level + torch.log2(box_ops.area(boxes).sqrt() / self.scale) + 1e-6)
         level = fitting.clamp(finest, coarsest).sub(finest).long()
         if not boxes.is_cuda and self.sampling_ratio == 1:
-            return self._look_up(features, strides, boxes, images, level)
+            return self.by_look_up(features, strides, boxes, images, level)
+        return self.by_operator(features, strides, boxes, images, level)
+
+    def by_operator(
+        self, features: list[Tensor], strides: list[int], boxes: Tensor, images: Tensor, level: Tensor
+    ) -> Tensor:
+        """torchvision's operator on each level's regions; waits once for the device. `level` (R,) int64."""
         rois = torch.cat([images[:, None].to(boxes.dtype), boxes], 1)
         order = torch.argsort(level, stable=True)
         counts = (level[None] == torch.arange(len(strides), device=level.device)[:, None]).sum(1).tolist()
@@ -47,7 +53,7 @@ class PyramidRoiAlign(nn.Module):
         ]
         return torch.cat(pooled)[torch.argsort(order)]
 
-    def _look_up(
+    def by_look_up(
         self, features: list[Tensor], strides: list[int], boxes: Tensor, images: Tensor, level: Tensor
     ) -> Tensor:
         """The same for one sample per bin, as weighted sums of rows of one table that holds all levels.
