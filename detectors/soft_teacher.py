@@ -244,6 +244,8 @@ def relative_deviation(refined: Tensor, scale: str) -> Tensor:
         (n,): mean over the four coordinates of their standard deviation (K - 1 in the denominator), in units of the
         mean box's size, which counts as at least 1 px.
     """
+    if not len(refined):
+        return refined.new_zeros(0)  # std would warn
     mean = refined.mean(1)
     size = (mean[:, 2:] - mean[:, :2]).clamp(min=1)
     if scale == "half_perimeter":

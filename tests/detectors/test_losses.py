@@ -15,7 +15,9 @@ def test_smooth_l1_and_l1_by_hand():
     expected = 0.5 * 0.05**2 / beta + (0.2 - beta / 2) + (1.0 - beta / 2)
     found = losses.box_regression(predicted, wanted, torch.tensor([1.0, 0.0]), beta)
     assert found.item() == pytest.approx(expected, abs=1e-6)
-    assert losses.box_regression(predicted, wanted, torch.tensor([1.0, 0.5]), 0.0).item() == pytest.approx(1.25 + 6, abs=1e-6)
+    assert losses.box_regression(predicted, wanted, torch.tensor([1.0, 0.5]), 0.0).item() == pytest.approx(
+        1.25 + 6, abs=1e-6
+    )
 
 
 def softmax(row: list[float]) -> list[float]:

@@ -98,7 +98,9 @@ def test_draws_of_an_image_do_not_depend_on_its_neighbours():
     keys = keys_of(3)
     together = sample(match(anchors, pad(targets), 0.4, 0.3), 20, 0.5, keys, "rpn")
     for image in range(3):
-        alone = sample(match(anchors, pad(targets[image : image + 1]), 0.4, 0.3), 20, 0.5, keys[image : image + 1], "rpn")
+        alone = sample(
+            match(anchors, pad(targets[image : image + 1]), 0.4, 0.3), 20, 0.5, keys[image : image + 1], "rpn"
+        )
         assert torch.equal(alone.index[0], together.index[image])
     other = sample(match(anchors, pad(targets), 0.4, 0.3), 20, 0.5, keys_of(3, step=1), "rpn")
     assert not torch.equal(other.index, together.index)

@@ -137,7 +137,9 @@ def test_table_of_styles(make_small):
     rows = {}
     for style in ("torchvision", "detectron", "mmdetection", "tensorpack"):
         blank = {"batch": None, "sampling_ratio": None, "positive_fraction": None}
-        detector = make_small(style=style, rpn={"train_proposals": None, "test_proposals": None, "batch": None}, roi=blank)
+        detector = make_small(
+            style=style, rpn={"train_proposals": None, "test_proposals": None, "batch": None}, roi=blank
+        )
         rpn, roi = detector.rpn.settings, detector.roi.settings
         rows[style] = (
             rpn.beta, rpn.fixed_normalizer, rpn.positive_fraction, rpn.train_proposals, rpn.test_proposals,
