@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torchvision.models import detection
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+
+from detectors.detector import targets_of
+from detectors.matching import match
+from detectors.one_stage import fcos, retinanet
+from harness.types import UserError, View
+
+SIZES = (8, 16, 32, 64, 128)
+
+
+def make_retinanet(style: str = "torchvision"):
+    torch.manual_seed(0)
+    return retinanet(
+        num_classes=3,
+        name="r",
+        cache_dir=".",
+        depth=18,
+        weights="scratch",
+        pyramid_channels=32,
+        anchor_sizes=SIZES,
+        style=style,
+    )
+
+
+def make_fcos(style: str = "torchvision"):
+    torch.manual_seed(0)
+    return fcos(num_classes=3, name="f", cache_dir=".", depth=18, weights="scratch", pyramid_channels=32, style=style)
+
+
+def shake(network: torch.nn.Module) -> None:
+    """Larger weights in the heads, so that scores and boxes differ."""
+    for name, parameter in network.named_parameters():
+        if "head" in name and "conv." not in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+
+
+def noise_like(features: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Features that leave no ties between scores."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(level.shape, generator=generator) for level in features]
+
+
+def in_torchvisions_terms(view: View, kind: type):
+    """torchvision's model around our backbone and heads, its targets, and its loss function's arguments."""
+
+    class Backbone(torch.nn.Module):
+        out_channels = 32
+
+    if kind is detection.RetinaNet:
+        sizes = tuple((x, int(x * 2 ** (1 / 3)), int(x * 2 ** (2 / 3))) for x in SIZES)
+        anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
+        model = kind(Backbone(), 3, anchor_generator=anchors, detections_per_img=100, score_thresh=0.3)
+    else:
+        model = kind(Backbone(), 3, detections_per_img=100, score_thresh=0.3)
+    targets = [{"boxes": t.boxes, "labels": t.labels - 1} for t in view.targets]
+    return model, targets
+
+
+@pytest.mark.parametrize("boxes", [(3, 1), (0, 2), (0, 0)])
+def test_retinanet_losses_and_detections_are_torchvisions(make_batch, boxes):
+    detector = make_retinanet()
+    shake(detector)
+    view = make_batch(labeled_boxes=boxes).labeled["labeled"]
+    features = noise_like(detector.features(view.images))
+    output = detector.output(features, view)
+    model, targets = in_torchvisions_terms(view, detection.RetinaNet)
+    head = {"cls_logits": output.logits, "bbox_regression": output.deltas}
+    expected = model.compute_loss(targets, head, [output.anchors] * 2)
+    found = detector.losses(features, view, targets_of(view), torch.zeros(2, dtype=torch.int64))
+    torch.testing.assert_close(found["class"], expected["classification"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found["box"], expected["bbox_regression"], atol=1e-5, rtol=1e-5)
+
+    split = {k: [t.detach() for t in v.split(output.level_sizes, 1)] for k, v in head.items()}
+    anchors = [list(output.anchors.split(output.level_sizes))] * 2
+    theirs = model.postprocess_detections(split, anchors, [(64, 64)] * 2)
+    same_detections(detector.find(features, view, 0.3).unpad(), theirs)
+
+
+@pytest.mark.parametrize("boxes", [(3, 1), (0, 2), (0, 0)])
+def test_fcos_losses_and_detections_are_torchvisions(make_batch, boxes):
+    detector = make_fcos()
+    shake(detector)
+    view = make_batch(labeled_boxes=boxes).labeled["labeled"]
+    features = noise_like(detector.features(view.images))
+    output = detector.output(features, view)
+    model, targets = in_torchvisions_terms(view, detection.FCOS)
+    head = {
+        "cls_logits": output.logits, "bbox_regression": output.deltas, "bbox_ctrness": output.centerness[..., None]
+    }  # fmt: skip
+    expected = model.compute_loss(targets, head, [output.anchors] * 2, output.level_sizes)
+    found = detector.losses(features, view, targets_of(view), torch.zeros(2, dtype=torch.int64))
+    for ours, name in (("class", "classification"), ("box", "bbox_regression"), ("centerness", "bbox_ctrness")):
+        torch.testing.assert_close(found[ours], expected[name], atol=1e-5, rtol=1e-5)
+
+    split = {k: [t.detach() for t in v.split(output.level_sizes, 1)] for k, v in head.items()}
+    anchors = [list(output.anchors.split(output.level_sizes))] * 2
+    theirs = model.postprocess_detections(split, anchors, [(64, 64)] * 2)
+    same_detections(detector.find(features, view, 0.3).unpad(), theirs)
+
+
+def same_detections(found, expected):
+    for ours, theirs in zip(found, expected, strict=True):
+        big = ((theirs["boxes"][:, 2:] - theirs["boxes"][:, :2]) > 1e-2).all(1)  # torchvision reports empty boxes too
+        count = min(len(ours), int(big.sum()))
+        assert count > 0
+        torch.testing.assert_close(ours.scores[:count], theirs["scores"][big][:count], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours.boxes[:count], theirs["boxes"][big][:count], atol=1e-3, rtol=1e-4)
+        assert torch.equal(ours.labels[:count], theirs["labels"][big][:count] + 1)
+
+
+def test_batch_normalizer_of_retinanet(make_batch):
+    """mmdetection divides by the positives of the batch: with p_i positives, sum_i (p_i L_i) / sum_i p_i."""
+    detector = make_retinanet("detectron")
+    view = make_batch(labeled_boxes=(4, 1)).labeled["labeled"]
+    features = detector.features(view.images)
+    keys = torch.zeros(2, dtype=torch.int64)
+    found = detector.losses(features, view, targets_of(view), keys)["class"]
+    positives = match(detector.output(features, view).anchors, targets_of(view), 0.5, 0.4, True).positive.sum(1)
+    total = 0.0
+    for image in range(2):
+        alone = View(view.images[image : image + 1], view.sizes[:1], view.to_view[:1], view.targets[image : image + 1])
+        own = detector.losses(
+            [level[image : image + 1].detach() for level in features], alone, targets_of(alone), keys[:1]
+        )
+        total += own["class"].item() * int(positives[image])
+    assert found.item() == pytest.approx(total / int(positives.sum()), rel=1e-5)
+
+
+def test_centre_of_a_cell():
+    anchors = torch.tensor([[-4.0, -4.0, 4.0, 4.0]])
+    ones = torch.ones(1, 4)
+    assert make_fcos("torchvision").decode(ones, anchors).tolist() == [[-8, -8, 8, 8]]
+    assert make_fcos("detectron").decode(ones, anchors).tolist() == [[-4, -4, 12, 12]]
+
+
+def test_wrong_style():
+    with pytest.raises(UserError, match=r"detector\.style"):
+        make_fcos("mmdetection")
