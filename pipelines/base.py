@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,13 +142,14 @@ class BasePipeline:
         self.eval_batch, self.on_bad_image = eval_batch, on_bad_image
         self._views, self._sampler, self._labeled, self._unlabeled = views, sampler, labeled, unlabeled
         self._drawn = [torch.zeros(len(s) if s is not None else 0, dtype=torch.bool) for s in (labeled, unlabeled)]
+        self._open: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
         self.bad_images: dict[str, str] = {}  # file -> what is wrong with it
         for name in (*views.labeled, *views.unlabeled) if views else ():
             policy.view(name)
 
     # What a backend implements
 
-    def _render(self, jobs: Iterator[Job]) -> Iterator[list[Tensor] | Exception]:
+    def _render(self, jobs: Iterator[Job]) -> Generator[list[Tensor] | Exception, None, None]:
         """Images (B, 3, H, W) of each view of each job, in order; in their place the error if a job's image is bad."""
         raise NotImplementedError
 
@@ -156,7 +158,15 @@ class BasePipeline:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Free threads and memory; the pipeline is unusable afterwards."""
+        """Free threads and memory; the pipeline is unusable afterwards, and so are iterators that it gave."""
+        for generator in list(self._open):
+            generator.close()
+
+    def _start(self, jobs: Generator[Job, None, None]) -> Generator[list[Tensor] | Exception, None, None]:
+        """Renders jobs until exhausted or closed."""
+        results = self._render(jobs)
+        self._open.add(results)
+        return results
 
     # Training
 
@@ -171,14 +181,14 @@ class BasePipeline:
         assert self._labeled is not None
         waiting: deque[dict[str, Job]] = deque()
 
-        def jobs() -> Iterator[Job]:
+        def jobs() -> Generator[Job, None, None]:
             assert self._sampler is not None
             for micro in self._sampler.stream(start_step, self.rank, self.world_size):
                 parts = self._parts(micro)
                 waiting.append(parts)
                 yield from parts.values()
 
-        results = self._render(jobs())
+        results = self._start(jobs())
         for first in results:
             parts = waiting.popleft()
             rendered = [first, *itertools.islice(results, len(parts) - 1)]
@@ -236,14 +246,14 @@ class BasePipeline:
         waiting: deque[Job] = deque()
         mine = np.arange(self.rank, len(source), self.world_size)
 
-        def jobs() -> Iterator[Job]:
+        def jobs() -> Generator[Job, None, None]:
             for start in range(0, len(mine), self.eval_batch):
                 positions = mine[start : start + self.eval_batch]
                 job = make_job(self.policy, (view,), source, positions, image_keys(0, 0, source.ids[positions]))
                 waiting.append(job)
                 yield job
 
-        for rendered in self._render(jobs()):
+        for rendered in self._start(jobs()):
             job = waiting.popleft()
             images = rendered if isinstance(rendered, list) else self._blank_bad(job, rendered)
             (result,) = self._assemble(job, images, len(source.boxes) > 0)

@@ -5,8 +5,9 @@ The graph is in `pipelines.dali_graph`. Jobs are fed explicitly and run ahead on
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -29,10 +30,16 @@ def _view_inputs(policy: Policy, plan: ViewPlan, unshrink: np.ndarray) -> dict[s
         "first": _float(first @ unshrink),
         "canvas": np.tile(np.array(canvas(plan), dtype=np.float32), (count, 1)),
     }
-    if view.color:
-        inputs |= {"kinds": plan.kinds.astype(np.int32), "values": _float(plan.values)}
+    # DALI drops inputs that nothing uses.
+    used = {name for slot in view.color_slots for name in slot} - {"identity"}
+    if used:
+        inputs["kinds"] = plan.kinds.astype(np.int32)
+    if used - {"autocontrast", "equalize", "grayscale"}:
+        inputs["values"] = _float(plan.values)
     if view.affine is not None:
-        inputs |= {"affine": _float(plan.affine), "composite": plan.has_affine & (before + after == NOTHING)}
+        inputs["composite"] = plan.has_affine & (before + after == NOTHING)
+        if view.affine.nearest or view.affine.in_box_ops or policy.color_at == "view":
+            inputs["affine"] = _float(plan.affine)
         if view.affine.nearest or view.affine.in_box_ops:
             inputs["before"] = before.astype(np.int32)
         if policy.color_at == "view":
@@ -139,39 +146,52 @@ class DaliPipeline(BasePipeline):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._graph = Graph(self.policy, self.normalize, self.device.type == "cuda")
-        self._runners: dict[tuple[str, tuple[str, ...]], _Runner] = {}
+        self._idle: dict[tuple[str, ...], list[_Runner]] = {}
 
-    def _runner(self, job: Job, purpose: str) -> _Runner:
-        key = (purpose, job.views)
-        runner = self._runners.get(key)
-        if runner is None or runner.batch < len(job):
-            views = [self.policy.view(name) for name in job.views]
-            batch = max(len(job), self.eval_batch, self._sampler.micro if self._sampler else 0)
-            runner = self._runners[key] = _Runner(self._graph, views, batch, self.threads)
-        return runner
+    def _borrow(self, job: Job) -> _Runner:
+        """A graph for the job's views that nobody uses at the moment."""
+        idle = self._idle.setdefault(job.views, [])
+        while idle:
+            runner = idle.pop()
+            if runner.batch >= len(job):
+                return runner
+        views = [self.policy.view(name) for name in job.views]
+        batch = max(len(job), self.eval_batch, self._sampler.micro if self._sampler else 0)
+        return _Runner(self._graph, views, batch, self.threads)
 
-    def _render(self, jobs: Iterator[Job]) -> Iterator[list[Tensor] | Exception]:
+    def _render(self, jobs: Iterator[Job]) -> Generator[list[Tensor] | Exception, None, None]:
+        runners: dict[tuple[str, ...], _Runner] = {}
         under_way: deque[tuple[Job, _Runner, Exception | None]] = deque()
-        # Each part of a step is a job of its own.
-        ahead = self.prefetch * 2
-        for job in jobs:
-            runner = self._runner(job, "stream")
-            under_way.append((job, runner, runner.submit(job)))
-            if len(under_way) > ahead:
+        ahead = self.prefetch * 2  # each part of a step is a job of its own
+        try:
+            for job in jobs:
+                if job.views not in runners:
+                    runners[job.views] = self._borrow(job)
+                runner = runners[job.views]
+                under_way.append((job, runner, runner.submit(job)))
+                if len(under_way) > ahead:
+                    yield self._finish(under_way)
+            while under_way:
                 yield self._finish(under_way)
-        while under_way:
-            yield self._finish(under_way)
+        finally:
+            while under_way:
+                self._finish(under_way)
+            for views, runner in runners.items():
+                self._idle.setdefault(views, []).append(runner)
 
     def _finish(self, under_way: deque[tuple[Job, _Runner, Exception | None]]) -> list[Tensor] | Exception:
         job, runner, error = under_way.popleft()
         return error or runner.collect(job)
 
     def _render_now(self, job: Job) -> list[Tensor] | Exception:
-        runner = self._runner(job, "single")
-        return runner.submit(job) or runner.collect(job)
+        runner = self._borrow(job)
+        result = runner.submit(job) or runner.collect(job)
+        self._idle[job.views].append(runner)
+        return result
 
     def close(self) -> None:
         """Stops DALI's threads and frees its memory."""
-        for runner in self._runners.values():
+        super().close()
+        for runner in itertools.chain.from_iterable(self._idle.values()):
             runner.close()
-        self._runners.clear()
+        self._idle.clear()

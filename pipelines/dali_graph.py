@@ -142,10 +142,18 @@ class Graph:
         return result
 
     def _equalize(self, image: Node, _: Node) -> Node:
-        return fn.equalize(image)
+        # DALI counts pixels up to a level, PIL those below it: the same of the inverted image, inverted.
+        every_bit = types.Constant(255, dtype=DALIDataType.UINT8)
+        return fn.equalize(image ^ every_bit) ^ every_bit
 
     def _hue(self, image: Node, value: Node) -> Node:
-        return fn.hue(image, hue=value * 360.0, image_type=self.weighed)
+        if self.weighed == DALIImageType.RGB:
+            return fn.hue(image, hue=value * 360.0)
+        return self.swap(fn.hue(self.swap(image), hue=value * 360.0))
+
+    def swap(self, image: Node) -> Node:
+        """Red and blue exchanged."""
+        return fn.color_space_conversion(image, image_type=DALIImageType.RGB, output_type=DALIImageType.BGR)
 
     def _grayscale(self, image: Node, _: Node) -> Node:
         return self.gray(image)

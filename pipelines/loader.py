@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -221,7 +221,7 @@ class LoaderPipeline(BasePipeline):
     def _task(self, job: Job) -> Task:
         return Task(job.paths, job.stored_sizes, job.shrunk, job.plans)
 
-    def _render(self, jobs: Iterator[Job]) -> Iterator[list[Tensor] | Exception]:
+    def _render(self, jobs: Iterator[Job]) -> Generator[list[Tensor] | Exception, None, None]:
         waiting: list[Job] = []
 
         def tasks() -> Iterator[Task]:

@@ -155,7 +155,11 @@ def _colors(view: ViewPolicy, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]
         values.append(value)
     if not kinds:
         return np.zeros((len(keys), 0), dtype=np.int64), np.zeros((len(keys), 0))
-    return np.concatenate(kinds, axis=1), np.concatenate(values, axis=1)
+    all_kinds, all_values = np.concatenate(kinds, axis=1), np.concatenate(values, axis=1)
+    # Pixels are whole numbers: a threshold between two of them is the upper one, and nothing reaches 256.
+    solarize = all_kinds == KINDS["solarize"]
+    all_values = np.where(solarize, np.ceil(all_values), all_values)
+    return np.where(solarize & (all_values > 255), 0, all_kinds), all_values
 
 
 def _about(matrix: np.ndarray, center: np.ndarray) -> np.ndarray:
