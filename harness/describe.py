@@ -76,7 +76,10 @@ def _keys(cfg: Any, percents: Sequence[float], folds: Sequence[int]) -> list[tup
     """prepare.percents x prepare.folds, with what is given here for the one that is not set."""
     percents = OmegaConf.select(cfg, "prepare.percents") or percents
     folds = OmegaConf.select(cfg, "prepare.folds") or folds
-    return list(product(sorted({float(p) for p in percents}), sorted({int(f) for f in folds})))
+    try:
+        return list(product(sorted({float(p) for p in percents}), sorted({int(f) for f in folds})))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"prepare.percents={percents} and prepare.folds={folds} must be lists of numbers") from error
 
 
 def _part(index: CocoIndex, pictures: ImageCheck, level: str) -> dict[str, Any]:
@@ -223,18 +226,21 @@ def _print_splits(console: Console, found: dict[str, Any]) -> None:
 
 
 def _split_table(splits: list[dict[str, Any]], classes: list[str]) -> Table:
-    """Boxes of each class where they are few; otherwise the least, median and most, and how many classes have none."""
+    """Labelled images, those of them that a run shows, and their boxes.
+
+    Each class has a column where they are few; otherwise there are the least, median and most, and how many have none.
+    """
     first, few = splits[0], len(classes) <= _FEW
     kept = f"empty images: {first['empty_images']}, crowd boxes: {first['crowd_boxes']}, min side: {first['min_side']}"
     table = _table(f"splits by protocol {first['protocol']} ({kept})", "%")
     per_class = [escape(name) for name in classes] if few else ["least", "median", "most", "no box"]
-    for heading in ("fold", "labelled", "unlabelled", "boxes", *per_class):
+    for heading in ("fold", "labelled", "shown", "boxes", *per_class):
         table.add_column(heading, justify="right")
     table.add_column("sha256", no_wrap=True)
     for row in splits:
         counts = list(row["boxes_per_class"].values())
         if not few:
             counts = [min(counts), int(np.median(counts)), max(counts), len(row["classes_without_labeled_box"])]
-        cells = (row["labeled_images"], row["unlabeled_images"], row["labeled_boxes"], *counts)
-        table.add_row(f"{row['percent']:g}", str(row["fold"]), *(f"{n:,}" for n in cells), row["sha256"][:10])
+        cells = (row["labeled_ids"], row["labeled_images"], row["labeled_boxes"], *counts)
+        table.add_row(f"{row['percent']:g}", str(row["fold"]), *(f"{n:,}" for n in cells), row["sha256"][:12])
     return table

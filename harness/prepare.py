@@ -77,6 +77,7 @@ def resolve_split(dataset: Dataset, split_config: Mapping[str, Any]) -> Split:
                 f"add them to data={dataset.name}"
             )
         unlabeled_ids = more.image_ids
+    _refuse_unread(split_config)
     ids = train.nonempty_ids() if protocol == "unbiased_teacher" else train.image_ids
     offset = int(split_config.get("offset") or 0)
     split = make_split(ids, percent, fold, protocol, offset=offset, index=index, unlabeled_ids=unlabeled_ids)
@@ -88,6 +89,18 @@ def resolve_split(dataset: Dataset, split_config: Mapping[str, Any]) -> Split:
             "give a larger percent or another fold"
         )
     return split
+
+
+def _refuse_unread(split_config: Mapping[str, Any]) -> None:
+    """A key that the protocol does not read would make the user believe in another split."""
+    protocol = split_config["protocol"]
+    if split_config.get("index_file") and protocol not in ("unbiased_teacher", "ids"):
+        raise UserError(
+            f"split.index_file is read by split.protocol=unbiased_teacher and ids, not by {protocol}: "
+            "take one of these, or leave it null"
+        )
+    if split_config.get("offset") and protocol != "soft_teacher":
+        raise UserError(f"split.offset is read by split.protocol=soft_teacher, not by {protocol}: leave it 0")
 
 
 def unlabeled_index(dataset: Dataset, split: Split) -> CocoIndex:

@@ -45,7 +45,7 @@ def make_split(
     Args:
         image_ids: (N,) distinct ids in the order of the annotation file; for `unbiased_teacher`, of the images that
             have a box which is not a crowd.
-        percent: 0.01 to 100. At 100, `stac` and `soft_teacher` label every image without a draw.
+        percent: 0.01 to 100. At 100 every image is labelled, without a draw or an index file.
         fold: 1 to 10; for `unbiased_teacher`, one that the index file has.
         protocol: one of PROTOCOLS.
         offset: `soft_teacher`: added to the fold to give the seed.
@@ -68,6 +68,9 @@ def make_split(
         return _given(ids, index, unlabeled_ids, percent, fold)
     if protocol == "unbiased_teacher":
         ids = np.sort(ids)
+    if percent == 100:
+        rows = np.arange(len(ids))
+    elif protocol == "unbiased_teacher":
         rows = _unbiased_teacher(len(ids), percent, fold, index)
     else:
         rows = _drawn(len(ids), percent, fold, protocol, offset)
@@ -109,8 +112,6 @@ def _drawn(total: int, percent: float, fold: int, protocol: str, offset: int) ->
         raise UserError(
             f"split.percent={percent:g} of {total} images is less than one: give at least {_ceil(100 / total):g}"
         )
-    if percent == 100:
-        return np.arange(total)
     if protocol == "stac":
         return np.random.RandomState(fold).choice(total, count)
     seed = fold + offset

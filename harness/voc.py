@@ -28,9 +28,9 @@ def voc_dataset(
     name: str,
     root: str | Path,
     cache_dir: str | Path,
-    train: Sequence[str],
-    val: Sequence[str],
-    unlabeled: Sequence[str] | None = None,
+    train: str | Sequence[str],
+    val: str | Sequence[str],
+    unlabeled: str | Sequence[str] | None = None,
     classes: Sequence[str] | None = None,
     difficult: str = "crowd",
     download: str = "",
@@ -60,6 +60,8 @@ def voc_dataset(
     if difficult not in DIFFICULT:
         raise UserError(f"data.difficult={difficult} is not one of {', '.join(DIFFICULT)}")
     base = Path(root).expanduser()
+    train, val, unlabeled = (_as_list(lists) for lists in (train, val, unlabeled or ()))
+    classes = [str(name) for name in classes] if classes else None  # YAML reads names such as 7 or no as other things
     for key, lists in (("train", train), ("val", val)):
         for file in lists:
             require(base / file, name, key, download)
@@ -69,12 +71,16 @@ def voc_dataset(
 
     first = open_part(train, classes)
     second = with_ids_from(open_part(val, first.category_names), len(first) + 1)
-    missing = [base / file for file in unlabeled or () if not (base / file).exists()]
+    missing = [base / file for file in unlabeled if not (base / file).exists()]
     if missing or not unlabeled:
         why = f"{missing[0]} is not there" if missing else "data.unlabeled names no list"
         return Dataset(name, first, second, None, why)
     third = open_part(unlabeled, first.category_names)
     return Dataset(name, first, second, with_ids_from(third, len(first) + len(second) + 1))
+
+
+def _as_list(lists: str | Sequence[str]) -> list[str]:
+    return [lists] if isinstance(lists, str) else list(lists)
 
 
 def voc_index(

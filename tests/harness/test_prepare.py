@@ -179,7 +179,8 @@ def test_policy_of_each_protocol(tmp_path: Path, protocol: str) -> None:
     file = tmp_path / "index.json"
     content = {"60.0": {"1": [0, 1, 2]}} if protocol == "unbiased_teacher" else list(range(10, 15))
     file.write_text(json.dumps(content))
-    wanted = config(protocol, 60 if protocol == "unbiased_teacher" else 100, index_file=str(file))
+    wanted = config(protocol, 60 if protocol == "unbiased_teacher" else 100)
+    wanted["index_file"] = str(file) if protocol in ("unbiased_teacher", "ids") else None
     labeled, _ = prepare.sources(dataset, prepare.resolve_split(dataset, wanted), wanted)
     assert labeled.ids.tolist() == SHOWN[protocol]
     if protocol != "unbiased_teacher":
@@ -187,6 +188,16 @@ def test_policy_of_each_protocol(tmp_path: Path, protocol: str) -> None:
         labeled, _ = prepare.sources(dataset, prepare.resolve_split(dataset, wanted), wanted)
         assert labeled.ids.tolist() == [10, 11, 12, 13, 14]
         assert len(labeled.boxes) == 8
+
+
+@pytest.mark.parametrize(
+    "given_key", [{"index_file": "x.json"}, {"protocol": "stac", "offset": 3}, {"protocol": "full", "index_file": "x"}]
+)
+def test_keys_that_the_protocol_does_not_read_are_refused(tmp_path: Path, given_key: dict[str, Any]) -> None:
+    dataset = make_dataset(tmp_path)
+    dataset = Dataset("mine", dataset.train, dataset.val, dataset.val)
+    with pytest.raises(UserError, match=r"is read by split\.protocol="):
+        prepare.resolve_split(dataset, config() | given_key)
 
 
 def test_labelled_part_without_a_box(tmp_path: Path) -> None:
@@ -381,7 +392,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(row["sha256"]) == 64
     assert sorted(p.name for p in out.iterdir()) == ["prepared.json", "train.1@10-unlabeled.json", "train.1@10.json"]
     printed = capsys.readouterr().out
-    for words in ("custom", "cat", "dog", "train: pictures empty: 1 (3.jpg)", row["sha256"][:10], "train.1@10.json"):
+    for words in ("custom", "cat", "dog", "train: pictures empty: 1 (3.jpg)", row["sha256"][:12], "train.1@10.json"):
         assert words in printed
 
 
