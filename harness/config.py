@@ -198,6 +198,11 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     """What decides a run's result: the configuration without the circumstances it is carried out under."""
     plain = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(plain, dict)
+    return without_circumstances({str(key): value for key, value in plain.items()})
+
+
+def without_circumstances(plain: dict[str, Any]) -> dict[str, Any]:
+    """`identity` of a configuration that is plain data already, such as a record's; changes what it is given."""
     for dotted in _CIRCUMSTANCES:
         *parents, last = dotted.split(".")
         node: Any = plain
@@ -205,7 +210,7 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
             node = node.get(parent) if isinstance(node, dict) else None
         if isinstance(node, dict):
             node.pop(last, None)
-    return {str(key): value for key, value in plain.items()}
+    return plain
 
 
 def config_sha256(cfg: DictConfig) -> str:

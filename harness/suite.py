@@ -157,7 +157,7 @@ def standing(cell: Cell) -> str:
     if record.status != "ok":
         return "waiting"
     if record.config_sha256 != config.config_sha256(cell.cfg):
-        differing = config.differences(config.identity(OmegaConf.create(record.config)), config.identity(cell.cfg))
+        differing = config.differences(config.without_circumstances(record.config), config.identity(cell.cfg))
         shown = "; ".join(differing[:5]) or "the code's defaults"
         raise UserError(
             f"{cell.run_dir} was made with other settings ({shown}): give the same ones, set suite.name=NAME or "

@@ -6,6 +6,7 @@ one table, and runs whose configurations differ in anything but percent, fold an
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Iterator
@@ -15,7 +16,6 @@ from typing import Any
 
 import msgspec
 import pandas as pd
-from omegaconf import OmegaConf
 
 from harness import config
 from harness.record import read_record
@@ -224,7 +224,7 @@ def _variable_part(record: RunRecord) -> dict[str, Any]:
     if not record.config:
         keys = ("steps", "augment", "pipeline", "batch_labeled", "batch_unlabeled", "micro_batch", "reported_network")
         return {key: getattr(record, key) for key in keys} if record.status == "ok" else {}
-    plain = config.identity(OmegaConf.create(record.config))
+    plain = config.without_circumstances(copy.deepcopy(record.config))
     plain.pop("seed", None)
     split = plain.get("split")
     if isinstance(split, dict):

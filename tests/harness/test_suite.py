@@ -1,5 +1,6 @@
 """A suite with a stand-in for `train`: order, dependencies, resuming, failures, signals, and what is refused."""
 
+import copy
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -60,13 +62,29 @@ tell("end")
 """
 
 
+_load = config.load
+_loaded = {}
+
+
+def load_once(overrides, config_dirs=()):
+    """`config.load`, composing each configuration once for all tests."""
+    key = (*overrides, *config_dirs)
+    if key not in _loaded:
+        _loaded[key] = _load(overrides, config_dirs)
+    return copy.deepcopy(_loaded[key])
+
+
 @pytest.fixture
 def bench(tmp_path, monkeypatch, capsys):
     """Runs a suite with the stand-in; gives its exit code, and keeps what was started and printed."""
     (tmp_path / "state").mkdir()
+    (tmp_path / "state/events").touch()
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(FAKE_TRAIN))
     monkeypatch.setattr(jobs, "train_command", lambda: [sys.executable, str(script), str(tmp_path / "state")])
+    monkeypatch.setattr(config, "load", load_once)
+    monkeypatch.setattr("harness.plots.draw", lambda _: {})
+    monkeypatch.chdir(tmp_path)
     prepared = []
     monkeypatch.setattr(suite, "prepare", lambda cfg, _: prepared.append(cfg))
     make_plan, asked = suite.plan, {}
@@ -81,11 +99,11 @@ def bench(tmp_path, monkeypatch, capsys):
         (tmp_path / "state/plan.json").write_text(json.dumps(plan))
         return cells
 
-    runs = tmp_path / "runs with = and spaces"
+    runs = Path("runs with = and spaces")
 
     def run(*overrides, behaviour=None, jobs_side_by_side=2):
         (tmp_path / "state/events").write_text("")
-        own = [f"runs_dir={runs}", f"suite.jobs={jobs_side_by_side}", f"cache_dir={tmp_path / 'cache'}"]
+        own = [f"runs_dir={runs}", f"suite.jobs={jobs_side_by_side}"]
         cfg = config.load(["suite=smoke", *own, *overrides])
         asked.clear()
         asked.update(behaviour or {})
