@@ -118,6 +118,15 @@ def from_main(world: World, compute: Callable[[], Any]) -> Any:
     return box[0]
 
 
+def average_values(world: World, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Named 0-d tensors averaged over the ranks, in one collective; all ranks give the same names."""
+    if world.size == 1 or not values:
+        return values
+    stacked = torch.stack([values[name].float() for name in sorted(values)])
+    dist.all_reduce(stacked)
+    return dict(zip(sorted(values), (stacked / world.size).unbind(), strict=True))
+
+
 class FlatGradients:
     """Gradients of a module's trainable parameters as views into one buffer.
 

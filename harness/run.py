@@ -6,8 +6,10 @@ import dataclasses
 import os
 import resource
 import shlex
+import signal
 import time
 import warnings
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -43,14 +45,14 @@ def run(cfg: DictConfig) -> int:
     return run_rank(plain, device)
 
 
-def run_rank(plain: Any, device: str) -> int:
+def run_rank(plain: Any, device: str, stop_signals: Sequence[int] = (signal.SIGTERM, signal.SIGINT)) -> int:
     """`run` in one process of the group; says errors once and gives the exit code."""
     cfg = OmegaConf.create(plain)
     assert isinstance(cfg, DictConfig)
     world = dist.join(device)
     torch.set_num_threads(int(cfg.threads))
     stop = StopRequest()
-    stop.install()
+    stop.install(stop_signals)
     try:
         return train_to_record(cfg, world, stop)
     except Interrupted as stopped:

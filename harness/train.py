@@ -10,7 +10,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -22,7 +22,7 @@ from torch import Tensor
 from detectors.pseudo_labels import quality
 from harness.boxes import transform_source
 from harness.build import Experiment
-from harness.dist import FlatGradients, World, average_buffers
+from harness.dist import FlatGradients, World, average_buffers, average_values
 from harness.log import RunLog
 from harness.optim import learning_rate_factor, set_learning_rate
 from harness.types import Batch
@@ -46,9 +46,9 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal_number = 0
 
-    def install(self) -> None:
-        """Takes over both signals."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+    def install(self, numbers: Sequence[int] = (signal.SIGTERM, signal.SIGINT)) -> None:
+        """Takes over the signals that ask this process to stop."""
+        for number in numbers:
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
@@ -149,6 +149,8 @@ def train(
         counters.train_seconds += seconds
         counters.wait_seconds += waited
         last = counters.step == cfg.schedule.steps
+        if counters.step % cfg.logging.every == 0 or last:  # what `log.due` says, on every rank
+            losses, metrics = average_values(run.world, losses), average_values(run.world, metrics)
         if log is not None:
             log.step(step, losses, metrics, rate, labeled + unlabeled, waited, seconds)
             if log.due(step):
