@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 
 from harness.annotations import CleanAnnotations, Finding
 from harness.cache import build_once, cached_folder, is_whole
+from harness.types import UserError
 
 # The code that decides what is stored: a change to it makes every cached copy stale.
 _CODE = ("annotation_cache.py", "annotations.py", "coco.py", "images.py", "voc.py")
@@ -49,18 +51,32 @@ def load(
     paths = [str(file.resolve()) for file in files]
     key = hashlib.sha256(json.dumps([paths, parameters]).encode()).hexdigest()[:32]
     stamp = root / "stamps" / f"{key}.json"
-    state = _state(paths)
+    with _readable():
+        state = _state(paths)
     sha256 = None if verify else _trusted(stamp, state)
     if sha256 is None or not is_whole(cached_folder(root, _parameters(sha256, parameters))):
         began = time.time_ns()
-        contents = [Path(path).read_bytes() for path in paths]
+        with _readable():
+            contents = [Path(path).read_bytes() for path in paths]
         sha256 = digest(contents)
         folder = build_once(root, _parameters(sha256, parameters), lambda to: save(to, parse(contents)))
-        if _state(paths) == state:
+        with _readable():
+            unchanged = _state(paths) == state
+        if unchanged:
             _write(stamp, {"state": state["digest"], "sha256": sha256, "read": began})
     else:
         folder = cached_folder(root, _parameters(sha256, parameters))
     return read(folder), sha256
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot read {error.filename} ({error.strerror}): give a file that is there and readable"
+        ) from error
 
 
 def digest(contents: list[bytes]) -> str:

@@ -76,8 +76,7 @@ def clean(raw: RawAnnotations) -> CleanAnnotations:
             category ids, images without a size.
     """
     _check_images(raw)
-    category_ids, category_names = _categories(raw)
-    findings: list[Finding] = []
+    category_ids, category_names, findings = _categories(raw)
     image_rows = positions(raw.image_ids, raw.box_image_ids)
     category_rows = positions(category_ids, raw.box_category_ids)
     names = raw.file_names
@@ -166,15 +165,18 @@ def _check_images(raw: RawAnnotations) -> None:
         )
 
 
-def _categories(raw: RawAnnotations) -> tuple[np.ndarray, list[str]]:
-    """Ids ascending, so that the order in the file does not matter, and names."""
+def _categories(raw: RawAnnotations) -> tuple[np.ndarray, list[str], list[Finding]]:
+    """Ids ascending, so that the order in the file does not matter, and names, distinct."""
     ordered = sorted(raw.categories)
     repeated = _repeated([i for i, _ in ordered])
     if repeated:
         raise UserError(
             f"{raw.origin} gives {_count(repeated, 'category id')} more than once: number the classes apart"
         )
-    return np.array([i for i, _ in ordered], np.int64), [name for _, name in ordered]
+    shared = _repeated([name for _, name in ordered])
+    names = [f"{name} (id {i})" if name in shared else name for i, name in ordered]
+    found = [Finding("names that several classes have, told apart by id", len(shared), tuple(shared[:_EXAMPLES]))]
+    return np.array([i for i, _ in ordered], np.int64), names, found if shared else []
 
 
 def _repeated(values: Sequence[int] | Sequence[str]) -> list[str]:

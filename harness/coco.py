@@ -84,7 +84,7 @@ def _decode(content: bytes, origin: str) -> _File:
         return msgspec.json.decode(content, type=_File)
     except msgspec.ValidationError as error:
         raise UserError(f"{origin} is not a COCO annotation file ({error}): correct that entry") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         # Python's json module writes NaN and Infinity, which JSON does not know; read as null, such boxes are counted.
         plain = _NOT_JSON_NUMBERS.sub(b"null", content)
         if plain != content:

@@ -27,6 +27,7 @@ from harness.prepare import Checks
 from harness.types import UserError
 
 _PERCENTS, _FOLDS = (1.0, 2.0, 5.0, 10.0), (1, 2, 3, 4, 5)  # of the papers
+_LONG = 10_000  # pictures from which a check without a terminal reports each tenth
 _FEW = 4  # classes up to which a table has a column for each
 
 
@@ -160,12 +161,21 @@ def _write(cfg: Any, found: dict[str, Any]) -> Path:
 
 @contextmanager
 def _progress(console: Console, total: int, level: str) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal; nothing elsewhere."""
+    """A bar on a terminal; elsewhere a line for each tenth of a long check."""
     words = {"quick": "looking at pictures", "headers": "reading headers", "full": "decoding pictures"}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(words.get(level, level), total=total)
-        yield lambda done: bar.advance(task, done)
+        seen = 0
+
+        def advance(done: int) -> None:
+            nonlocal seen
+            seen += done
+            bar.advance(task, done)
+            if not console.is_terminal and total >= _LONG and seen * 10 // total > (seen - done) * 10 // total:
+                console.print(f"{words[level]}: {seen:,} of {total:,}")
+
+        yield advance
 
 
 def _print(console: Console, found: dict[str, Any]) -> None:

@@ -182,7 +182,8 @@ def inspect(
     findings = []
     for other in ("val", "unlabeled"):
         if other in paths:
-            shared = np.isin(paths[other], paths["train"])
+            known = set(paths["train"])
+            shared = np.array([path in known for path in paths[other]])
             findings += finding(f"pictures are in train and in {other}", shared, lambda row, o=other: paths[o][row])
     return Checks(pictures, findings, _fatal(dataset, pictures))
 

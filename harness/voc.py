@@ -118,13 +118,13 @@ def voc_index(
     def parse(contents: list[bytes]) -> CleanAnnotations:
         return clean(_raw(origin, names, files, contents, classes, difficult))
 
-    try:
-        parsed, sha256 = annotation_cache.load(files, parameters, cache_dir, parse, verify)
-    except FileNotFoundError as error:
+    absent = [file for file in files if not file.exists()]
+    if absent:
         raise UserError(
-            f"{origin} lists a picture whose annotation {error.filename} is not there: add it, "
+            f"{origin} lists {len(absent)} picture(s) whose annotation is not there, first {absent[0]}: add it, "
             "or take the name off the list"
-        ) from error
+        )
+    parsed, sha256 = annotation_cache.load(files, parameters, cache_dir, parse, verify)
     return make_index(Path(lists[0]).stem, root, parsed, sha256)
 
 

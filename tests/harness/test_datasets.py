@@ -123,6 +123,10 @@ FATAL = {
         annotations(images=[{"id": 1, "file_name": "a.jpg", "width": 0, "height": 5}]),
         "not positive.*a.jpg",
     ),
+    "size as a fraction": (
+        annotations(images=[{"id": 1, "file_name": "a.jpg", "width": 4.5, "height": 5}]),
+        r"\$\.images\[0\]\.width",
+    ),
     "text id": (annotations(images=[{"id": "x1", "file_name": "a", "width": 1, "height": 1}]), r"\$\.images\[0\]\.id"),
     "id beyond 64 bits": (annotations(images=[annotations()["images"][0] | {"id": 2**70}]), "64 bits"),
     "three coordinates": (
@@ -188,6 +192,18 @@ def test_names_with_spaces_and_letters_beyond_ascii(tmp_path: Path) -> None:
     assert index.source().paths == [str(tmp_path / "ein Ordner" / "train" / name)]
     again = coco_index(tmp_path / "ein Ordner" / "train.json", tmp_path, tmp_path / "ein Ordner" / "cache")
     assert list(again.file_names) == [name]
+
+
+def test_classes_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    index = opened(tmp_path, annotations(categories=[{"id": 2, "name": "cat"}, {"id": 9, "name": "cat"}]))
+    assert list(index.category_names) == ["cat (id 2)", "cat (id 9)"]
+    assert str(index.findings[0]) == "names that several classes have, told apart by id: 1 (cat)"
+
+
+def test_annotations_that_are_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "train.json").mkdir()
+    with pytest.raises(UserError, match=r"cannot read .*train\.json \(Is a directory\)"):
+        coco_index(tmp_path / "train.json", tmp_path, tmp_path / "cache")
 
 
 def test_byte_order_mark(tmp_path: Path) -> None:
@@ -407,7 +423,7 @@ def test_many_processes_at_once(tmp_path: Path) -> None:
 @pytest.mark.timeout(60)
 def test_file_that_changes_under_our_feet(tmp_path: Path) -> None:
     """Whatever was read, the sha256 belongs to what was parsed."""
-    contents = [json.dumps(annotations(categories=[{"id": i, "name": f"{n:03d}"} for i in (2, 9)])) for n in range(200)]
+    contents = [json.dumps(annotations(categories=[{"id": 2, "name": f"{n:03d}"}])) for n in range(200)]
     path = write(tmp_path, contents[0])
     stop = threading.Event()
 

@@ -396,6 +396,19 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert words in printed
 
 
+def test_yaml_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file in DIR/data, and --config-dir DIR, are all that another dataset takes."""
+    make_dataset(tmp_path / "pictures")
+    (tmp_path / "conf" / "data").mkdir(parents=True)
+    (tmp_path / "conf" / "data" / "birds.yaml").write_text(
+        f"_target_: harness.datasets.coco_dataset\nname: birds\nroot: {tmp_path}/pictures\n"
+        "train_annotations: train.json\ntrain_images: train\nval_annotations: val.json\nval_images: val\n"
+    )
+    command = ["--config-dir", str(tmp_path / "conf"), "prepare", "data=birds", f"cache_dir={tmp_path}/cache"]
+    assert cli.main(command) == 0
+    assert "data=birds" in capsys.readouterr().out
+
+
 def test_command_names_classes_without_a_labelled_box(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_dataset(tmp_path, boxes=1)
     assert run(tmp_path, "data=custom", f"data.root={tmp_path}", f"export_dir={tmp_path}") == 0
