@@ -33,7 +33,7 @@ Parse = Callable[[list[bytes]], CleanAnnotations]
 
 
 def load(
-    files: Sequence[Path], parameters: dict[str, Any], cache_dir: Path, parse: Parse, verify: bool = False
+    files: Sequence[Path], parameters: dict[str, Any], cache_dir: Path, parse: Parse
 ) -> tuple[CleanAnnotations, str]:
     """Opens annotations, parsed now or earlier.
 
@@ -42,7 +42,6 @@ def load(
         parameters: what else they depend on, as plain data.
         cache_dir: root of the cache.
         parse: makes the arrays from the files' bytes; called only if they are not in the cache.
-        verify: hash the content whatever the stamp says.
 
     Returns:
         The arrays, and the sha256 of the files' content.
@@ -53,7 +52,7 @@ def load(
     stamp = root / "stamps" / f"{key}.json"
     with _readable():
         state = _state(paths)
-    sha256 = None if verify else _trusted(stamp, state)
+    sha256 = _trusted(stamp, state)
     if sha256 is None or not is_whole(cached_folder(root, _parameters(sha256, parameters))):
         began = time.time_ns()
         with _readable():

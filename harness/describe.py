@@ -252,5 +252,5 @@ def _split_table(splits: list[dict[str, Any]], classes: list[str]) -> Table:
         if not few:
             counts = [min(counts), int(np.median(counts)), max(counts), len(row["classes_without_labeled_box"])]
         cells = (row["labeled_ids"], row["labeled_images"], row["labeled_boxes"], *counts)
-        table.add_row(f"{row['percent']:g}", str(row["fold"]), *(f"{n:,}" for n in cells), row["sha256"][:12])
+        table.add_row(f"{row['percent']:g}", str(row["fold"]), *(f"{n:,}" for n in cells), row["sha256"][:10])
     return table

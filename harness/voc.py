@@ -34,7 +34,6 @@ def voc_dataset(
     classes: Sequence[str] | None = None,
     difficult: str = "crowd",
     download: str = "",
-    verify: bool = False,
 ) -> Dataset:
     """A dataset in VOC format, of one folder or several joined.
 
@@ -50,7 +49,6 @@ def voc_dataset(
             whether training sees them, and the evaluation does not count them (with COCO's rule for crowds: several
             detections may match one). "keep" treats them as any other, "drop" leaves them out.
         download: where to get the files, for the message when they are missing.
-        verify: hash the annotation files even if they look unchanged.
 
     Images are numbered from 1 in the order of the lists: training, evaluation, unlabelled.
 
@@ -67,7 +65,7 @@ def voc_dataset(
             require(base / file, name, key, download)
 
     def open_part(lists: Sequence[str], known: Sequence[str] | None) -> CocoIndex:
-        return voc_index(base, lists, Path(cache_dir), known, difficult, verify)
+        return voc_index(base, lists, Path(cache_dir), known, difficult)
 
     first = open_part(train, classes)
     second = with_ids_from(open_part(val, first.category_names), len(first) + 1)
@@ -89,7 +87,6 @@ def voc_index(
     cache_dir: Path,
     classes: Sequence[str] | None = None,
     difficult: str = "crowd",
-    verify: bool = False,
 ) -> CocoIndex:
     """Opens the pictures of VOC list files; images and classes are numbered from 1.
 
@@ -100,7 +97,6 @@ def voc_index(
         classes: names in the order of their labels; boxes of others are dropped and counted. Default: every name that
             occurs, alphabetically.
         difficult: see `voc_dataset`.
-        verify: hash the files even if they look unchanged.
     """
     entries = [entry for file in lists for entry in _read_list(root, file)]
     if not entries:
@@ -124,7 +120,7 @@ def voc_index(
             f"{origin} lists {len(absent)} picture(s) whose annotation is not there, first {absent[0]}: add it, "
             "or take the name off the list"
         )
-    parsed, sha256 = annotation_cache.load(files, parameters, cache_dir, parse, verify)
+    parsed, sha256 = annotation_cache.load(files, parameters, cache_dir, parse)
     return make_index(Path(lists[0]).stem, root, parsed, sha256)
 
 

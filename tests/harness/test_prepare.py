@@ -392,7 +392,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(row["sha256"]) == 64
     assert sorted(p.name for p in out.iterdir()) == ["prepared.json", "train.1@10-unlabeled.json", "train.1@10.json"]
     printed = capsys.readouterr().out
-    for words in ("custom", "cat", "dog", "train: pictures empty: 1 (3.jpg)", row["sha256"][:12], "train.1@10.json"):
+    for words in ("custom", "cat", "dog", "train: pictures empty: 1 (3.jpg)", row["sha256"][:10], "train.1@10.json"):
         assert words in printed
 
 
