@@ -29,15 +29,6 @@ class Dataset:
     no_unlabeled: str = "the dataset names none"  # why `unlabeled` is None, for the message when it is asked for
 
 
-def _without_boxes(folder: Path, names: list[str], sizes: list[Any]) -> RawAnnotations:
-    none = np.zeros(0, np.int64)
-    ids = np.arange(1, len(names) + 1, dtype=np.int64)
-    size_array = np.array(sizes, np.int64).reshape(-1, 2)
-    return RawAnnotations(
-        str(folder), ids, names, size_array, [], none, none, np.zeros((0, 4)), none.astype(bool), np.zeros(0)
-    )
-
-
 def make_index(name: str, image_dir: Path, annotations: CleanAnnotations, sha256: str) -> CocoIndex:
     """An index from checked annotations."""
     values = {field.name: getattr(annotations, field.name) for field in fields(annotations)}
@@ -95,6 +86,15 @@ def folder_index(folder: Path, cache_dir: Path, threads: int = 8) -> CocoIndex:
     return make_index(folder.name, folder, annotations, sha256)
 
 
+def _without_boxes(folder: Path, names: list[str], sizes: list[Any]) -> RawAnnotations:
+    none = np.zeros(0, np.int64)
+    ids = np.arange(1, len(names) + 1, dtype=np.int64)
+    size_array = np.array(sizes, np.int64).reshape(-1, 2)
+    return RawAnnotations(
+        str(folder), ids, names, size_array, [], none, none, np.zeros((0, 4)), none.astype(bool), np.zeros(0)
+    )
+
+
 def coco_dataset(
     name: str,
     root: str | Path,
@@ -116,7 +116,8 @@ def coco_dataset(
         train_annotations, val_annotations: JSON files.
         train_images, val_images: folders that the file names in them are relative to.
         unlabeled_annotations: JSON file that lists more images; needed only by split.protocol=full.
-        unlabeled_images: their folder; without a JSON file, every picture in it.
+        unlabeled_images: their folder; without a JSON file, every picture in it that is not in the other two parts, so
+            that it may be the folder where the labelled pictures are.
         download: where to get the files, for the message when they are missing.
 
     Raises:
@@ -138,8 +139,23 @@ def coco_dataset(
     if unlabeled_annotations:
         more = coco_index(root / unlabeled_annotations, pictures, cache, labeled=False)
     else:
-        more = folder_index(pictures, cache)
+        more = _others(folder_index(pictures, cache), (train, val))
     return Dataset(name, train, val, as_unlabeled(more, train))
+
+
+def _others(index: CocoIndex, known: tuple[CocoIndex, ...]) -> CocoIndex:
+    """The pictures of a folder without those that other parts list; the folder's have no boxes."""
+    listed = {path for part in known for path in part.real_paths()}
+    new = np.array([path not in listed for path in index.real_paths()], bool)
+    left_out = finding("pictures that train or val lists, left out", ~new, lambda row: index.file_names[row])
+    return replace(
+        index,
+        image_ids=index.image_ids[new],
+        file_names=[name for name, keep in zip(index.file_names, new, strict=True) if keep],
+        sizes=index.sizes[new],
+        offsets=np.zeros(int(new.sum()) + 1, np.int64),
+        findings=index.findings + tuple(left_out),
+    )
 
 
 def as_unlabeled(index: CocoIndex, train: CocoIndex) -> CocoIndex:

@@ -47,6 +47,11 @@ class CocoIndex:
         """C."""
         return len(self.category_ids)
 
+    def real_paths(self) -> list[str]:
+        """Where each picture lies, for telling whether two indices show the same one."""
+        folder = os.path.realpath(self.image_dir)
+        return [os.path.normpath(os.path.join(folder, name)) for name in self.file_names]
+
     def positions(self, ids: np.ndarray | Sequence[int]) -> np.ndarray:
         """Rows of images in the index.
 

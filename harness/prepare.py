@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -177,7 +176,7 @@ def inspect(
     pictures, paths = {}, {}
     for part, index in parts(dataset).items():
         source = index.source(boxes=False)
-        paths[part] = [os.path.abspath(path) for path in source.paths]
+        paths[part] = index.real_paths()
         pictures[part] = check_images(source.paths, source.ids, source.sizes, level, threads, progress)
     findings = []
     for other in ("val", "unlabeled"):

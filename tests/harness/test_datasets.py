@@ -509,3 +509,15 @@ def test_unlabeled_folder(tmp_path: Path) -> None:
     assert again is not None
     assert again.sizes.tolist() == [[20, 30], [7, 5]]
     assert again.sha256 != more.sha256
+
+
+def test_unlabeled_pictures_among_the_labelled_ones(tmp_path: Path) -> None:
+    """One folder, a few of its pictures labelled: the others are the unlabelled part."""
+    root = dataset_files(tmp_path)
+    for name in ("a.jpg", "b.jpg", "x.jpg"):
+        Image.new("RGB", (40, 30)).save(root / "train" / name)
+    more = coco_dataset("mine", root, tmp_path / "cache", unlabeled_images="train").unlabeled
+    assert more is not None
+    assert list(more.file_names) == ["x.jpg"]
+    assert more.source().sizes.tolist() == [[30, 40]]
+    assert str(more.findings[0]) == "pictures that train or val lists, left out: 2 (a.jpg, b.jpg)"
