@@ -178,7 +178,6 @@ class BasePipeline:
         """
         assert self._views is not None
         assert self._sampler is not None
-        assert self._labeled is not None
         waiting: deque[dict[str, Job]] = deque()
 
         def jobs() -> Generator[Job, None, None]:

@@ -6,8 +6,9 @@ The graph is in `pipelines.dali_graph`. Jobs are fed explicitly and run ahead on
 from __future__ import annotations
 
 import itertools
+import sys
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from nvidia.dali import Pipeline
 from torch import Tensor
 
 from pipelines.base import BadImageError, BasePipeline, Job, canvas
-from pipelines.dali_graph import Graph, define
+from pipelines.dali_graph import Graph, define, define_decode
 from pipelines.plan import NOTHING, ViewPlan, from_shrunk, noise_patch
 from pipelines.policy import Policy, ViewPolicy
 
@@ -174,7 +175,7 @@ class DaliPipeline(BasePipeline):
             while under_way:
                 yield self._finish(under_way)
         finally:
-            while under_way:
+            while under_way and not sys.is_finalizing():
                 self._finish(under_way)
             for views, runner in runners.items():
                 self._idle.setdefault(views, []).append(runner)
@@ -195,3 +196,45 @@ class DaliPipeline(BasePipeline):
         for runner in itertools.chain.from_iterable(self._idle.values()):
             runner.close()
         self._idle.clear()
+
+
+class DecodeOnly:
+    """Reads and decodes files and keeps nothing: the ceiling of every pipeline.
+
+    Args:
+        paths: files, over and over.
+        batch: images at once.
+        threads: DALI's.
+        device: cpu or cuda[:n].
+    """
+
+    def __init__(self, paths: Sequence[str], batch: int, threads: int, device: str) -> None:
+        gpu = torch.device(device).type == "cuda"
+        self._paths, self._batch = itertools.cycle(paths), batch
+        self._pipeline: Pipeline | None = define_decode(
+            gpu,
+            batch_size=batch,
+            num_threads=threads,
+            device_id=torch.cuda.current_device() if gpu else None,
+            prefetch_queue_depth=1,
+        )
+        self._pipeline.build()
+
+    def run(self, batches: int) -> int:
+        """Decodes so many batches; the number of their images."""
+        assert self._pipeline is not None
+        data: deque[list[np.ndarray]] = deque()
+        for number in range(batches + 2):
+            if number < batches:
+                data.append([np.fromfile(path, dtype=np.uint8) for path in itertools.islice(self._paths, self._batch)])
+                self._pipeline.feed_input("data", data[-1])
+                self._pipeline.schedule_run()
+            if number >= 2:
+                self._pipeline.share_outputs()
+                self._pipeline.release_outputs()
+                data.popleft()
+        return batches * self._batch
+
+    def close(self) -> None:
+        """Stops DALI's threads."""
+        self._pipeline = None

@@ -282,3 +282,11 @@ def define(graph: Graph, views: list[ViewPolicy]) -> Any:
         shrunk = _input("shrunk", DALIDataType.FLOAT, 1)
         image = fn.resize(image, size=shrunk, interp_type=DALIInterpType.INTERP_LINEAR, antialias=True)
     return (stored, *[_define_view(graph, image, view) for view in views])
+
+
+@pipeline_def
+def define_decode(gpu: bool) -> Any:
+    """Decodes and returns only the shapes."""
+    data = fn.external_source(name="data", dtype=DALIDataType.UINT8, ndim=1, no_copy=True)
+    device = "mixed" if gpu else "cpu"
+    return fn.decoders.image(data, device=device, output_type=DALIImageType.RGB, adjust_orientation=False).shape()
