@@ -15,7 +15,10 @@ def number(value: float | None, digits: int = 1) -> str:
 
 def signed(value: float | None, digits: int = 1) -> str:
     """+1.2, with a true minus sign for the negative."""
-    return "-" if value is None else f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
+    if value is None:
+        return "-"
+    rounded = round(value, digits) + 0.0  # no minus before a zero
+    return f"{rounded:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def share(value: float | None) -> str:
@@ -129,7 +132,8 @@ def machine(environment: dict[str, Any]) -> str:
     )
     packages = environment.get("packages", {})
     versions = [f"{name} {packages[name]}" for name in ("torch", "torchvision") if name in packages]
-    return ", ".join([what, f"{environment.get('threads', '-')} threads per process", *versions])
+    threads = environment.get("threads", "-")
+    return ", ".join([what, f"{threads} thread{'' if threads == 1 else 's'} per process", *versions])
 
 
 def cost_statement(section: Section) -> str:

@@ -221,7 +221,9 @@ def _pseudo_labels(section: Section, curves: Curves) -> str | None:
                     names = list(dict.fromkeys(name for cell in cells for name in cell))
                     for style, name in zip(_STYLES * 3, names, strict=False):
                         mean = _mean_curve([cell[name] for cell in cells if name in cell])
-                        panel.plot(mean.index, mean, color=colour, ls=style, lw=1.5, label=f"{row.label}: {name}")
+                        mark = "o" if len(mean) == 1 else None
+                        label = f"{row.label}: {name}"
+                        panel.plot(mean.index, mean, color=colour, ls=style, lw=1.5, marker=mark, label=label)
                     if not names:
                         level = row.cells[percent].mean(f"pseudo_{measure}")
                         if level is not None:
@@ -254,7 +256,9 @@ def pseudo_curves(lines: list[dict[str, Any]], measure: str) -> dict[str, pd.Ser
     for line in lines:
         if line["kind"] == "pseudo":
             for name, part in line["quality"].items():
-                points.setdefault(name, {})[line["step"] + 1] = part.get(measure)
+                # Without a pseudo label there is recall (0), but neither precision nor IoU.
+                empty = measure != "recall" and part.get("labels") == 0
+                points.setdefault(name, {})[line["step"] + 1] = None if empty else part.get(measure)
     curves = {name: pd.Series(found, dtype="float64").dropna() for name, found in points.items()}
     return {name: _running_mean(curve) for name, curve in curves.items() if len(curve)}
 

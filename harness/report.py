@@ -115,7 +115,9 @@ def published() -> list[dict[str, Any]]:
 def show(folder: Path, console: Console) -> None:
     """Prints the tables of all records below a folder."""
     for section in load(folder)[0]:
-        console.print(f"\n[bold]{section.title}[/]: COCO AP, mean ± standard deviation (n runs)", highlight=False)
+        console.print(
+            f"\n[bold]{section.title}[/]: COCO AP, mean ± standard deviation (n runs)", highlight=False, soft_wrap=True
+        )
         table = Table()
         table.add_column("method")
         for percent in section.percents:

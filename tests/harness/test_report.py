@@ -260,6 +260,7 @@ def write_curves(run_dir):
     for step in range(9, 100, 10):
         lines.append({"kind": "train", "step": step, "loss": 100.0 / (step + 1)})
         quality = {"box": {"precision": step / 100, "recall": None, "iou": 0.5}}
+        quality["rpn"] = {"precision": 0.0, "recall": 0.0, "iou": 0.0, "labels": 0.0}
         lines.append({"kind": "pseudo", "step": step, "quality": quality})
         lines += [
             {"kind": "eval", "step": step, "network": n, "metrics": {"ap": v}}
@@ -275,7 +276,8 @@ def test_curves_are_read_from_metrics(tmp_path):
     assert plots.eval_curve(lines, "teacher").to_dict() == dict.fromkeys(range(10, 101, 10), 2.0)
     assert plots.train_curve(lines, "loss")[10] == 10.0
     assert plots.pseudo_curves(lines, "precision")["box"][100] == 0.99
-    assert plots.pseudo_curves(lines, "recall") == {}
+    assert set(plots.pseudo_curves(lines, "precision")) == {"box"}  # no label, no precision
+    assert plots.pseudo_curves(lines, "recall")["rpn"][100] == 0.0
 
 
 def test_figures_are_the_same_for_the_same_records(runs):
@@ -346,6 +348,7 @@ def test_published_numbers_are_marked_and_apart(runs):
         (formatting.number, None, "-"),
         (formatting.signed, 1.25, "+1.2"),
         (formatting.signed, -1.26, "\N{MINUS SIGN}1.3"),
+        (formatting.signed, -0.01, "+0.0"),
         (formatting.share, 0.034, "3.4 %"),
         (formatting.seconds, 62.3, "62 s"),
         (formatting.seconds, 754, "12.6 min"),
