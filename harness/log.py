@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -335,7 +336,7 @@ class WandbLogger:
     def __init__(self, run_dir: Path, title: str, start_step: int) -> None:  # noqa: ARG002
         import wandb
 
-        identity = _remembered(run_dir / "wandb_id", wandb.util.generate_id)
+        identity = _remembered(run_dir / "wandb_id", lambda: secrets.token_hex(8))
         self._run = wandb.init(project="ssodbench", name=title, dir=str(run_dir), id=identity, resume="allow")
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -352,6 +353,8 @@ class MlflowLogger:
         import mlflow
 
         if "MLFLOW_TRACKING_URI" not in os.environ:
+            # Newer MLflow wants a word before it writes to a folder; a database would need packages beyond its core.
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
             mlflow.set_tracking_uri((run_dir / "mlflow").resolve().as_uri())
         client = mlflow.MlflowClient()
         experiment = mlflow.set_experiment("ssodbench").experiment_id

@@ -171,10 +171,9 @@ def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
     started, logged = [], []
     session = types.SimpleNamespace(log=lambda scalars, step: logged.append((step, scalars)), finish=lambda: None)
     wandb = types.ModuleType("wandb")
-    wandb.util = types.SimpleNamespace(generate_id=lambda: f"id{len(started)}")
     wandb.init = lambda **keys: started.append(keys) or session
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     run(tmp_path, 0, 4, loggers=["wandb"])
     run(tmp_path, 4, 6, loggers=["wandb"])
-    assert [keys["id"] for keys in started] == ["id0", "id0"]
+    assert len({keys["id"] for keys in started}) == 1
     assert [step for step, scalars in logged if "train/loss" in scalars] == [1, 3, 5]
