@@ -254,6 +254,8 @@ class BasePipeline:
 
         for rendered in self._start(jobs()):
             job = waiting.popleft()
+            if isinstance(rendered, Exception):
+                rendered = self._render_now(job)
             images = rendered if isinstance(rendered, list) else self._blank_bad(job, rendered)
             (result,) = self._assemble(job, images, len(source.boxes) > 0)
             yield result, torch.from_numpy(source.ids[job.positions])
@@ -309,6 +311,8 @@ class BasePipeline:
 
         Decoders do not say which image of a batch they could not read, so each is tried alone.
         """
+        if isinstance(rendered, Exception):
+            rendered = self._render_now(job)  # another batch's error may have broken this one
         while isinstance(rendered, Exception):
             known = len(self.bad_images)
             replaced = self._good(job.source, job.positions)

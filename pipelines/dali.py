@@ -171,23 +171,30 @@ class DaliPipeline(BasePipeline):
                 runner = runners[job.views]
                 under_way.append((job, runner, runner.submit(job)))
                 if len(under_way) > ahead:
-                    yield self._finish(under_way)
+                    yield self._finish(under_way, runners)
             while under_way:
-                yield self._finish(under_way)
+                yield self._finish(under_way, runners)
         finally:
             while under_way and not sys.is_finalizing():
-                self._finish(under_way)
+                self._finish(under_way, runners)
             for views, runner in runners.items():
                 self._idle.setdefault(views, []).append(runner)
 
-    def _finish(self, under_way: deque[tuple[Job, _Runner, Exception | None]]) -> list[Tensor] | Exception:
+    def _finish(
+        self, under_way: deque[tuple[Job, _Runner, Exception | None]], runners: dict[tuple[str, ...], _Runner]
+    ) -> list[Tensor] | Exception:
         job, runner, error = under_way.popleft()
-        return error or runner.collect(job)
+        result = error or runner.collect(job)
+        # DALI says that a pipeline is not valid after an error: what it has under way is tried, new jobs get another.
+        if isinstance(result, Exception) and runners.get(job.views) is runner:
+            del runners[job.views]
+        return result
 
     def _render_now(self, job: Job) -> list[Tensor] | Exception:
         runner = self._borrow(job)
         result = runner.submit(job) or runner.collect(job)
-        self._idle[job.views].append(runner)
+        if not isinstance(result, Exception):
+            self._idle[job.views].append(runner)
         return result
 
     def close(self) -> None:

@@ -1,0 +1,201 @@
+"""Bad files, and files that are unusual but good."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from harness.sampling import BatchSampler
+from harness.types import Batch, ImageSource, UserError, Views
+
+BACKENDS = ("dali", "torchvision", "opencv")
+CONFIG = {"name": "x", "views": {"labeled": {"flip": 0.5}, "test": {}}}
+Damage = Callable[[Path], None]
+
+
+def missing(path: Path) -> None:
+    path.unlink()
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def header_only(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def garbage(path: Path) -> None:
+    path.write_bytes(np.random.default_rng(0).bytes(5000))
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def other_size(path: Path) -> None:
+    Image.new("RGB", (33, 44)).save(path)
+
+
+DAMAGES = (missing, truncated, header_only, garbage, empty, other_size)
+
+
+@pytest.fixture
+def copies(photos: ImageSource, tmp_path: Path) -> ImageSource:
+    """The photographs, to be damaged."""
+    paths = [str(shutil.copy(path, tmp_path)) for path in photos.paths]
+    return replace(photos, paths=paths)
+
+
+def arguments(source: ImageSource, batch: int = 5) -> dict[str, Any]:
+    return {"views": Views(("labeled",)), "sampler": BatchSampler(len(source), 0, batch, 0, seed=3), "labeled": source}
+
+
+def take(pipeline: Any, count: int, start: int = 0) -> list[Batch]:
+    return list(itertools.islice(pipeline.train(start), count))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_bad_image_is_replaced(
+    backend: str, damage: Damage, copies: ImageSource, photos: ImageSource, build: Any, caplog: Any
+) -> None:
+    """Only the bad image's rows change, to the next image of the list; it is named, counted and warned of once."""
+    bad = 4
+    clean = take(build(backend, CONFIG, **arguments(photos)), 12)
+    damage(Path(copies.paths[bad]))
+    pipeline = build(backend, CONFIG, **arguments(copies))
+    with caplog.at_level(logging.WARNING):
+        damaged = take(pipeline, 12)
+    replaced = 0
+    for a, b in zip(clean, damaged, strict=True):
+        for row, (before, after) in enumerate(zip(a.labeled_ids.tolist(), b.labeled_ids.tolist(), strict=True)):
+            assert after == (before if before != 100 + bad else 100 + bad + 1)
+            replaced += before != after
+            if before == after:
+                height, width = a.labeled["labeled"].sizes[row].tolist()
+                views = [x.labeled["labeled"].images[row, :, :height, :width] for x in (a, b)]
+                assert torch.equal(*views)
+    assert replaced >= 2
+    assert list(pipeline.bad_images) == [copies.paths[bad]]
+    assert sum(copies.paths[bad] in message for message in caplog.messages) == 1
+    assert pipeline.drawn == 23
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_several_bad_images_in_a_batch_and_resuming(backend: str, copies: ImageSource, build: Any) -> None:
+    """Batches after resuming are the same, whether the bad images are known from the checkpoint or met again."""
+    for number in (3, 4, 5, 11):
+        truncated(Path(copies.paths[number]))
+    pipeline = build(backend, CONFIG, **arguments(copies, 11))
+    whole = take(pipeline, 6)
+    assert len(pipeline.bad_images) == 4
+    state = pipeline.state()
+    for known in (True, False):
+        resumed = build(backend, CONFIG, **arguments(copies, 11))
+        if known:
+            resumed.load_state(state)
+            assert len(resumed.bad_images) == 4
+            assert resumed.drawn == pipeline.drawn
+        for a, b in zip(whole[3:], take(resumed, 3, start=3), strict=True):
+            assert torch.equal(a.labeled_ids, b.labeled_ids)
+            assert torch.equal(a.labeled["labeled"].images, b.labeled["labeled"].images)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_error_policy_names_the_file(backend: str, copies: ImageSource, build: Any) -> None:
+    garbage(Path(copies.paths[9]))
+    with pytest.raises(UserError, match=r"9\.jpg"):
+        take(build(backend, CONFIG, **arguments(copies), on_bad_image="error"), 8)
+
+
+@pytest.mark.timeout(60)
+def test_too_many_bad_images_stop_the_run(copies: ImageSource, build: Any) -> None:
+    """Nine of 23 are tolerated, ten are not; counts from before a checkpoint are taken along."""
+    for number in range(9):
+        garbage(Path(copies.paths[number]))
+    pipeline = build("dali", CONFIG, **arguments(copies))
+    take(pipeline, 8)
+    assert len(pipeline.bad_images) == 9
+    garbage(Path(copies.paths[20]))
+    resumed = build("dali", CONFIG, **arguments(copies))
+    resumed.load_state(pipeline.state())
+    with pytest.raises(UserError, match="10 of 23 images"):
+        take(resumed, 8, start=8)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_evaluation_keeps_every_id(backend: str, copies: ImageSource, build: Any) -> None:
+    missing(Path(copies.paths[2]))
+    truncated(Path(copies.paths[7]))
+    pipeline = build(backend, CONFIG)
+    ids, blank = [], []
+    for view, numbers in pipeline.eval(copies):
+        ids += numbers.tolist()
+        blank += [int(n) for n, image in zip(numbers, view.images, strict=True) if not image.any()]
+    assert ids == copies.ids.tolist()
+    assert blank == [102, 107]
+    assert len(pipeline.bad_images) == 2
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_workers_report_bad_images_too(backend: str, copies: ImageSource, build: Any) -> None:
+    garbage(Path(copies.paths[4]))
+    alone = take(build(backend, CONFIG, **arguments(copies)), 6)
+    pipeline = build(backend, CONFIG, **arguments(copies), threads=2)
+    batches = pipeline.train()
+    for a in alone:
+        assert torch.equal(a.labeled_ids, next(batches).labeled_ids)
+    batches.close()
+    assert len(pipeline.bad_images) == 1
+
+
+@pytest.mark.timeout(60)
+def test_formats_are_the_same_everywhere(make_source: Any, photos: ImageSource, tmp_path: Path, build: Any) -> None:
+    """PNG, grayscale, CMYK, transparency, palettes and EXIF orientation: RGB pixels as they are stored."""
+    image = Image.open(photos.paths[0]).convert("RGB")
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be shown rotated by a quarter turn
+    saved = {
+        "png.png": image,
+        "gray.png": image.convert("L"),
+        "gray.jpg": image.convert("L"),
+        "cmyk.jpg": image.convert("CMYK"),
+        "rgba.png": image.convert("RGBA"),
+        "palette.png": image.convert("P"),
+        "exif.jpg": image,
+        "progressive.jpg": image,
+        "png named.jpg": image,
+    }
+    for name, picture in saved.items():
+        options: dict[str, Any] = {"exif": turned} if name == "exif.jpg" else {}
+        if name == "progressive.jpg":
+            options["progressive"] = True
+        picture.save(tmp_path / name, format="PNG" if "png" in name else "JPEG", **options)
+    size = (image.height, image.width)
+    source = make_source([tmp_path / name for name in saved], [size] * len(saved))
+    views = {backend: next(build(backend, CONFIG, eval_batch=99).eval(source))[0] for backend in BACKENDS}
+    for row, name in enumerate(saved):
+        expected = Image.open(tmp_path / name)
+        if expected.mode != "CMYK":
+            pixels = np.asarray(expected.convert("RGB"), dtype=np.float32)
+            got = views["torchvision"].images[row, :, : size[0], : size[1]].permute(1, 2, 0).numpy()
+            np.testing.assert_allclose(got, pixels, atol=1, err_msg=name)
+        for backend in ("dali", "opencv"):
+            difference = (views[backend].images[row] - views["torchvision"].images[row]).abs().max()
+            assert difference <= 1, f"{name}: {backend} differs by {difference}"
