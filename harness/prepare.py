@@ -181,9 +181,9 @@ def inspect(
     findings = []
     for other in ("val", "unlabeled"):
         if other in paths:
-            known = set(paths["train"])
-            shared = np.array([path in known for path in paths[other]])
-            findings += finding(f"pictures are in train and in {other}", shared, lambda row, o=other: paths[o][row])
+            known, here = set(paths["train"]), paths[other]
+            shared = np.array([path in known for path in here])
+            findings += finding(f"pictures that are in train and in {other}", shared, here.__getitem__)
     return Checks(pictures, findings, _fatal(dataset, pictures))
 
 
