@@ -145,6 +145,7 @@ class CocoIndex:
         flags = (self.areas[rows].tolist(), self.crowd[rows].astype(int).tolist())
         return {
             "info": {"description": self.name},
+            "licenses": [],
             "images": [
                 {"id": int(self.image_ids[i]), "file_name": self.file_names[i], "height": int(h), "width": int(w)}
                 for i, (h, w) in zip(images.tolist(), self.sizes[images], strict=True)

@@ -311,6 +311,31 @@ def test_soft_teachers_files_come_back(
     assert sorted(numbers) == list(range(1, 81))
 
 
+@pytest.mark.skipif(not TINY.exists(), reason="coco_tiny is not here")
+def test_files_hold_what_the_original_scripts_put_in_them(tmp_path: Path) -> None:
+    """NumPy's global stream over the file's own list; images in file order, all their annotations, crowds too."""
+    original = json.loads((TINY / "annotations" / "instances_train2017.json").read_text())
+    np.random.seed(3)
+    chosen = set(np.random.choice(range(80), size=8, replace=False).tolist())
+    files = {"train_annotations": "annotations/instances_train2017.json", "train_images": "train2017"}
+    files |= {"val_annotations": "annotations/instances_val2017.json", "val_images": "val2017"}
+    dataset = coco_dataset("coco", TINY, tmp_path / "cache", **files)
+    written = split_files.export(dataset, prepare.resolve_split(dataset, config(fold=3)), tmp_path)
+    assert [path.name for path in written] == [f"instances_train2017.3@10{end}.json" for end in ("", "-unlabeled")]
+    for path, labeled in zip(written, (True, False), strict=True):
+        content = json.loads(path.read_text())
+        ids = [image["id"] for row, image in enumerate(original["images"]) if (row in chosen) == labeled]
+        assert content.keys() == {"info", "licenses", "images", "annotations", "categories"}
+        assert [image["id"] for image in content["images"]] == ids
+
+        def rows(annotations: list[dict[str, Any]], wanted: set[int]) -> list[Any]:
+            keys = ("image_id", "category_id", "bbox", "iscrowd")
+            return sorted([a[key] for key in keys] for a in annotations if a["image_id"] in wanted)
+
+        assert rows(content["annotations"], set(ids)) == rows(original["annotations"], set(ids))
+        assert len(content["annotations"]) == len(rows(content["annotations"], set(ids)))
+
+
 def test_files_of_full(tmp_path: Path) -> None:
     make_dataset(tmp_path)
     (tmp_path / "more").mkdir()
