@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from torch import Tensor
 from detectors.padded import PaddedTargets, gather
 from harness import boxes as box_ops
 from harness.sampling import torch_uniform
+
+_LARGEST_TABLE = 2**28  # overlaps at once; 1 GiB, of which a few are alive at the same time
 
 
 @dataclass
@@ -43,6 +45,19 @@ def match(
         low_quality: the candidates that overlap a box most are positive too, however little that is (ties included).
             They learn the box that they overlap most themselves, as in detectron and torchvision.
     """
+    images, boxes = targets.valid.shape
+    if images > 1 and images * boxes * candidates.shape[-2] > _LARGEST_TABLE:
+        parts = [
+            match(
+                candidates if candidates.dim() == 2 else candidates[rows],
+                targets[rows],
+                positive_iou,
+                negative_iou,
+                low_quality,
+            )
+            for rows in (slice(0, images // 2), slice(images // 2, images))
+        ]
+        return Matches(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Matches)))
     overlap = box_ops.iou(targets.boxes, candidates).masked_fill_(~targets.valid[:, :, None], -1.0)  # (B, N, A)
     best, target = overlap.max(1)
     positive, negative = best >= positive_iou, best < negative_iou

@@ -25,6 +25,10 @@ class PaddedTargets:
     def __len__(self) -> int:
         return len(self.boxes)
 
+    def __getitem__(self, images: slice) -> PaddedTargets:
+        """Some of the images."""
+        return PaddedTargets(self.boxes[images], self.labels[images], self.scores[images], self.valid[images])
+
     def keep(self, mask: Tensor) -> PaddedTargets:
         """The same boxes, valid only where `mask` (B, N) is too."""
         return replace(self, valid=self.valid & mask)

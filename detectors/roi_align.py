@@ -51,7 +51,7 @@ class PyramidRoiAlign(nn.Module):
             roi_align(feature, part, self.output, 1.0 / stride, self.sampling_ratio, self.aligned)
             for feature, stride, part in zip(features, strides, rois[order].split(counts), strict=True)
         ]
-        return torch.cat(pooled)[torch.argsort(order)]
+        return torch.cat(pooled).index_select(0, torch.argsort(order))
 
     def by_look_up(
         self, features: list[Tensor], strides: list[int], boxes: Tensor, images: Tensor, level: Tensor

@@ -73,14 +73,17 @@ class Anchors(nn.Module):
         if key not in self._grids:
             if len(self._grids) > 64:  # many image shapes: what was cached is cheap to make again
                 self._grids.clear()
-            grids = [self._grid(base, shape, image_shape) for base, shape in zip(self.bases, shapes, strict=True)]
-            self._grids[key] = torch.cat(grids).to(features[0].device)
+            device = features[0].device
+            grids = [
+                self._grid(base.to(device), shape, image_shape) for base, shape in zip(self.bases, shapes, strict=True)
+            ]
+            self._grids[key] = torch.cat(grids)
         return self._grids[key], [len(b) * h * w for b, (h, w) in zip(self.bases, shapes, strict=True)]
 
     @staticmethod
     def _grid(base: Tensor, shape: tuple[int, ...], image_shape: tuple[int, int]) -> Tensor:
-        y = torch.arange(shape[0]) * (image_shape[0] // shape[0])
-        x = torch.arange(shape[1]) * (image_shape[1] // shape[1])
+        y = torch.arange(shape[0], device=base.device) * (image_shape[0] // shape[0])
+        x = torch.arange(shape[1], device=base.device) * (image_shape[1] // shape[1])
         y, x = torch.meshgrid(y, x, indexing="ij")
         return (torch.stack([x, y, x, y], -1).view(-1, 1, 4) + base).view(-1, 4)
 
@@ -107,7 +110,6 @@ class Rpn(nn.Module):
         channels: of the feature maps.
         anchors: of each cell.
         settings: numbers.
-        normal_init: N(0, 0.01) weights, as all codes have it.
     """
 
     def __init__(self, channels: int, anchors: Anchors, settings: RpnSettings) -> None:

@@ -52,7 +52,8 @@ def transform_boxes(boxes: Tensor, matrices: Tensor) -> Tensor:
         boxes: (..., N, 4).
         matrices: (..., 3, 3), one for each leading index of `boxes`, acting on columns (x, y, 1).
     """
-    x, y = boxes[..., [0, 2, 2, 0]], boxes[..., [1, 1, 3, 3]]  # the four corners, clockwise
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    x, y = torch.stack([x1, x2, x2, x1], -1), torch.stack([y1, y1, y2, y2], -1)  # the four corners, clockwise
     rows = [matrices[..., i, :, None, None].float().unbind(-3) for i in range(3)]
     (ax, ay, at), (bx, by, bt), (cx, cy, ct) = rows
     depth = cx * x + cy * y + ct

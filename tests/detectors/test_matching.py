@@ -5,6 +5,7 @@ import torch
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
+from detectors import matching
 from detectors.matching import match, matched_boxes, sample
 from detectors.padded import pad
 from harness.sampling import image_keys, torch_uniform
@@ -38,6 +39,21 @@ def test_match_agrees_with_torchvision_image_by_image(low_quality, seed):
         assert torch.equal(found.negative[image], expected == Matcher.BELOW_LOW_THRESHOLD)
         chosen = expected >= 0
         assert torch.equal(found.target[image][chosen], expected[chosen])
+
+
+def test_large_tables_are_split_by_image(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    anchors, targets = some_boxes(generator, 50), pad(make_targets(generator, (3, 0, 6, 2, 1)))
+    whole = match(anchors, targets, 0.5, 0.3, low_quality=True)
+    own = match(anchors.expand(5, -1, -1), targets, 0.5, 0.3)
+    monkeypatch.setattr(matching, "_LARGEST_TABLE", 400)
+    for expected, found in (
+        (whole, match(anchors, targets, 0.5, 0.3, low_quality=True)),
+        (own, match(anchors.expand(5, -1, -1), targets, 0.5, 0.3)),
+    ):
+        assert torch.equal(expected.target, found.target)
+        assert torch.equal(expected.positive, found.positive)
+        assert torch.equal(expected.negative, found.negative)
 
 
 def test_image_without_boxes_has_only_negatives():
