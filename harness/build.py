@@ -118,6 +118,8 @@ def sampler(
         micro=micro,
         seed=int(cfg.seed),
         ratio=cfg.batch.ratio,
+        anneal_steps=int(cfg.batch.get("anneal_steps", 0)),
+        steps=int(cfg.schedule.steps),
         unlabeled_from=unlabeled_from,
     )
     if drawn.micro_batches % world.size:

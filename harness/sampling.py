@@ -168,6 +168,9 @@ class BatchSampler:
         seed: the run's seed.
         ratio: "exact" or "bernoulli".
         unlabeled_from: first step that draws unlabelled images; before it their places stay empty.
+        anneal_steps: with "bernoulli", the probability of a labelled image falls linearly to 0 over so many last steps
+            (Soft Teacher's paper: 10,000; its code: none).
+        steps: length of the schedule; needed for annealing alone.
 
     Raises:
         UserError: for numbers that do not fit together.
@@ -185,6 +188,8 @@ class BatchSampler:
         seed: int = 0,
         ratio: str = "exact",
         unlabeled_from: int = 0,
+        anneal_steps: int = 0,
+        steps: int = 0,
     ) -> None:
         total = labeled + unlabeled
         micro = micro or total
@@ -205,12 +210,17 @@ class BatchSampler:
                     f"batch.{name}={part} leaves some of the {self.micro_batches} micro-batches without such an image; "
                     f"raise it to {self.micro_batches} or raise batch.micro"
                 )
+        if anneal_steps and (ratio != "bernoulli" or not 0 < anneal_steps <= steps):
+            raise UserError(
+                f"batch.anneal_steps={anneal_steps} needs batch.ratio=bernoulli and a schedule that is at least as long"
+            )
         if not labeled and unlabeled_from:
             raise UserError("batch.labeled=0 leaves the steps before the first unlabelled image empty")
         if ratio == "bernoulli" and unlabeled and labeled and micro < 2:
             raise UserError("batch.ratio=bernoulli needs batch.micro of at least 2")
         self.labeled, self.unlabeled, self.micro, self.seed = labeled, unlabeled, micro, seed
         self.unlabeled_from = unlabeled_from
+        self.anneal_steps, self.steps = anneal_steps, steps
         self._bernoulli = ratio == "bernoulli" and labeled > 0 and unlabeled > 0
         self._labeled_order = _Order(num_labeled, seed, "labeled order")
         self._unlabeled_order = _Order(num_unlabeled, seed, "unlabeled order")
@@ -223,6 +233,8 @@ class BatchSampler:
         steps = range(chunk * self._CHUNK, (chunk + 1) * self._CHUNK)
         keys = np.concatenate([image_keys(self.seed, step, [0]) for step in steps])
         draws = uniform(keys, self.micro_batches * self.micro, "batch ratio")
+        if self.anneal_steps:
+            share = share * np.clip((self.steps - np.array(steps)[:, None]) / self.anneal_steps, 0.0, 1.0)
         counts = (draws < share).reshape(self._CHUNK, self.micro_batches, self.micro).sum(2)
         return np.clip(counts, 1, self.micro - 1)
 

@@ -153,3 +153,23 @@ def test_impossible_numbers_are_named(arguments: tuple, word: str) -> None:
 def test_uneven_world_size_is_named() -> None:
     with pytest.raises(UserError, match="3 processes"):
         next(BatchSampler(5, 5, 4, 4, micro=2).stream(0, 0, 3))
+
+
+def test_annealing_lowers_the_labelled_share_over_the_last_steps():
+    options = {
+        "num_labeled": 50,
+        "num_unlabeled": 500,
+        "labeled": 20,
+        "unlabeled": 20,
+        "micro": 8,
+        "ratio": "bernoulli",
+    }
+    plain, annealed = BatchSampler(**options), BatchSampler(**options, anneal_steps=200, steps=400)
+    labeled = np.array([annealed.images(step)[0] for step in range(400)])
+    assert [plain.images(step) for step in range(200)] == [annealed.images(step) for step in range(200)]
+    assert labeled[200:].reshape(4, 50).mean(1) == pytest.approx([17.5, 12.8, 8.6, 5.6], abs=1.5)  # 1 of 8 always stays
+    assert labeled[-1] == 5
+    with pytest.raises(UserError, match="anneal_steps"):
+        BatchSampler(**{**options, "ratio": "exact"}, anneal_steps=5, steps=10)
+    with pytest.raises(UserError, match="anneal_steps"):
+        BatchSampler(**options, anneal_steps=20, steps=10)
