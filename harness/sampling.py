@@ -229,7 +229,7 @@ class BatchSampler:
 
     def _labeled_counts(self, chunk: int) -> np.ndarray:
         """(CHUNK, K) labelled images in the micro-batches of the steps of a chunk, by Bernoulli draws."""
-        share = self.labeled / (self.labeled + self.unlabeled)
+        share = np.array(self.labeled / (self.labeled + self.unlabeled))
         steps = range(chunk * self._CHUNK, (chunk + 1) * self._CHUNK)
         keys = np.concatenate([image_keys(self.seed, step, [0]) for step in steps])
         draws = uniform(keys, self.micro_batches * self.micro, "batch ratio")
