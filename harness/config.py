@@ -44,6 +44,10 @@ _CIRCUMSTANCES = (
     "data.cache_dir",
     "out",
     "cli",
+    "profile",
+    "prepare",
+    "check",
+    "export_dir",
 )
 _PATH_KEY = re.compile(r"^\+*([\w.]*(root|_dir|_file|checkpoint|weights|out|annotations|images))=(.*)$", re.DOTALL)
 
@@ -94,9 +98,9 @@ def load(overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()) -> Di
             cfg = _compose([*overrides, f"augment={cfg.method.augment}"])
     OmegaConf.set_struct(cfg, False)
     cfg.cli = {"overrides": list(given), "config_dirs": [str(folder) for folder in config_dirs]}
+    check(cfg)
     _fill_defaults(cfg)
     OmegaConf.set_struct(cfg, True)
-    check(cfg)
     return cfg
 
 
@@ -113,7 +117,7 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
     except MissingConfigException as error:
         raise UserError(_unknown_option(str(error))) from error
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_explain(str(error), overrides)) from error
+        raise UserError(_explain(error, overrides)) from error
 
 
 def _unknown_option(message: str) -> str:
@@ -131,8 +135,9 @@ def _unknown_option(message: str) -> str:
     )
 
 
-def _explain(message: str, overrides: Sequence[str]) -> str:
+def _explain(error: Exception, overrides: Sequence[str]) -> str:
     """One sentence from one of Hydra's or OmegaConf's exceptions."""
+    message = str(error)
     first = message.strip().splitlines()[0]
     match = re.search(r"Could not override '([^']+)'", message) or re.search(r"Key '([^']+)' is not in struct", message)
     if match:
@@ -143,7 +148,7 @@ def _explain(message: str, overrides: Sequence[str]) -> str:
     group = re.search(r"Could not find '([^']+)'", message)
     if group:
         return _unknown_option(message)
-    given = next((o for o in overrides if o in message), None)
+    given = getattr(error, "override", None) or next((o for o in overrides if o in message), None)
     return f"cannot read the configuration{f' ({given})' if given else ''}: {first}"
 
 
@@ -235,11 +240,11 @@ _NUMBERS: tuple[tuple[str, float, bool, bool, bool], ...] = (
     ("split.percent", 0, False, False, False),
     ("split.fold", 1, True, True, False),
     ("split.offset", 0, True, True, False),
-    ("seed", 0, True, True, False),
+    ("seed", 0, True, True, True),
     ("batch.labeled", 1, True, True, False),
     ("batch.unlabeled", 0, True, True, False),
     ("batch.micro", 1, True, True, True),
-    ("evaluation.every", 1, True, True, True),
+    ("evaluation.every", 0, False, False, True),
     ("evaluation.score_threshold", 0, True, False, False),
     ("evaluation.batch", 1, True, True, False),
     ("devices", 1, True, True, False),
@@ -257,6 +262,7 @@ _NUMBERS: tuple[tuple[str, float, bool, bool, bool], ...] = (
 _CHOICES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("device", ("auto", "cpu", "cuda")),
     ("precision", ("fp32", "bf16")),
+    ("evaluation.between", ("all", "reported")),
     ("batch.ratio", ("exact", "bernoulli")),
     ("split.protocol", ("stac", "soft_teacher", "unbiased_teacher", "ids", "full")),
     ("schedule.decay", ("flat", "step", "linear", "cosine")),
@@ -295,6 +301,14 @@ def check(cfg: DictConfig) -> None:
             f"evaluation.every={cfg.evaluation.every} is larger than schedule.steps={cfg.schedule.steps}: "
             "leave it null to evaluate at the end alone"
         )
+
+
+def evaluation_interval(cfg: DictConfig) -> int | None:
+    """Steps between evaluations; a value below 1 is a fraction of the schedule."""
+    every = cfg.evaluation.every
+    if every is None:
+        return None
+    return max(1, round(every * cfg.schedule.steps)) if every < 1 else int(every)
 
 
 def _check_number(key: str, value: Any, low: float, inclusive: bool, whole: bool, optional: bool) -> None:

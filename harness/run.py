@@ -212,9 +212,12 @@ class _Session:
         dist.from_main(self.world, lambda: checkpoint.save(self.run_dir, state, keep.keep, keep.keep_every) and None)
 
     def _evaluate(self) -> None:
-        """Scores every network; at the same step only once."""
+        """Scores the networks: at the end all, before it those that `evaluation.between` names."""
         data, begin = self.run_.data, time.perf_counter()
+        at_end = self.counters.step == self.cfg.schedule.steps
         for name, network in self.run_.method.networks().items():
+            if not at_end and self.cfg.evaluation.between == "reported" and name != self.run_.method.reported:
+                continue
             metrics, rows = evaluate(
                 network,
                 self.run_.pipeline,

@@ -22,6 +22,7 @@ from torch import Tensor
 from detectors.pseudo_labels import quality
 from harness.boxes import transform_source
 from harness.build import Experiment
+from harness.config import evaluation_interval
 from harness.dist import FlatGradients, World, average_buffers, average_values
 from harness.log import RunLog
 from harness.optim import learning_rate_factor, set_learning_rate
@@ -121,19 +122,20 @@ def train(
         Interrupted: after a request to stop; the state is saved.
     """
     cfg, method = run.cfg, run.method
-    gradients = FlatGradients(method.trainable())
+    gradients = FlatGradients(method.trainable(), run.sampler.micro_batches)
     flags = StepFlags(run.world, gradients.flags)
     batches = run.pipeline.train(counters.step)
     method.train()
+    interval = evaluation_interval(cfg)
     for step in range(counters.step, cfg.schedule.steps):
         begin = time.perf_counter()
         rate = cfg.schedule.optimizer.lr * learning_rate_factor(step, cfg.schedule)
         set_learning_rate(run.optimizer, rate)
         method.before_step(step)
         gradients.zero()
-        losses, metrics, batch, waited = accumulate(run, batches, step, gradients.flags)
+        losses, metrics, batch, waited = accumulate(run, batches, step, gradients)
         gradients.flags[0] = float(stop.signal_number > 0)
-        gradients.average(run.world)
+        gradients.combine(run.world)
         gradients.clip(cfg.schedule.clip_norm)
         stop_asked, not_finite = flags.read()
         if not_finite:
@@ -155,7 +157,7 @@ def train(
             log.step(step, losses, metrics, rate, labeled + unlabeled, waited, seconds)
             if log.due(step):
                 measure_pseudo_labels(run, batch, step, counters, log)
-        if cfg.evaluation.every and counters.step % cfg.evaluation.every == 0 and not last:
+        if interval and counters.step % interval == 0 and not last:
             evaluate()
         if counters.step % cfg.checkpointing.every == 0 or last or stop_asked:
             save()
@@ -164,7 +166,7 @@ def train(
 
 
 def accumulate(
-    run: Experiment, batches: Iterator[Batch], step: int, flags: Tensor
+    run: Experiment, batches: Iterator[Batch], step: int, gradients: FlatGradients
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Batch, float]:
     """Forward and backward of this rank's micro-batches of a step.
 
@@ -185,9 +187,10 @@ def accumulate(
         waited += time.perf_counter() - begin
         with torch.autocast(run.world.device.type, torch.bfloat16, enabled=run.cfg.precision == "bf16"):
             terms, measured = run.method(batch, step)
-        total = torch.stack([value.float() for value in terms.values()]).sum() / count
-        total.backward()
-        flags[1] += (~torch.isfinite(total.detach())).float()
+        total = torch.stack([value.float() for value in terms.values()]).sum()
+        (total / run.sampler.micro_batches).backward()
+        gradients.collect()
+        gradients.flags[1] += (~torch.isfinite(total.detach())).float()
         for into, values in ((losses, terms), (metrics, measured)):
             for name, value in values.items():
                 into[name] = into.get(name, 0) + value.detach() / count

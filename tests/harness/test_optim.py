@@ -7,7 +7,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from harness.dist import FlatGradients
+from harness.dist import FlatGradients, World
 from harness.optim import build_optimizer, learning_rate_factor
 
 
@@ -58,18 +58,21 @@ def test_weight_decay_spares_norms_and_biases_when_told() -> None:
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_flat_gradients_equal_torchs_own(channels_last: bool) -> None:
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_flat_gradients_equal_torchs_own(channels_last: bool, micro_batches: int) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
     twin = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
     twin.load_state_dict(net.state_dict())
     if channels_last:
         net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    flat = FlatGradients(net)
+    flat = FlatGradients(net, micro_batches)
     x = torch.rand(2, 3, 8, 8)
     for _ in range(2):
         net(x).square().sum().backward()
+        flat.collect()
         twin(x).square().sum().backward()
+    flat.combine(World(0, 1, torch.device("cpu")))
     for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
     norm = flat.clip(0.5)
@@ -79,3 +82,19 @@ def test_flat_gradients_equal_torchs_own(channels_last: bool) -> None:
         torch.testing.assert_close(ours.grad, theirs.grad)
     flat.zero()
     assert all(not p.grad.any() for p in net.parameters() if p.grad is not None)
+
+
+def test_sums_of_gradients_do_not_depend_on_their_order() -> None:
+    torch.manual_seed(0)
+    parts = torch.randn(8, 10_000)
+    results = []
+    for order in (range(8), reversed(range(8)), (3, 1, 4, 0, 5, 2, 6, 7)):
+        net = nn.Linear(10_000, 1, bias=False)
+        flat = FlatGradients(net, micro_batches=8)
+        for i in order:
+            net(parts[i]).backward()
+            flat.collect()
+        flat.combine(World(0, 1, torch.device("cpu")))
+        results.append(flat.gradient.clone())
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])

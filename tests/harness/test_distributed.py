@@ -1,0 +1,130 @@
+"""Many processes train what one trains: the same images and draws, the same losses and weights within 1e-5.
+
+Gradients are summed in another order (within a rank first, then over ranks), in float64, and rounded once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from harness import checkpoint
+from harness.sampling import BatchSampler
+
+pytestmark = pytest.mark.timeout(900)
+
+SMALL = [
+    "data=shapes",
+    "data.train_images=40",
+    "data.val_images=10",
+    "detector=faster_rcnn_r18",  # from scratch it has GroupNorm, so no batch statistics
+    "detector.weights=scratch",
+    "detector.pyramid_channels=32",
+    "detector.roi.hidden=32",
+    "detector.roi.batch=16",
+    "detector.rpn.train_proposals=[50,30]",
+    "detector.rpn.test_proposals=[50,30]",
+    "augment=small",
+    "schedule=small",
+    "schedule.steps=20",
+    "schedule.warmup_steps=2",
+    "schedule.optimizer.name=sgd",
+    "schedule.optimizer.lr=0.01",
+    "schedule.clip_norm=1.0",
+    "split.percent=25",
+    "batch.micro=2",
+    "device=cpu",
+    "logging.every=1",
+    "logging.loggers=[]",
+]
+
+
+def _train(folder: Path, name: str, devices: int, *overrides: str) -> Path:
+    run_dir = folder / name
+    command = ["train", *SMALL, *overrides, f"devices={devices}", f"cache_dir={folder / 'cache'}", f"run_dir={run_dir}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "harness.cli", *command],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+def _losses(run_dir: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line["losses"] for line in lines if line["kind"] == "train"]
+
+
+def _weights(run_dir: Path) -> dict[str, Any]:
+    state = checkpoint.newest(run_dir)
+    assert state is not None
+    return state["method"]
+
+
+def _assert_equivalent(one: Path, many: Path) -> None:
+    for expected, given in zip(_losses(one), _losses(many), strict=True):
+        assert given == pytest.approx(expected, abs=1e-5, rel=1e-5)
+    expected_weights, given_weights = _weights(one), _weights(many)
+    assert expected_weights.keys() == given_weights.keys()
+    for key, value in expected_weights.items():
+        torch.testing.assert_close(given_weights[key], value, atol=1e-5, rtol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+    records = [json.loads((run / "record.json").read_text()) for run in (one, many)]
+    for key in ("images_labeled", "images_unlabeled", "split_sha256", "config_sha256"):
+        assert records[0][key] == records[1][key]
+
+
+CASES = {
+    "supervised": ["method=supervised", "batch.labeled=8", "batch.unlabeled=0"],
+    # One of the four micro-batches of a step often holds images without a pseudo box.
+    "soft_teacher": ["method=soft_teacher", "batch.labeled=4", "batch.unlabeled=4", "method.burn_in=0.3"],
+}
+
+
+@pytest.mark.parametrize("method", list(CASES))
+def test_two_processes_train_what_one_trains(tmp_path: Path, method: str) -> None:
+    one = _train(tmp_path, "one", 1, *CASES[method])
+    _assert_equivalent(one, _train(tmp_path, "two", 2, *CASES[method]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", list(CASES))
+def test_four_processes_train_what_one_trains(tmp_path: Path, method: str) -> None:
+    one = _train(tmp_path, "one", 1, *CASES[method])
+    _assert_equivalent(one, _train(tmp_path, "four", 4, *CASES[method]))
+
+
+def test_devices_that_cannot_share_a_step_are_refused(tmp_path: Path) -> None:
+    command = ["train", *SMALL, "devices=3", "batch.labeled=8", f"cache_dir={tmp_path}", f"run_dir={tmp_path / 'run'}"]
+    done = subprocess.run([sys.executable, "-m", "harness.cli", *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "devices=3" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("ratio", ["exact", "bernoulli"])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_share_the_same_micro_batches(world_size: int, ratio: str) -> None:
+    def draws(size: int) -> list[tuple[int, int, list[int], list[int]]]:
+        found = []
+        for rank in range(size):
+            sampler = BatchSampler(23, 57, 8, 32, micro=5, seed=3, ratio=ratio, unlabeled_from=2)
+            stream = sampler.stream(1, rank, size)
+            for _ in range(3 * sampler.micro_batches // size):
+                m = next(stream)
+                found.append((m.step, m.index, m.labeled.tolist(), m.unlabeled.tolist()))
+        return sorted(found)
+
+    assert draws(world_size) == draws(1)
+    assert len(draws(1)) == 24
+    assert np.all([len(labeled) >= 1 for _, _, labeled, _ in draws(1)])
