@@ -45,6 +45,11 @@ def label(cfg: DictConfig, data: Data, world: dist.World, stop: StopRequest) -> 
         source = _label_with(cfg, stage_one, data, file, world)
         dist.from_main(world, lambda: _write(path, source))
     source = _read(path, data.unlabeled)
+    if not len(source):
+        raise UserError(
+            f"stage 1 found no box above method.offline.score_threshold in any of the {len(data.unlabeled)} unlabelled "
+            "images: train it longer, or keep images without a box by method.offline.drop_empty=false"
+        )
     measured = offline_quality(source, data.hidden) if data.hidden is not None else {}
     return dataclasses.replace(data, unlabeled=source), Extra(int(stage_one.schedule.steps), measured)
 

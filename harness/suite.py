@@ -97,17 +97,19 @@ def plan(cfg: DictConfig) -> list[Cell]:
     suite_dir = Path(cfg.runs_dir) / suite.name
     wanted = list(dict.fromkeys(wanted))
     named = dict.fromkeys(method for *_, method in wanted)
-    composed = {method: config.load([*overrides, f"method={method}"], config_dirs) for method in named}
+    special = OmegaConf.to_container(suite, resolve=True).get("method_overrides") or {}  # type: ignore[union-attr]
+    extra = {method: [*overrides, f"method={method}", *special.get(method, [])] for method in named}
+    composed = {method: config.load(extra[method], config_dirs) for method in named}
     cells = []
     for percent, fold, seed, method in wanted:
         number = fold if seed is None else seed
         share = int(percent) if percent == int(percent) else percent
-        own = [f"method={method}", f"split.percent={share}", f"split.fold={fold}", f"seed={number}"]
+        own = [f"split.percent={share}", f"split.fold={fold}", f"seed={number}"]
         cell_cfg = _with_place(composed[method], share, fold, number)
         name = config.cell_name(cell_cfg)
         run_dir = suite_dir / name
         cost = float((suite.get("cost") or {}).get(method, 1.0))
-        given = [*overrides, *own, f"run_dir={run_dir}"]
+        given = [*extra[method], *own, f"run_dir={run_dir}"]
         cells.append(Cell(name, method, percent, fold, number, run_dir, given, cell_cfg, cost=cost))
     _link(cells)
     return cells
