@@ -9,10 +9,10 @@ bench: $(STAMP)            ## generate the dataset, run the quick suite, print t
 	$(BIN)/ssodbench suite suite=quick
 
 test: $(STAMP)             ## everything but the tests marked slow or gpu
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow and not gpu"
 
 test-all: $(STAMP)         ## the slow tests too, and the gpu ones where there is a GPU
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
