@@ -90,7 +90,7 @@ def test_every_epoch_visits_every_image_once(ratio: str, unlabeled_from: int) ->
 
 
 @given(st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_draw_is_a_pure_function(data: st.DataObject) -> None:
     ratio = data.draw(st.sampled_from(["exact", "bernoulli"]))
     arguments = {"micro": 4, "seed": data.draw(st.integers(0, 99)), "ratio": ratio, "unlabeled_from": 2}

@@ -19,6 +19,21 @@ from pipelines.policy import Policy
 BACKENDS = ("dali", "torchvision", "opencv")
 Build = Callable[..., Any]
 
+_RESIZE = {"short": 64, "max": 999}
+_COLOR = [{"one_of": {"identity": None, "brightness": [0.5, 1.5]}}]
+_ERASE = [{"count": [1, 2], "ratio": [0, 0.3]}]
+# Graphs with many operations take a second to build; what each operation does is tested elsewhere.
+LIGHT = {
+    "name": "light",
+    "antialias": True,
+    "views": {
+        "labeled": {"resize": _RESIZE, "flip": 0.5, "zoom": [0.7, 1.3], "color": _COLOR},
+        "weak": {"resize": _RESIZE, "flip": 0.5},
+        "strong": {"resize": _RESIZE, "flip": 0.5, "color": _COLOR, "erase": _ERASE},
+        "test": {"resize": _RESIZE},
+    },
+}
+
 
 def take(pipeline: Any, count: int, start: int = 0) -> list[Batch]:
     return list(itertools.islice(pipeline.train(start), count))
@@ -41,8 +56,8 @@ def same(a: Batch, b: Batch) -> None:
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_batches(backend: str, policy_config: Any, training: Any, build: Build, photos: ImageSource) -> None:
-    for batch in take(build(backend, policy_config("small"), **training(3, 5)), 4):
+def test_batches(backend: str, training: Any, build: Build, photos: ImageSource) -> None:
+    for batch in take(build(backend, LIGHT, **training(3, 5)), 4):
         assert list(batch.labeled) == ["labeled"]
         assert list(batch.unlabeled) == ["weak", "strong"]
         assert batch.weak is batch.unlabeled["weak"]
@@ -93,15 +108,13 @@ def test_rows_of_weak_and_strong_are_the_same_image(
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("ratio", ["exact", "bernoulli"])
-def test_resuming_gives_the_same_batches(
-    backend: str, ratio: str, policy_config: Any, training: Any, build: Build
-) -> None:
+def test_resuming_gives_the_same_batches(backend: str, ratio: str, training: Any, build: Build) -> None:
     arguments = training(4, 8, micro=3, ratio=ratio, unlabeled_from=2)
-    whole = take(build(backend, policy_config("small"), **arguments), 20)
+    whole = take(build(backend, LIGHT, **arguments), 20)
     assert not len(whole[7].unlabeled_ids)
     assert not whole[7].unlabeled
     assert len(whole[8].unlabeled_ids)
-    resumed = take(build(backend, policy_config("small"), **arguments), 8, start=3)
+    resumed = take(build(backend, LIGHT, **arguments), 8, start=3)
     for a, b in zip(whole[12:], resumed, strict=True):
         same(a, b)
 
@@ -119,9 +132,9 @@ def test_threads_and_prefetching_do_not_change_pixels(policy_config: Any, traini
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("backend", ["torchvision", "opencv"])
-def test_workers_do_not_change_pixels(backend: str, policy_config: Any, training: Any, build: Build) -> None:
-    alone = take(build(backend, policy_config("small"), **training()), 4)
-    pipeline = build(backend, policy_config("small"), **training(), threads=2)
+def test_workers_do_not_change_pixels(backend: str, training: Any, build: Build) -> None:
+    alone = take(build(backend, LIGHT, **training()), 4)
+    pipeline = build(backend, LIGHT, **training(), threads=2)
     batches = pipeline.train()
     for a in alone:
         same(a, next(batches))
@@ -130,13 +143,13 @@ def test_workers_do_not_change_pixels(backend: str, policy_config: Any, training
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_ranks_share_the_micro_batches(backend: str, policy_config: Any, training: Any, build: Build) -> None:
+def test_ranks_share_the_micro_batches(backend: str, training: Any, build: Build) -> None:
     arguments = training(4, 8, micro=3)
-    whole = take(build(backend, policy_config("small"), **arguments), 8)
+    whole = take(build(backend, LIGHT, **arguments), 8)
     for rank in range(2):
         for a, b in zip(
             whole[rank::2],
-            take(build(backend, policy_config("small"), **arguments, rank=rank, world_size=2), 4),
+            take(build(backend, LIGHT, **arguments, rank=rank, world_size=2), 4),
             strict=True,
         ):
             same(a, b)
@@ -162,12 +175,10 @@ def test_evaluation_sees_every_image_once(
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_evaluation_beside_training(
-    backend: str, policy_config: Any, training: Any, build: Build, photos: ImageSource
-) -> None:
+def test_evaluation_beside_training(backend: str, training: Any, build: Build, photos: ImageSource) -> None:
     """Evaluating in the middle of training does not disturb it, and an evaluation can be left early."""
-    expected = take(build(backend, policy_config("small"), **training()), 6)
-    pipeline = build(backend, policy_config("small"), **training())
+    expected = take(build(backend, LIGHT, **training()), 6)
+    pipeline = build(backend, LIGHT, **training())
     batches = pipeline.train()
     for number, a in enumerate(expected):
         same(a, next(batches))
@@ -194,10 +205,10 @@ def test_normalization_and_channel_order(backend: str, photos: ImageSource, buil
 
 
 @pytest.mark.timeout(60)
-def test_pseudo_labels_become_targets(policy_config: Any, training: Any, photos: ImageSource, build: Build) -> None:
+def test_pseudo_labels_become_targets(training: Any, photos: ImageSource, build: Build) -> None:
     arguments = training(2, 4)
     arguments["unlabeled"] = photos
-    (batch,) = take(build("dali", policy_config("small"), **arguments), 1)
+    (batch,) = take(build("dali", LIGHT, **arguments), 1)
     assert batch.strong is not None
     assert batch.strong.targets is not None
     assert len(batch.strong.targets) == 4
