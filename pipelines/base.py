@@ -260,6 +260,20 @@ class BasePipeline:
             (result,) = self._assemble(job, images, len(source.boxes) > 0)
             yield result, torch.from_numpy(source.ids[job.positions])
 
+    def render(self, source: ImageSource, view: str, positions: np.ndarray, keys: np.ndarray) -> View:
+        """One view of the images at `positions`, drawn by `keys`, with their boxes: for looking at.
+
+        Args:
+            source: images and boxes.
+            view: name in the policy.
+            positions: (B,) int64.
+            keys: (B,) int64 of `harness.sampling.image_keys`.
+        """
+        job = make_job(self.policy, (view,), source, positions, keys)
+        job, images = self._resolve(job, self._render_now(job))
+        (result,) = self._assemble(job, images, with_targets=True)
+        return result
+
     def _blank_bad(self, job: Job, error: Exception) -> list[Tensor]:
         """Renders a job image by image, with zeros for those that fail."""
         images = [torch.zeros(len(job), 3, *canvas(plan), device=self.device) for plan in job.plans]

@@ -20,7 +20,6 @@ from PIL import Image, ImageDraw
 from harness.drawing import render
 from harness.sampling import image_keys
 from harness.types import ImageSource, Normalize, View
-from pipelines.base import make_job
 from pipelines.dali import DaliPipeline
 from pipelines.policy import Policy
 
@@ -87,9 +86,7 @@ def grid(policy: Policy, source: ImageSource) -> Image.Image:
             continue
         random = view.flip or view.color or view.affine or view.erase or view.zoom
         for step in range(2 if random else 1):
-            job = make_job(policy, (name,), source, positions, image_keys(1, step, positions))
-            job, images = pipeline._resolve(job, pipeline._render_now(job))
-            (drawn,) = pipeline._assemble(job, images, with_targets=True)
+            drawn = pipeline.render(source, name, positions, image_keys(1, step, positions))
             columns.append((name, [cell(drawn, row) for row in range(len(source))]))
     pipeline.close()
     result = Image.new("RGB", (len(columns) * (CELL + 4), TITLE + len(source) * (CELL + 4)), (255, 255, 255))

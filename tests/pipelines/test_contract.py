@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from harness.types import Batch, ImageSource, Normalize, UserError, Views
+from pipelines.cached import CachedPipeline
 from pipelines.policy import Policy
 
 BACKENDS = ("dali", "torchvision", "opencv")
@@ -212,6 +213,28 @@ def test_pseudo_labels_become_targets(training: Any, photos: ImageSource, build:
     assert batch.strong is not None
     assert batch.strong.targets is not None
     assert len(batch.strong.targets) == 4
+
+
+@pytest.mark.timeout(60)
+def test_cached_batches_come_again(training: Any, build: Build, photos: ImageSource) -> None:
+    batches = take(CachedPipeline(build("dali", LIGHT, **training()), 3), 7)
+    for number, batch in enumerate(batches):
+        assert batch is batches[number % 3]
+    for a, b in zip(batches[:3], take(build("dali", LIGHT, **training()), 3), strict=True):
+        same(a, b)
+    cached = CachedPipeline(build("dali", LIGHT))
+    assert sum(len(ids) for _, ids in cached.eval(photos)) == len(photos)
+    cached.close()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_render_gives_what_training_drew(backend: str, training: Any, build: Build, photos: ImageSource) -> None:
+    pipeline = build(backend, LIGHT, **training())
+    (batch,) = take(pipeline, 1)
+    view = pipeline.render(photos, "labeled", batch.labeled_ids.numpy() - 100, batch.labeled_keys.numpy())
+    assert torch.equal(view.images, batch.labeled["labeled"].images)
+    assert view.targets is not None
 
 
 @pytest.mark.timeout(60)

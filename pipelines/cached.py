@@ -1,0 +1,34 @@
+"""Replays the first batches of another pipeline: what a data loader that costs nothing would give."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from harness.types import Batch, ImageSource, Pipeline, View
+
+
+class CachedPipeline:
+    """A `harness.types.Pipeline` for measuring; its training sees the same few batches again and again.
+
+    Args:
+        pipeline: makes the batches; closed with this one.
+        count: how many are kept.
+    """
+
+    def __init__(self, pipeline: Pipeline, count: int = 8) -> None:
+        self._pipeline, self._count = pipeline, count
+
+    def train(self, start_step: int = 0) -> Iterator[Batch]:
+        """The batches from `start_step` on, kept as they are drawn, then over and over."""
+        return itertools.cycle(itertools.islice(self._pipeline.train(start_step), self._count))
+
+    def eval(self, source: ImageSource, view: str = "test") -> Iterator[tuple[View, Tensor]]:
+        """As the wrapped pipeline."""
+        return self._pipeline.eval(source, view)
+
+    def close(self) -> None:
+        """Closes the wrapped pipeline."""
+        self._pipeline.close()
