@@ -318,7 +318,5 @@ def new_record(run_: Experiment, extra: offline.Extra) -> RunRecord:
         started=_now(),
         environment=environ,
     )
-    plain = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(plain, dict)
-    record.config = {str(key): value for key, value in plain.items()}
+    record.config = config.identity(cfg)
     return record

@@ -242,4 +242,4 @@ class RunRecord:
     started: str = ""
     finished: str | None = None
     environment: dict[str, Any] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)  # what decides the result: no folders, no devices
