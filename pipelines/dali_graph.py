@@ -275,6 +275,10 @@ def _define_view(graph: Graph, image: Node, view: ViewPolicy) -> Node:
 
 @pipeline_def(enable_conditionals=True)
 def define(graph: Graph, views: list[ViewPolicy]) -> Any:
+    """Decodes each file once and renders every view of it.
+
+    Outputs: (2 or 3,) int64 stored shapes, then for each view the normalised, padded batch.
+    """
     data = fn.external_source(name="data", dtype=DALIDataType.UINT8, ndim=1, no_copy=True)
     image = graph.decode(data)
     stored = image.shape()
