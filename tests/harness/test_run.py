@@ -205,8 +205,10 @@ def test_mistakes_give_one_sentence_and_leave_nothing(
     assert not (tmp_path / "run").exists()
 
 
-def test_one_percent_never_labels_nothing(cache: Path, tmp_path: Path) -> None:
-    assert main(_command(cache, tmp_path / "run", "split.percent=1")) == 0
+def test_share_below_one_image_is_refused(cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(_command(cache, tmp_path / "run", "split.percent=1")) == 2  # of 40 images
+    assert "less than one" in capfd.readouterr().err
+    assert main(_command(cache, tmp_path / "run", "split.percent=2.5")) == 0
     assert _record(tmp_path / "run")["labeled_images"] == 1
 
 
