@@ -89,7 +89,7 @@ def test_identity_ignores_circumstances_and_sees_everything_else() -> None:
     two = config.load(["run_dir=b", "threads=2", "device=cpu"])
     other = config.load(["schedule.steps=999"])
     assert config.config_sha256(one) == config.config_sha256(two)
-    assert config.differences(config.identity(one), config.identity(other)) == ["schedule.steps: 700 -> 999"]
+    assert config.differences(config.identity(one), config.identity(other)) == ["schedule.steps: 600 -> 999"]
 
 
 def test_user_yaml_is_found_in_a_config_dir(tmp_path: Path) -> None:
