@@ -7,11 +7,13 @@ same, and all of them lay in the past by more than a clock tick when it was read
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from functools import cache
@@ -28,8 +30,10 @@ from harness.types import UserError
 _CODE = ("annotation_cache.py", "annotations.py", "coco.py", "images.py", "voc.py")
 _TICK_NS = 2_000_000_000  # the coarsest time stamp of a file system in use
 _STRINGS = ("file_names", "category_names")
+_BLOCK = 1 << 24  # bytes read while those before are hashed
 
-Parse = Callable[[list[bytes]], CleanAnnotations]
+Content = bytes | bytearray
+Parse = Callable[[list[Content]], CleanAnnotations]
 
 
 def load(
@@ -56,9 +60,10 @@ def load(
     if sha256 is None or not is_whole(cached_folder(root, _parameters(sha256, parameters))):
         began = time.time_ns()
         with _readable():
-            contents = [Path(path).read_bytes() for path in paths]
-        sha256 = digest(contents)
-        folder = build_once(root, _parameters(sha256, parameters), lambda to: save(to, parse(contents)))
+            contents, hashes = map(list, zip(*map(_read_and_hash, paths), strict=True))
+        sha256 = _joint(hashes)
+        with _no_collection():
+            folder = build_once(root, _parameters(sha256, parameters), lambda to: save(to, parse(contents)))
         with _readable():
             unchanged = _state(paths) == state
         if unchanged:
@@ -78,10 +83,40 @@ def _readable() -> Iterator[None]:
         ) from error
 
 
-def digest(contents: list[bytes]) -> str:
-    """sha256 of one file's bytes, as `sha256sum` gives it; of several, of the list of their sha256."""
-    parts = [hashlib.sha256(content).hexdigest() for content in contents]
-    return parts[0] if len(parts) == 1 else hashlib.sha256("\n".join(parts).encode()).hexdigest()
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """There is no garbage in millions of fresh numbers, and looking for it costs a sixth of the time."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _read_and_hash(path: str) -> tuple[Content, str]:
+    """A file's bytes and their sha256; of a large file, hashed by a second thread while this one reads on."""
+    if os.stat(path).st_size <= _BLOCK:
+        small = Path(path).read_bytes()
+        return small, hashlib.sha256(small).hexdigest()
+    with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
+        content = bytearray(os.fstat(file.fileno()).st_size)
+        sha256, view, filled = hashlib.sha256(), memoryview(content), 0
+        while read := file.readinto(view[filled : filled + _BLOCK]):
+            pool.submit(sha256.update, view[filled : filled + read])
+            filled += read
+    return content if filled == len(content) else content[:filled], sha256.hexdigest()
+
+
+def _joint(hashes: list[str]) -> str:
+    """The hash of one file as it is, as `sha256sum` gives it; of several, that of the list of their hashes."""
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def digest(contents: Sequence[Content]) -> str:
+    """sha256 of one or several files' bytes."""
+    return _joint([hashlib.sha256(content).hexdigest() for content in contents])
 
 
 def _parameters(sha256: str, parameters: dict[str, Any]) -> dict[str, Any]:

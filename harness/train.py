@@ -6,10 +6,13 @@ and state. `python -m harness.train key=value ...` is `ssodbench train`, so that
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +30,10 @@ from harness.dist import FlatGradients, World, average_buffers, average_values
 from harness.log import RunLog
 from harness.optim import learning_rate_factor, set_learning_rate
 from harness.types import Batch
+
+logger = logging.getLogger(__name__)
+
+FEW = 0.1  # pseudo labels per image, as a share of the labelled images' boxes, below which a warning is given
 
 
 class RunError(Exception):
@@ -76,27 +83,64 @@ class Counters:
     pseudo_count: int = 0
 
 
+@dataclass(frozen=True)
+class StepTaken:
+    """What tells a step apart afterwards."""
+
+    step: int
+    losses: dict[str, Tensor]
+    batch: Batch  # without its pixels
+
+
 class StepFlags:
-    """Reads the flags that rode along in the all-reduce, one step late on a GPU so that nothing waits for it."""
+    """Reads the flags that rode along in the all-reduce: a request to stop, and how many losses were not finite.
 
-    def __init__(self, world: World, flags: Tensor) -> None:
-        self.late = world.device.type == "cuda"
-        self.flags = flags
-        self._copy = torch.zeros(len(flags), pin_memory=True) if self.late else flags
-        self._event: Any = None
+    On a GPU those of a step are read while the next one is under way, so that nothing waits for the device, except
+    where the state is about to be saved.
 
-    def read(self) -> list[float]:
-        """Flags of this step on a CPU, of the step before on a GPU."""
-        if not self.late:
-            return self.flags.tolist()
-        values = [0.0] * len(self.flags)
-        if self._event is not None:
-            self._event.synchronize()
-            values = self._copy.tolist()
-        self._copy.copy_(self.flags, non_blocking=True)
-        self._event = torch.cuda.Event()
-        self._event.record()
-        return values
+    Args:
+        run: what is trained.
+        flags: (2,) of the step.
+        late: whether reading may lag one step behind.
+    """
+
+    def __init__(self, run: Experiment, flags: Tensor, late: bool) -> None:
+        self._run, self._flags, self._late = run, flags, late
+        self._unread: deque[tuple[StepTaken, Tensor, torch.cuda.Event | None]] = deque()
+
+    def read(self, taken: StepTaken, at_once: bool) -> bool:
+        """Takes the flags of a step.
+
+        Args:
+            taken: the step.
+            at_once: whether to know them now; otherwise those of the step before may be the last that are known.
+
+        Returns:
+            Whether some rank was asked to stop; the flags are then known up to this step.
+
+        Raises:
+            RunError: a loss of `taken` or of the step before is not finite.
+        """
+        self._unread.append((taken, *self._copy()))
+        stop = False
+        while len(self._unread) > int(self._late and not at_once and not stop):
+            known, values, event = self._unread.popleft()
+            if event is not None:
+                event.synchronize()
+            stop_asked, not_finite = values.tolist()
+            if not_finite:
+                raise non_finite(self._run, known)
+            stop = stop or stop_asked > 0
+        return stop
+
+    def _copy(self) -> tuple[Tensor, torch.cuda.Event | None]:
+        if self._flags.device.type != "cuda":
+            return self._flags.clone(), None
+        values = torch.empty(self._flags.shape, dtype=self._flags.dtype, pin_memory=True)
+        values.copy_(self._flags, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return values, event
 
 
 def train(
@@ -123,7 +167,7 @@ def train(
     """
     cfg, method = run.cfg, run.method
     gradients = FlatGradients(method.trainable(), run.sampler.micro_batches)
-    flags = StepFlags(run.world, gradients.flags)
+    flags = StepFlags(run, gradients.flags, late=run.world.device.type == "cuda")
     batches = run.pipeline.train(counters.step)
     method.train()
     interval = evaluation_interval(cfg)
@@ -137,9 +181,10 @@ def train(
         gradients.flags[0] = float(stop.signal_number > 0)
         gradients.combine(run.world)
         gradients.clip(cfg.schedule.clip_norm)
-        stop_asked, not_finite = flags.read()
-        if not_finite:
-            raise non_finite(run, step, losses, batch)
+        last = step + 1 == cfg.schedule.steps
+        save_due = (step + 1) % cfg.checkpointing.every == 0 or last
+        taken = StepTaken(step, losses, dataclasses.replace(batch, labeled={}, unlabeled={}))
+        stop_asked = flags.read(taken, at_once=save_due)
         run.optimizer.step()
         average_buffers(run.world, [method.trainable()])
         method.after_step(step)
@@ -150,16 +195,16 @@ def train(
         seconds = time.perf_counter() - begin
         counters.train_seconds += seconds
         counters.wait_seconds += waited
-        last = counters.step == cfg.schedule.steps
         if counters.step % cfg.logging.every == 0 or last:  # what `log.due` says, on every rank
             losses, metrics = average_values(run.world, losses), average_values(run.world, metrics)
         if log is not None:
             log.step(step, losses, metrics, rate, labeled + unlabeled, waited, seconds)
             if log.due(step):
+                warn_of_few_pseudo_labels(run, step, metrics)
                 measure_pseudo_labels(run, batch, step, counters, log)
         if interval and counters.step % interval == 0 and not last:
             evaluate()
-        if counters.step % cfg.checkpointing.every == 0 or last or stop_asked:
+        if save_due or stop_asked:
             save()
         if stop_asked and not last:
             raise Interrupted(stop.signal_number or signal.SIGTERM)
@@ -197,8 +242,9 @@ def accumulate(
     return losses, metrics, batch, waited
 
 
-def non_finite(run: Experiment, step: int, losses: dict[str, Tensor], batch: Batch) -> RunError:
+def non_finite(run: Experiment, taken: StepTaken) -> RunError:
     """Writes what is needed to replay a step whose loss is not finite."""
+    step, losses, batch = taken.step, taken.losses, taken.batch
     values = {name: float(value) for name, value in losses.items()}
     bad = [name for name, value in values.items() if not torch.isfinite(torch.tensor(value))]
     path = Path(run.cfg.run_dir) / f"non_finite_rank{run.world.rank}.json"
@@ -217,6 +263,20 @@ def non_finite(run: Experiment, step: int, losses: dict[str, Tensor], batch: Bat
         f"the images and draws are in {path}, the last good checkpoint is kept; "
         "lower schedule.optimizer.lr or set schedule.clip_norm"
     )
+
+
+def warn_of_few_pseudo_labels(run: Experiment, step: int, metrics: dict[str, Tensor]) -> None:
+    """Says so, once, if a teacher that begins to teach is sure of next to nothing."""
+    begun = step - run.method.unlabeled_from
+    if not 0 <= begun < run.cfg.logging.every or not {"pseudo_boxes", "labeled_boxes"} <= metrics.keys():
+        return
+    found, usual = float(metrics["pseudo_boxes"]), float(metrics["labeled_boxes"])
+    if found < FEW * usual:
+        logger.warning(
+            "at step %d the teacher gives %.2f boxes per unlabelled image, where labelled ones have %.2f: it knows too "
+            "little to teach yet; lengthen method.burn_in, or lower its score thresholds",
+            step, found, usual,
+        )  # fmt: skip
 
 
 @torch.no_grad()

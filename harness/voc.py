@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from harness import annotation_cache
+from harness.annotation_cache import Content
 from harness.annotations import CleanAnnotations, RawAnnotations, clean
 from harness.datasets import CocoIndex, Dataset, make_index, require, with_ids_from
 from harness.types import UserError
@@ -111,7 +112,7 @@ def voc_index(
     }
     origin = str(root / lists[0])
 
-    def parse(contents: list[bytes]) -> CleanAnnotations:
+    def parse(contents: list[Content]) -> CleanAnnotations:
         return clean(_raw(origin, names, files, contents, classes, difficult))
 
     absent = [file for file in files if not file.exists()]
@@ -150,7 +151,7 @@ def _raw(
     origin: str,
     stems: list[str],
     files: list[Path],
-    contents: list[bytes],
+    contents: Sequence[Content],
     classes: Sequence[str] | None,
     difficult: str,
 ) -> RawAnnotations:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import hashlib
 import json
 import os
 import random
@@ -376,10 +377,21 @@ def test_same_size_and_time_is_not_the_same_file(
 def test_recent_files_are_hashed_every_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened(tmp_path, annotations())
     calls = []
-    digest = annotation_cache.digest
-    monkeypatch.setattr(annotation_cache, "digest", lambda contents: calls.append(1) or digest(contents))
+    read = annotation_cache._read_and_hash
+    monkeypatch.setattr(annotation_cache, "_read_and_hash", lambda path: calls.append(1) or read(path))
     coco_index(tmp_path / "train.json", tmp_path, tmp_path / "cache")
     assert calls
+
+
+@pytest.mark.parametrize("size", [0, 1, 6, 7, 8, 21, 22, 100])
+def test_content_and_hash_do_not_depend_on_the_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    monkeypatch.setattr(annotation_cache, "_BLOCK", 7)
+    content = bytes(range(size))
+    (tmp_path / "file").write_bytes(content)
+    expected = (content, hashlib.sha256(content).hexdigest())
+    assert annotation_cache._read_and_hash(str(tmp_path / "file")) == expected
 
 
 def test_copies_share_one_cache_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
