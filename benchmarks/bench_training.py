@@ -62,7 +62,7 @@ class _SameBatch:
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
 
-    def train(self, start_step: int = 0) -> Iterator[Batch]:
+    def train(self, start_step: int = 0) -> Iterator[Batch]:  # noqa: ARG002
         """One batch for ever."""
         while True:
             yield self.batch
@@ -75,16 +75,14 @@ def _without_model(run: build.Experiment, batch: Batch) -> build.Experiment:
 
     def forward(_batch: Batch, _step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         total = torch.stack([p.flatten()[0] for p in parameters]).sum()
-        return {name: total * 1e-9 for name in losses}, {name: value.detach() for name, value in metrics.items()}
+        return dict.fromkeys(losses, total * 1e-09), {name: value.detach() for name, value in metrics.items()}
 
     run.method.forward = forward  # type: ignore[method-assign]
     return dataclasses.replace(run, pipeline=_SameBatch(batch))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("method", ["supervised", "soft_teacher"])
-def test_step_overhead(
-    benchmark: Any, cache: Path, tmp_path: Path, say: Callable[[str], None], method: str
-) -> None:
+def test_step_overhead(benchmark: Any, cache: Path, tmp_path: Path, say: Callable[[str], None], method: str) -> None:
     """Everything but model and data of the small detector, optimiser, EMA, metrics.jsonl and TensorBoard included."""
     run = _experiment(cache, tmp_path, f"method={method}", f"schedule.steps={STEPS}", "checkpointing.every=100000")
     batches = run.pipeline.train(0)
@@ -106,11 +104,11 @@ def test_step_overhead(
 
 
 @pytest.mark.parametrize("detector", ["small", "faster_rcnn_r50"])
-def test_checkpoint(
-    benchmark: Any, cache: Path, tmp_path: Path, say: Callable[[str], None], detector: str
-) -> None:
+def test_checkpoint(benchmark: Any, cache: Path, tmp_path: Path, say: Callable[[str], None], detector: str) -> None:
     """Student, teacher and the optimiser's state, synced to the disk; beside the same bytes written plainly."""
-    run = _experiment(cache, tmp_path / "run", "method=soft_teacher", f"detector={detector}", "detector.weights=scratch")
+    run = _experiment(
+        cache, tmp_path / "run", "method=soft_teacher", f"detector={detector}", "detector.weights=scratch"
+    )
     for parameter in run.method.trainable().parameters():
         parameter.grad = torch.zeros_like(parameter)
     run.optimizer.step()  # makes its state

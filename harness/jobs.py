@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 GIB_PER_RUN = 1.5  # what one run of the small preset may take, for the number side by side
 _POLL_SECONDS = 0.2
+_SUITE_PROCESS = "SSODBENCH_SUITE_PROCESS"  # tells a cell whose child it is
+_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
@@ -187,9 +190,22 @@ def start(cell: Cell, suite_dir: Path, environment: dict[str, str]) -> subproces
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env=environment | {_SUITE_PROCESS: str(os.getpid())},
             start_new_session=True,
         )
+
+
+def end_with_suite() -> None:
+    """Lets the system send this process a SIGTERM when the suite that started it has ended, however it ended.
+
+    Otherwise the cells of a killed suite would run on and hold their folders. Linux alone can do so.
+    """
+    parent = os.environ.pop(_SUITE_PROCESS, None)  # processes that a cell starts are not the suite's
+    if parent is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(parent):  # it ended before we asked
+        signal.raise_signal(signal.SIGTERM)
 
 
 def train_command() -> list[str]:

@@ -61,11 +61,22 @@ def run_rank(plain: Any, device: str, stop_signals: Sequence[int] = (signal.SIGT
     except (UserError, RunError) as error:
         _say(world, f"ssodbench: {error}")
         return 2 if isinstance(error, UserError) else 1
-    except torch.OutOfMemoryError:
-        _say(world, f"ssodbench: out of GPU memory: lower batch.micro (now {_micro(cfg)}), or set precision=bf16")
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        _say(
+            world,
+            f"ssodbench: out of memory on {world.device}: lower batch.micro (now {_micro(cfg)}) or evaluation.batch "
+            f"(now {cfg.evaluation.batch}), or set precision=bf16",
+        )
         return 1
     finally:
         dist.leave()
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """A GPU's error has a class of its own; what torch raises on a CPU is a RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _say(world: World, text: str) -> None:

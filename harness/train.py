@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from detectors.pseudo_labels import quality
 from harness.boxes import transform_source
 from harness.build import Experiment
 from harness.config import evaluation_interval
-from harness.dist import FlatGradients, World, average_buffers, average_values
+from harness.dist import FlatGradients, average_buffers, average_values
 from harness.log import RunLog
 from harness.optim import learning_rate_factor, set_learning_rate
 from harness.types import Batch

@@ -186,7 +186,7 @@ def _raw(
     )
 
 
-def _parse(content: bytes, file: Path) -> tuple[str, tuple[int, int], list[_Object]]:
+def _parse(content: Content, file: Path) -> tuple[str, tuple[int, int], list[_Object]]:
     """Suffix of the picture, its (height, width), and its objects."""
     try:
         tree = ElementTree.fromstring(content)

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,21 @@ SMALL = [
 ]
 
 
-def _train(folder: Path, name: str, devices: int, detector: str, *overrides: str) -> Path:
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "harness.train"]
+
+
+def _train(
+    folder: Path,
+    name: str,
+    devices: int,
+    detector: str,
+    *overrides: str,
+    start: Sequence[str] = ("harness.cli", "train"),
+) -> Path:
     run_dir = folder / name
     place = [f"devices={devices}", f"cache_dir={folder / 'cache'}", f"run_dir={run_dir}"]
-    command = ["train", detector, *SMALL, *overrides, *place]
     done = subprocess.run(
-        [sys.executable, "-m", "harness.cli", *command],
+        [sys.executable, "-m", *start, detector, *SMALL, *overrides, *place],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -112,7 +122,8 @@ def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
 
 def test_batch_norm_differs_in_its_running_statistics_alone(tmp_path: Path) -> None:
     one = _train(tmp_path, "one", 1, BATCH_NORM, *CASES["supervised"])
-    two = _train(tmp_path, "two", 2, BATCH_NORM, *CASES["supervised"])
+    two = _train(tmp_path, "two", 1, BATCH_NORM, *CASES["supervised"], start=TORCHRUN)
+    assert json.loads((two / "record.json").read_text())["world_size"] == 2
     _assert_equivalent(one, two, batch_norm=True)
 
 

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import harness.run
 from harness import checkpoint
 from harness.cli import main
 
@@ -173,6 +175,17 @@ def test_loss_that_is_not_finite_stops_the_run_and_can_be_replayed(
     assert len(replay["labeled_ids"]) == 4
     state = checkpoint.newest(tmp_path / "run")
     assert state is None or state["step"] <= replay["step"]
+
+
+def test_running_out_of_memory_names_the_setting_to_lower(
+    cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness.run, "train", lambda *_: torch.empty(1 << 60))
+    assert main(_command(cache, tmp_path / "run")) == 1
+    errors = capfd.readouterr().err
+    assert "out of memory on cpu: lower batch.micro (now 8)" in errors
+    assert "Traceback" not in errors
+    assert _record(tmp_path / "run")["status"] == "failed"
 
 
 def test_run_folder_of_a_live_run_is_refused(cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import signal
+import subprocess
 import sys
 import textwrap
 import threading
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from harness import config, jobs, suite
@@ -314,3 +316,35 @@ def test_the_suites_that_are_shipped(name):
     assert len({c.name for c in cells}) == len(cells)
     assert all((c.needs is not None) == (c.method == "stac") for c in cells)
     assert len({c.cfg.schedule.steps for c in cells}) == 1  # an equal number of student steps
+
+
+SUITE_AND_CELL = """
+import os, subprocess, sys, time
+cell = '''
+import time
+from harness.jobs import end_with_suite
+end_with_suite()
+print("ready", flush=True)
+time.sleep(60)
+'''
+environment = {**os.environ, "SSODBENCH_SUITE_PROCESS": str(os.getpid() + int(sys.argv[1]))}
+process = subprocess.Popen([sys.executable, "-c", cell], env=environment, stdout=subprocess.PIPE)
+process.stdout.readline()
+print(process.pid, process.poll() if int(sys.argv[1]) == 0 else process.wait(), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells children that their parent has ended")
+@pytest.mark.parametrize("other_parent", [False, True])
+def test_a_cell_ends_with_its_suite_however_that_ended(other_parent):
+    command = [sys.executable, "-c", SUITE_AND_CELL, str(int(other_parent))]
+    suite_process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    number, ended = suite_process.stdout.readline().split()
+    waiting = [] if other_parent else [psutil.Process(int(number))]
+    suite_process.kill()
+    suite_process.wait()
+    # The system ends a cell whose suite had ended before the cell could ask, too.
+    assert ended == (str(-signal.SIGTERM) if other_parent else "None")
+    _, alive = psutil.wait_procs(waiting, timeout=20)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
