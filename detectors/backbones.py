@@ -89,13 +89,21 @@ class ResNetBackbone(nn.Module):
             for module in self.modules():
                 if isinstance(module, Bottleneck):
                     module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
-        self._freeze(frozen_stages)
+        self.frozen_stages = frozen_stages
+        for module in self._frozen():
+            module.requires_grad_(False)
+        self.train()
 
-    def _freeze(self, stages: int) -> None:
+    def _frozen(self) -> list[nn.Module]:
         parts = [[self.conv1, self.bn1], [self.layer1], [self.layer2], [self.layer3], [self.layer4]]
-        for part in parts[:stages]:
-            for module in part:
-                module.requires_grad_(False)
+        return [module for part in parts[: self.frozen_stages] for module in part]
+
+    def train(self, mode: bool = True) -> ResNetBackbone:
+        """Sets the mode of what is trained; BatchNorm of frozen stages keeps its statistics in either."""
+        super().train(mode)
+        for module in self._frozen():
+            module.eval()
+        return self
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) to [c2, c3, c4, c5] at strides 4, 8, 16 and 32."""

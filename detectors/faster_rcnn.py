@@ -194,7 +194,7 @@ def small_faster_rcnn(
         num_classes=num_classes,
         name=name,
         backbone=Pyramid(body, pyramid_channels, norm=nn.BatchNorm2d),
-        anchors=Anchors([[float(size)] for size in anchor_sizes], anchor_ratios, rounded=True),
+        anchors=Anchors([[float(size)] for size in anchor_sizes], anchor_ratios, rounded=style == "torchvision"),
         rpn=_settings(RpnSettings, style, "rpn", rpn),
         roi=_settings(RoiSettings, style, "roi", roi),
         normal_init=style != "torchvision",

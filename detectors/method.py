@@ -5,10 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from detectors.detector import Detector, join_views
 from detectors.padded import PaddedTargets
@@ -27,13 +28,27 @@ class Ema:
     momentum: float
     ramp: bool = False  # let the momentum grow as `harness.ema.ramp` says, up to the one above
     update: str = "after"  # before or after the student's step
-    buffers: bool = True  # average buffers too: with trainable BatchNorm a teacher has stale statistics otherwise
+    buffers: bool | None = None  # average buffers too; None: if BatchNorm keeps statistics, which would be stale
 
     def __post_init__(self) -> None:
         if not 0 <= self.momentum <= 1:
             raise UserError(f"method.ema.momentum={self.momentum} must lie between 0 and 1")
         if self.update not in ("before", "after"):
             raise UserError(f"method.ema.update={self.update} is unknown: choose before or after")
+
+    def of(self, detector: nn.Module) -> Ema:
+        """The same with `buffers` decided for this detector.
+
+        Raises:
+            UserError: the detector's statistics would never reach the teacher.
+        """
+        moving = any(isinstance(m, _BatchNorm) and m.track_running_stats for m in detector.modules())
+        if moving and self.buffers is False:
+            raise UserError(
+                "method.ema.buffers=false leaves the teacher with stale statistics, since this detector trains "
+                "BatchNorm: take null or true, or a detector without it"
+            )
+        return replace(self, buffers=moving if self.buffers is None else self.buffers)
 
 
 class Method(nn.Module, ABC):
@@ -72,7 +87,7 @@ class Method(nn.Module, ABC):
         self.student = detector
         self.steps = steps
         self.reported = reported
-        self.ema = Ema(**ema) if ema is not None else None
+        self.ema = Ema(**ema).of(detector) if ema is not None else None
         self.teacher_from = teacher_from
         self.teacher: Detector | None = None
         if self.ema is not None:
@@ -109,7 +124,7 @@ class Method(nn.Module, ABC):
             ema.copy(self.teacher, self.student)
         elif when == self.ema.update and step >= self.teacher_from:
             momentum = ema.ramp(step - self.teacher_from, self.ema.momentum) if self.ema.ramp else self.ema.momentum
-            ema.update(self.teacher, self.student, momentum, self.ema.buffers)
+            ema.update(self.teacher, self.student, momentum, bool(self.ema.buffers))
 
     def trainable(self) -> nn.Module:
         """What the optimiser changes."""

@@ -44,14 +44,16 @@ def label_offline(
         source: the images; its own boxes are not looked at.
         threshold, keep_top1: see `confident`.
         score_threshold: detections start above this.
-        float16: round boxes and scores to float16 as the official code stores them.
-        drop_empty: leave out images in which nothing was found, as the official code does.
+        float16: round boxes and scores to float16 as the official code stores them, before they meet the threshold.
+        drop_empty: leave out images in which the detector found nothing, as the official code does. Those whose boxes
+            are all below the threshold stay, without a box.
 
     Returns:
         The images of `batches`, in the order of `source`, with the pseudo labels in original pixels as their boxes.
     """
     rows = {int(image_id): row for row, image_id in enumerate(source.ids)}
-    found: dict[int, Target] = {}
+    limit = float(np.float16(threshold)) if float16 else threshold  # the code compares in float16
+    labels: dict[int, Target] = {}
     was_training = detector.training
     detector.eval()
     try:
@@ -60,12 +62,14 @@ def label_offline(
             for image_id, target, matrix in zip(
                 ids.tolist(), detector.detect(view, score_threshold), inverse.float(), strict=True
             ):
-                row = rows[image_id]
-                found[row] = _in_original_pixels(confident(target.to("cpu"), threshold, keep_top1), matrix, source, row)
+                if len(target) or not drop_empty:
+                    row = rows[image_id]
+                    found = _in_original_pixels(target.to("cpu"), matrix, source, row)
+                    labels[row] = confident(_in_float16(found) if float16 else found, limit, keep_top1)
     finally:
         detector.train(was_training)
-    kept = [row for row in sorted(found) if len(found[row]) or not drop_empty]
-    return _with_boxes(source, kept, [found[row] for row in kept], float16)
+    kept = sorted(labels)
+    return _with_boxes(source, kept, [labels[row] for row in kept])
 
 
 def _in_original_pixels(target: Target, matrix: Tensor, source: ImageSource, row: int) -> Target:
@@ -74,21 +78,22 @@ def _in_original_pixels(target: Target, matrix: Tensor, source: ImageSource, row
     return Target(boxes, target.labels, target.scores)[box_ops.is_large_enough(boxes)]
 
 
-def _with_boxes(source: ImageSource, rows: list[int], targets: list[Target], float16: bool) -> ImageSource:
+def _in_float16(target: Target) -> Target:
+    """Boxes and scores as float16 can hold them, in float32."""
+    return Target(target.boxes.half().float(), target.labels, target.scores.half().float())
+
+
+def _with_boxes(source: ImageSource, rows: list[int], targets: list[Target]) -> ImageSource:
     def stacked(parts: list[np.ndarray], empty: np.ndarray) -> np.ndarray:
         return np.concatenate([empty, *parts])
 
-    boxes = stacked([t.boxes.numpy() for t in targets], np.zeros((0, 4), np.float32))
-    scores = stacked([t.scores.numpy() for t in targets], np.zeros(0, np.float32))
-    if float16:
-        boxes, scores = boxes.astype(np.float16), scores.astype(np.float16)
     return ImageSource(
         paths=[source.paths[row] for row in rows],
         ids=source.ids[rows],
         sizes=source.sizes[rows],
-        boxes=boxes.astype(np.float32),
+        boxes=stacked([t.boxes.numpy() for t in targets], np.zeros((0, 4), np.float32)),
         labels=stacked([t.labels.numpy() for t in targets], np.zeros(0, np.int64)),
-        scores=scores.astype(np.float32),
+        scores=stacked([t.scores.numpy() for t in targets], np.zeros(0, np.float32)),
         offsets=np.cumsum([0, *(len(t) for t in targets)]).astype(np.int64),
     )
 

@@ -171,7 +171,12 @@ class RoiStage(nn.Module):
     def box_loss(self, deltas: Tensor, rois: Rois, count: Tensor) -> Tensor:
         """Sum over the foreground regions of smooth L1, divided by `count`."""
         own = deltas[torch.arange(len(deltas), device=deltas.device), rois.labels]
-        wanted = box_ops.encode(rois.wanted, rois.boxes, self.settings.coder)
+        # Padding has no area: its deltas are NaN, which a weight of 0 would not undo.
+        foreground = rois.positive[:, None] > 0
+        unit = torch.zeros_like(rois.boxes)
+        unit[:, 2:] = 1
+        regions, boxes = (torch.where(foreground, part, unit) for part in (rois.boxes, rois.wanted))
+        wanted = box_ops.encode(boxes, regions, self.settings.coder)
         return losses.box_regression(own, wanted, rois.positive, self.settings.beta) / count
 
     @torch.no_grad()

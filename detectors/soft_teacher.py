@@ -37,6 +37,7 @@ class SoftTeacher(Method):
         initial_score: score above which they are pseudo labels at all.
         rpn_score, class_score: scores above which they are truth for the RPN, and for the RoI classification.
         box_uncertainty: uncertainty below which they are truth for the RoI regression.
+        smallest_side: sides of pseudo labels in the strong view must be longer, in pixels (mmdetection 3: 0.01).
         jitter_count: K, jittered copies of each box; at least 2.
         jitter_scale: their displacement in units of the box's width and height.
         jitter: `gaussian` (code) or `uniform` (paper).
@@ -68,6 +69,7 @@ class SoftTeacher(Method):
         rpn_score: float = 0.9,
         class_score: float = 0.9,
         box_uncertainty: float = 0.02,
+        smallest_side: float = 0.0,
         jitter_count: int = 10,
         jitter_scale: float = 0.06,
         jitter: str = "gaussian",
@@ -94,6 +96,7 @@ class SoftTeacher(Method):
         self.rpn_score = rpn_score
         self.class_score = class_score
         self.box_uncertainty = box_uncertainty
+        self.smallest_side = smallest_side
         self.jitter_count = jitter_count
         self.jitter_scale = jitter_scale
         self.jitter = jitter
@@ -135,6 +138,7 @@ class SoftTeacher(Method):
             found, teacher_proposals = self.label(teacher_features, weak)
             uncertainty = self.uncertainty(teacher_features, weak, found, keys)
         labels = found.to_view(weak, strong)
+        labels = labels.keep(box_ops.is_large_enough(labels.boxes, self.smallest_side))
         for_rpn = labels.keep(labels.scores > self.rpn_score)
         for_class = labels.keep(labels.scores > self.class_score)
         for_box = labels.keep(uncertainty < self.box_uncertainty)

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from detectors.detector import Detector, targets_of
+from detectors.faster_rcnn import FasterRcnn
 from detectors.method import Losses, Method, mean_count, student_features, unlabeled_terms
-from harness.types import Batch, Views
+from harness.types import Batch, UserError, Views
 
 
 class Stac(Method):
@@ -24,6 +25,8 @@ class Stac(Method):
         detector, steps, reported, ema: see `Method`.
         lambda_u: weight of the unlabelled images' losses.
         mean_of_branches: halve both terms, as the official code does.
+        unlabeled_rpn_loss: False sets the unlabelled images' RPN terms to 0, as the code's NO_PRN_LOSS does (which also
+            takes proposals that stage 1 stored; here they are the student's own).
         joint_forward: one backbone forward over labelled and unlabelled images together, or two.
     """
 
@@ -36,6 +39,7 @@ class Stac(Method):
         *,
         lambda_u: float = 2.0,
         mean_of_branches: bool = True,
+        unlabeled_rpn_loss: bool = True,
         joint_forward: bool = False,
         reported: str = "student",
         ema: Mapping[str, Any] | None = None,
@@ -43,6 +47,12 @@ class Stac(Method):
         super().__init__(detector, steps, reported=reported, ema=ema)
         self.lambda_u = lambda_u
         self.weight = 0.5 if mean_of_branches else 1.0
+        if not unlabeled_rpn_loss and not isinstance(detector, FasterRcnn):
+            raise UserError(
+                f"method.unlabeled_rpn_loss=false does not fit detector={detector.name}, which has no RPN: "
+                "choose true, or a Faster R-CNN"
+            )
+        self.unlabeled_rpn_loss = unlabeled_rpn_loss
         self.joint_forward = joint_forward
 
     def forward(self, batch: Batch, step: int) -> tuple[Losses, Losses]:  # noqa: ARG002 - the same at every step
@@ -51,6 +61,8 @@ class Stac(Method):
         views, features = student_features(self.student, (labeled, strong), self.joint_forward)
         supervised = self.student.losses(features[0], views[0], truth, batch.labeled_keys)
         unsupervised = self.student.losses(features[1], views[1], pseudo, batch.unlabeled_keys)
+        if not self.unlabeled_rpn_loss:
+            unsupervised.update({name: torch.zeros_like(unsupervised[name]) for name in ("rpn_class", "rpn_box")})
         self._labels = {"classification": pseudo}
         losses = {name: self.weight * value for name, value in supervised.items()}
         losses.update(unlabeled_terms(unsupervised, self.weight * self.lambda_u))

@@ -16,6 +16,7 @@ from pipelines.policy import COLOR_OPS, Affine, Erase, Policy, Range, Resize, Vi
 
 KINDS = {name: number for number, name in enumerate(COLOR_OPS)}
 NOISE_SIDE = 1024
+_ERASE_TRIES = 10  # as torchvision's RandomErasing, which draws a patch anew until it fits
 
 # What geometry an image gets before or after its colour operations, beside the first warp.
 NOTHING, LINEAR, NEAREST, IN_BOX = range(4)
@@ -215,6 +216,23 @@ def boxes_through(matrices: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     return np.concatenate([mapped.min(1), mapped.max(1)], axis=1)
 
 
+def _sides(area: np.ndarray, aspect: np.ndarray, limit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first of several patches that is smaller than the view on both sides.
+
+    Args:
+        area, aspect: (B, T, N) pixels and height / width of T candidates for each of N patches.
+        limit: (B, 2) height, width of the view.
+
+    Returns:
+        (B, N) heights and widths in whole pixels, 0 where no candidate fits.
+    """
+    tall, wide = np.round(np.sqrt(area * aspect)), np.round(np.sqrt(area / aspect))
+    fits = (tall < limit[:, 0, None, None]) & (wide < limit[:, 1, None, None])
+    first = fits.argmax(1)[:, None]
+    tall, wide = (np.take_along_axis(side * fits, first, axis=1)[:, 0] for side in (tall, wide))
+    return tall, wide
+
+
 def _erase(step: Erase, number: int, view: ViewPolicy, keys: np.ndarray, sizes: np.ndarray) -> ErasePlan:
     """Patches of one step, clipped to the view."""
     most = step.max_count
@@ -228,10 +246,11 @@ def _erase(step: Erase, number: int, view: ViewPolicy, keys: np.ndarray, sizes: 
     else:
         assert step.area is not None
         assert step.aspect is not None
-        area, aspect = step.area.sample(a) * height * width, step.aspect.sample(b)
-        tall, wide = np.round(np.sqrt(area * aspect)), np.round(np.sqrt(area / aspect))
-        fits = (tall < height) & (wide < width)
-        tall, wide = tall * fits, wide * fits
+        more = uniform(keys, 2 * (_ERASE_TRIES - 1) * most, f"{view.name} erase {number} again")
+        again = more.reshape(len(keys), 2, _ERASE_TRIES - 1, most)
+        tries = [np.concatenate([one[:, None], again[:, i]], axis=1) for i, one in enumerate((a, b))]
+        area = step.area.sample(tries[0]) * height[:, None] * width[:, None]
+        tall, wide = _sides(area, step.aspect.sample(tries[1]), sizes)
     if step.centered:
         y, x = np.floor(top * height - tall / 2), np.floor(left * width - wide / 2)
     else:

@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 
+from detectors.backbones import ResNetBackbone
 from detectors.detector import join_views, targets_of
+from detectors.faster_rcnn import STYLES
 from detectors.method import student_features
 from harness.types import View
 
@@ -92,3 +94,29 @@ def test_joint_features_belong_to_their_views(make_small, make_batch):
     for view, own in zip(views, features, strict=True):
         for level, expected in zip(own, detector.features(view.images), strict=True):
             torch.testing.assert_close(level, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_anchors_of_the_small_detector_follow_the_style(make_small, style):
+    """torchvision's are whole pixels (4.5 and 10.5 round to the even neighbour), the others' exact."""
+    bases = make_small(style=style, anchor_sizes=[9, 21, 36]).rpn.anchors.bases
+    sides = [float(base[0, 2] - base[0, 0]) for base in bases]
+    assert sides == ([8, 20, 36] if style == "torchvision" else [9, 21, 36])
+
+
+@pytest.mark.parametrize("stages", [0, 2, 5])
+def test_frozen_stages_keep_their_statistics(stages):
+    body = ResNetBackbone(18, "batch", stages)
+    parent = torch.nn.Sequential(body)
+    for train in (lambda: None, lambda: parent.train(), lambda: parent.eval().train()):
+        train()
+        before = {name: buffer.clone() for name, buffer in body.named_buffers()}
+        body(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+        parts = ("bn1", "layer1", "layer2", "layer3", "layer4")
+        for number, part in enumerate(parts):
+            own = {name for name in before if name.startswith(part) and name.endswith("running_mean")}
+            assert own
+            for name in own:
+                assert torch.equal(body.state_dict()[name], before[name]) == (number < stages)
+    parent.eval()
+    assert not any(module.training for module in body.modules())

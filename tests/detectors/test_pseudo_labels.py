@@ -107,6 +107,32 @@ def test_float16_is_an_option():
     assert fine.boxes.dtype == coarse.boxes.dtype == np.float32
 
 
+@pytest.mark.parametrize(
+    ("scores", "float16", "kept"),
+    [
+        # float16 knows 0.8994, 0.8999 (what 0.9 becomes) and 0.9004: 0.8997 meets the threshold only when rounded
+        ((0.8997, 0.9502), True, [0.8999, 0.9502]),
+        ((0.8997, 0.9502), False, [0.9502]),
+        ((0.8995, 0.9502), True, [0.9502]),
+        # two scores that float16 holds as one are both the best of an uncertain image
+        ((0.60001, 0.60002), True, [0.6001, 0.6001]),
+        ((0.60001, 0.60002), False, [0.60002]),
+    ],
+)
+def test_threshold_meets_scores_as_they_are_stored(scores, float16, kept):
+    found = {0: target(*((2.0, 2.0, 20.0, 20.0, 1.0, score) for score in scores))}
+    labels = label_offline(Fixed(found), batches([0]), make_source(), threshold=0.9, float16=float16)
+    assert labels.scores.tolist() == pytest.approx(kept, abs=5e-5)
+
+
+def test_images_whose_boxes_are_all_below_the_threshold_stay():
+    """What leaves an image out is that nothing at all was found there."""
+    found = {0: target((2, 2, 20, 20, 1, 0.95)), 1: target((2, 2, 20, 20, 1, 0.5)), 2: target((2, 2, 20, 20, 1, 0.04))}
+    labels = label_offline(Fixed(found), batches([0, 1, 2]), make_source(), threshold=0.9, keep_top1=False)
+    assert labels.ids.tolist() == [10, 11]
+    assert labels.offsets.tolist() == [0, 1, 1]
+
+
 def test_boxes_of_the_source_do_not_reach_the_labels():
     found = {row: target((2, 2, 20, 20, 1, 0.95)) for row in range(3)}
     source = make_source()

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torchvision.models.detection.roi_heads import RoIHeads
 
+from detectors import losses
 from detectors.padded import pad
 from detectors.rpn import Proposals
+from harness import boxes as box_ops
 from harness.types import Target
 
 
@@ -83,9 +85,10 @@ def test_padding_has_no_weight_where_it_is_kept(make_small, monkeypatch):
     roi = detector.roi
     proposals, _, _ = head_inputs()
     proposals.valid[:, 5:] = False  # fewer than 16 to offer
+    proposals.boxes[:, 5:] = 0  # what the RPN leaves there
     targets = pad([Target(torch.tensor([[5.0, 5, 20, 20]]), torch.tensor([2]), torch.ones(1))] * 2)
     keys = torch.tensor([1, 2])
-    features = detector.features(torch.randn(2, 3, 64, 64))
+    features = detector.features(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
 
     def losses_of():
         rois, count = roi.sample(proposals, targets, keys)
@@ -100,5 +103,33 @@ def test_padding_has_no_weight_where_it_is_kept(make_small, monkeypatch):
     monkeypatch.setattr(roi, "_without_padding", lambda rois: rois)
     more, with_padding = losses_of()
     assert more > fewer
+    assert all(torch.isfinite(value) for value in with_padding)
     torch.testing.assert_close(without, with_padding)
     torch.testing.assert_close(without[1], without[2])
+    gradients = [
+        torch.autograd.grad(sum(part), roi.head.parameters(), retain_graph=True) for part in (without, with_padding)
+    ]
+    for one, two in zip(*gradients, strict=True):
+        assert torch.isfinite(two).all()
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
+
+
+def test_background_has_no_box_loss(make_small):
+    """Bit for bit: the stand-in for its box changes neither the sum nor the gradient."""
+    roi = make_small().roi
+    proposals, _, deltas = head_inputs()
+    rois, count = roi.sample(
+        proposals,
+        pad([Target(torch.tensor([[5.0, 5, 20, 20]]), torch.tensor([2]), torch.ones(1))] * 2),
+        torch.tensor([1, 2]),
+    )
+    deltas = deltas[: len(rois)].requires_grad_()
+    own = deltas[torch.arange(len(rois)), rois.labels]
+    plain = losses.box_regression(own, box_ops.encode(rois.wanted, rois.boxes, (10, 10, 5, 5)), rois.positive, 1 / 9)
+    found = roi.box_loss(deltas, rois, count)
+    assert torch.equal(found, plain / count)
+    (expected,) = torch.autograd.grad(plain / count, deltas)
+    (gradient,) = torch.autograd.grad(found, deltas)
+    assert torch.equal(gradient, expected)
+    assert gradient[rois.labels > 0].any()
+    assert not gradient[rois.labels == 0].any()

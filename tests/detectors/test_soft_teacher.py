@@ -16,7 +16,7 @@ from detectors.soft_teacher import SoftTeacher, map_proposals, relative_deviatio
 from harness.sampling import uniform
 from harness.types import Target, UserError
 
-RAMP = {"momentum": 0.999, "ramp": True, "update": "before", "buffers": False}
+RAMP = {"momentum": 0.999, "ramp": True, "update": "before", "buffers": None}
 
 
 def make_method(detector, **options) -> SoftTeacher:
@@ -148,32 +148,106 @@ def test_uncertainty_of_an_image_does_not_depend_on_its_neighbours(make_small, m
     assert len(set(both[0].tolist())) == 7  # the same box in other slots draws other numbers
 
 
-def test_background_score_looks_at_the_mirrored_place(make_small, make_batch):
+def test_background_score_looks_at_the_same_place_of_the_weak_view(make_small, make_batch, map_box):
+    """T_weak T_strong^-1 of the region, clipped to the weak view's own valid size."""
     method = make_method(make_small()).eval()
     batch = make_batch()
-    weak, strong = batch.weak, batch.strong  # the strong view is the weak one mirrored
-    rois = Rois(
-        torch.tensor([[4.0, 6.0, 24.0, 30.0], [30.0, 10.0, 60.0, 40.0]]),
-        torch.tensor([0, 1]), torch.tensor([0, 0]), torch.zeros(2, 4), torch.ones(2),
-    )  # fmt: skip
+    weak, strong = batch.weak, batch.strong
+    weak.sizes = torch.tensor([[64, 58], [61, 64]])
+    # The first two reach out of the weak view, whose right end is the strong view's left one.
+    boxes = torch.tensor([[0.0, 20.0, 20.0, 50.0], [1.0, 40.0, 25.0, 52.0], [22.0, 4.0, 48.0, 20.0]])
+    images = torch.tensor([0, 1, 1])
+    rois = Rois(boxes, images, torch.zeros(3, dtype=torch.int64), torch.zeros(3, 4), torch.ones(3))
     with torch.no_grad():
         features = method.teacher.features(weak.images)
         found = method.background_score(features, weak, strong, rois)
-        mirrored = torch.tensor([[40.0, 6.0, 60.0, 30.0], [4.0, 10.0, 34.0, 40.0]])
-        logits, _ = method.teacher.roi(features, mirrored, rois.images)
-    torch.testing.assert_close(found, logits.softmax(-1)[:, 0], atol=1e-6, rtol=1e-6)
+        places = [
+            map_box(box, strong.to_view[image], weak.to_view[image], weak.sizes[image].tolist())
+            for box, image in zip(boxes.tolist(), images.tolist(), strict=True)
+        ]
+        logits, _ = method.teacher.roi(features, torch.tensor(places, dtype=torch.float32), images)
+    assert places[0][2] == 58
+    assert places[1][3] == pytest.approx(61)
+    for row, value in zip(logits.double().tolist(), found.tolist(), strict=True):
+        assert value == pytest.approx(math.exp(row[0]) / sum(math.exp(x) for x in row), abs=1e-6)
 
 
-def test_proposals_of_the_teacher_are_mapped(make_small, make_batch):
+def test_proposals_of_the_teacher_are_mapped(make_small, make_batch, map_box):
+    """T_strong T_weak^-1, clipped to the strong view's valid size; what lies outside of it is no proposal."""
     batch = make_batch()
+    weak, strong = batch.weak, batch.strong
     method = make_method(make_small(), use_teacher_proposals=True).eval()
     with torch.no_grad():
+        _, proposals = method.label(method.teacher.features(weak.images), weak)
+    proposals.boxes[:, 0] = torch.tensor([0.0, 10.0, 2.0, 20.0])  # right of the strong view
+    found = map_proposals(proposals, weak, strong)
+    for image in range(2):
+        size = strong.sizes[image].tolist()
+        for box, valid, place, kept in zip(
+            proposals.boxes[image].tolist(), proposals.valid[image], found.boxes[image], found.valid[image], strict=True
+        ):
+            expected = map_box(box, weak.to_view[image], strong.to_view[image], size)
+            assert place.tolist() == pytest.approx(expected, abs=1e-4)
+            assert bool(kept) == bool(valid and expected[2] > expected[0] and expected[3] > expected[1])
+    assert not found.valid[:, 0].any()
+
+
+def test_student_looks_at_the_teachers_proposals(make_small, make_batch, monkeypatch):
+    """Both samplings do, in the strong view."""
+    method = make_method(make_small(), use_teacher_proposals=True).train()
+    batch = make_batch()
+    with torch.no_grad():
         _, proposals = method.label(method.teacher.features(batch.weak.images), batch.weak)
-    mapped = map_proposals(proposals, batch.weak, batch.strong)
-    torch.testing.assert_close(mapped.boxes[..., 0], 64 - proposals.boxes[..., 2], atol=1e-4, rtol=0)
-    torch.testing.assert_close(mapped.boxes[..., 1], proposals.boxes[..., 1], atol=1e-4, rtol=0)
-    losses, _ = method.train()(batch, 0)
+    expected = map_proposals(proposals, batch.weak, batch.strong)
+    looked_at = []
+    original = method.student.roi.sample
+
+    def sample(given, *rest, **options):
+        looked_at.append(given)
+        return original(given, *rest, **options)
+
+    monkeypatch.setattr(method.student.roi, "sample", sample)
+    losses, _ = method(batch, 0)
     assert all(torch.isfinite(value) for value in losses.values())
+    assert len(looked_at) == 3  # the labelled images' own, and two of the unlabelled images
+    for given in looked_at[1:]:
+        assert torch.equal(given.boxes, expected.boxes)
+        assert torch.equal(given.valid, expected.valid)
+
+
+@pytest.mark.parametrize(("training", "count"), [(True, 30), (False, 20)])
+def test_number_of_the_teachers_proposals(make_small, make_batch, training, count):
+    method = make_method(make_small(), teacher_training_proposals=training).eval()
+    weak = make_batch().weak
+    with torch.no_grad():
+        _, proposals = method.label(method.teacher.features(weak.images), weak)
+    assert proposals.boxes.shape == (2, count, 4)
+
+
+def test_candidate_and_initial_score(make_small, make_batch, monkeypatch):
+    """The teacher is asked for boxes above the candidate score; of these, those above the initial score stay."""
+    method = make_method(make_small(), candidate_score=0.123, initial_score=0.25).eval()
+    batch = make_batch(unlabeled_boxes=(4, 4), pseudo=True)
+    found = pad(batch.strong.targets).to_view(batch.strong, batch.weak)
+    found.scores = torch.tensor([0.9, 0.26, 0.25, 0.2]).repeat(2, 1)
+    asked = []
+    monkeypatch.setattr(method.teacher, "detections", lambda *given: asked.append(given[3]) or found)
+    labels, _ = method.label(method.teacher.features(batch.weak.images), batch.weak)
+    assert asked == [0.123]
+    assert labels.valid.tolist() == [[True, True]] * 2
+
+
+@pytest.mark.parametrize(("side", "kept"), [(0.0, 3), (0.01, 2), (5.0, 1)])
+def test_smallest_side_of_labels(make_small, make_batch, monkeypatch, side, kept):
+    """Of sides in the strong view, strictly longer."""
+    method = make_method(make_small(), smallest_side=side).train()
+    batch = make_batch(unlabeled_boxes=(3, 3), pseudo=True)
+    for target in batch.strong.targets:
+        target.boxes = torch.tensor([[5.0, 5.0, 25.0, 25.0], [5.0, 30.0, 25.0, 30.005], [30.0, 30.0, 34.9, 40.0]])
+    with_labels(method, batch, [0.95], [0.001], monkeypatch)
+    method(batch, 0)
+    for labels in method.pseudo_labels.values():
+        assert [len(target) for target in labels] == [kept, kept]
 
 
 def with_labels(method: SoftTeacher, batch, scores: list[float], uncertainty: list[float], monkeypatch) -> None:

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from detectors.detector import targets_of
+from detectors.one_stage import fcos
 from detectors.stac import Stac
+from harness.types import UserError
 
 
 @pytest.mark.parametrize(("mean_of_branches", "weights"), [(True, (0.5, 1.0)), (False, (1.0, 2.0))])
@@ -40,3 +42,26 @@ def test_labels_are_those_of_the_strong_view(make_small, make_batch):
     method(batch, 0)
     for own, given in zip(method.pseudo_labels["classification"], batch.strong.targets, strict=True):
         assert torch.equal(own.boxes, given.boxes)
+
+
+def test_unlabelled_rpn_terms_can_be_left_out(make_small, make_batch):
+    """The keys stay, and nothing but these terms changes."""
+    results = []
+    for wanted in (True, False):
+        method = Stac(make_small(), 10, unlabeled_rpn_loss=wanted).train()
+        losses, _ = method(make_batch(pseudo=True), 0)
+        sum(losses.values()).backward()
+        assert all(p.grad is not None for p in method.student.parameters())
+        results.append(losses)
+    with_rpn, without = results
+    assert with_rpn.keys() == without.keys()
+    for name, value in without.items():
+        dropped = name in ("unlabeled_rpn_class", "unlabeled_rpn_box")
+        assert value == 0 if dropped else torch.equal(value, with_rpn[name])
+        assert with_rpn[name] != 0
+
+
+def test_a_detector_without_rpn_has_no_such_terms():
+    detector = fcos(num_classes=3, name="fcos_r18", cache_dir=".", depth=18, weights="scratch", pyramid_channels=32)
+    with pytest.raises(UserError, match=r"method\.unlabeled_rpn_loss=false does not fit detector=fcos_r18"):
+        Stac(detector, 10, unlabeled_rpn_loss=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from harness.sampling import image_keys
 from pipelines.base import make_job, view_targets
-from pipelines.plan import KINDS, ViewPlan, boxes_through, noise_patch, noise_tile, plan_view
+from pipelines.plan import KINDS, ViewPlan, _sides, boxes_through, noise_patch, noise_tile, plan_view
 from pipelines.policy import Policy
 
 POLICIES = sorted(p.stem for p in (Path(__file__).parents[2] / "harness" / "conf" / "augment").glob("*.yaml"))
@@ -105,8 +106,43 @@ def test_unbiased_teacher_colors(policy_config: Config) -> None:
     assert abs((plan.kinds[:, 5] == KINDS["blur"]).mean() - 0.5) < 0.03
     for step, chance in zip(plan.erase, (0.7, 0.5, 0.3), strict=True):
         share = step.boxes[:, 0, 2:].prod(1) / plan.sizes.prod(1)
-        assert chance - 0.1 < (share > 0).mean() < chance + 0.03  # a patch that does not fit is left out
+        assert abs((share > 0).mean() - chance) < 0.03  # a patch that does not fit is drawn again
         assert share.max() < 0.21
+
+
+@given(st.integers(0, 2**31), st.sampled_from([0.3, 0.9, 3.0]))
+@settings(max_examples=50, deadline=None)
+def test_first_patch_that_fits_against_a_loop(seed: int, share: float) -> None:
+    """torchvision's RandomErasing: up to ten draws, the first patch that is smaller than the view on both sides."""
+    rng = np.random.default_rng(seed)
+    limit = rng.integers(1, 40, (4, 2))
+    area = rng.uniform(0, share, (4, 10, 3)) * limit.prod(1)[:, None, None]
+    aspect = np.exp(rng.uniform(-3, 3, (4, 10, 3)))
+    tall, wide = _sides(area, aspect, limit)
+    for image, (height, width) in enumerate(limit.tolist()):
+        for patch in range(3):
+            expected = (0, 0)
+            for number in range(10):
+                a, r = area[image, number, patch], aspect[image, number, patch]
+                h, w = round(math.sqrt(a * r)), round(math.sqrt(a / r))
+                if h < height and w < width:
+                    expected = (h, w)
+                    break
+            assert (tall[image, patch], wide[image, patch]) == expected
+
+
+def test_patches_of_a_narrow_view_are_drawn_again() -> None:
+    """A third of the draws fits here: one draw would erase a third of the images, ten nearly all of them."""
+    erase = {"area": [0.3, 0.5], "aspect": {"range": [0.1, 10.0], "log": True}}
+    plan = plans({"name": "x", "views": {"v": {"erase": [erase]}}})["v"]
+    narrow = plan.sizes[:, 1] > 4 * plan.sizes[:, 0]
+    patches = plan.erase[0].boxes[narrow, 0]
+    assert (patches[:, 2] > 0).mean() > 0.95
+    assert (patches[:, :2] + patches[:, 2:] <= plan.sizes[narrow]).all()
+    assert (patches[:, 2:] < plan.sizes[narrow]).all()
+    never = {"area": [0.99, 1.0], "aspect": {"values": [9.0]}}
+    none = plans({"name": "x", "views": {"v": {"erase": [never]}}})["v"]
+    assert not none.erase[0].boxes.any()
 
 
 def test_stac_moves_half_of_the_images_inside_one_box(policy_config: Config) -> None:

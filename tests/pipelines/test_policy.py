@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness.types import UserError
+from harness import build, config
+from harness.types import UserError, Views
 from pipelines.policy import Policy, Range
 
 POLICIES = sorted(p.stem for p in (Path(__file__).parents[2] / "harness" / "conf" / "augment").glob("*.yaml"))
@@ -80,3 +81,37 @@ def test_mistakes_name_the_key(change: dict[str, Any], word: str) -> None:
 def test_unknown_view_is_named() -> None:
     with pytest.raises(UserError, match="no view 'strong'"):
         Policy.from_config({"name": "x", "views": {"weak": {}}}).view("strong")
+
+
+STRONG_BASELINES = {
+    "strong": ["method=supervised", "preset=paper", "method.labeled_view=strong"],
+    "labeled_strong": ["method=supervised", "preset=paper", "augment=stac", "method.labeled_view=labeled_strong"],
+}
+
+
+@pytest.mark.parametrize("name", STRONG_BASELINES)
+def test_strong_supervised_baselines(name: str, policy_config: Config) -> None:
+    """The unlabelled images' strong chain, after the labelled images' resize and flip."""
+    cfg = config.load(STRONG_BASELINES[name])
+    policy = build.policy(cfg)
+    view = policy.view(str(cfg.method.labeled_view))
+    theirs = Policy.from_config(policy_config("stac" if name == "labeled_strong" else "soft_teacher")).view("strong")
+    assert (view.resize, view.flip) == (policy.view("labeled").resize, 0.5)
+    for field in ("color", "affine", "shuffle", "erase", "fill", "erase_fill", "keep_a_box", "zoom"):
+        assert getattr(view, field) == getattr(theirs, field)
+    assert view.geometry_of == view.name
+
+
+@pytest.mark.parametrize("name", STRONG_BASELINES)
+def test_strong_supervised_baselines_are_rendered(
+    name: str, policy_config: Config, training: Callable[..., Any], build: Callable[..., Any]
+) -> None:
+    policy = policy_config("stac" if name == "labeled_strong" else "supervised")
+    policy["views"][name]["resize"] = {"short": 64, "max": 128}
+    pipeline = build("torchvision", policy, **training(4, 0, Views((name,))))
+    batch = next(iter(pipeline.train()))
+    view = batch.labeled[name]
+    assert view.images.shape[0] == len(view.targets) == 4
+    assert (view.sizes.min(1).values == 64).any()
+    assert batch.unlabeled == {}
+    assert any(len(target) for target in view.targets)
