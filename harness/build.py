@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from detectors.detector import Detector
 from detectors.method import Method
-from harness import prepare
+from harness import config_checks, prepare
 from harness.datasets import Dataset
 from harness.dist import World
 from harness.optim import build_optimizer
@@ -161,11 +161,12 @@ def data(cfg: DictConfig) -> Data:
     """Opens, splits and checks the data, before anything expensive.
 
     Raises:
-        UserError: what `harness.prepare` finds fatal.
+        UserError: the devices cannot share a step, or what `harness.prepare` finds fatal.
     """
+    config_checks.check_devices(cfg)
     opened = dataset(cfg)
     split = prepare.resolve_split(opened, cfg.split)
-    checks = prepare.check(opened)
+    checks = prepare.check(opened, unlabeled=prepare.needs_unlabeled(cfg.split))
     labeled, unlabeled = prepare.sources(opened, split, cfg.split, checks)
     hidden = None
     if unlabeled is not None:

@@ -1,4 +1,4 @@
-"""Configuration: Hydra's compose API, the defaults that need code, and the checks across keys.
+"""Configuration: Hydra's compose API and the defaults that need code; what is checked is in `config_checks`.
 
 Never `@hydra.main`: it would scatter output folders and own our exit codes.
 """
@@ -20,6 +20,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from harness import config_checks
 from harness.types import UserError
 
 CONF_DIR = Path(__file__).parent / "conf"
@@ -98,17 +99,27 @@ def load(overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()) -> Di
             cfg = _compose([*overrides, f"augment={cfg.method.augment}"])
     OmegaConf.set_struct(cfg, False)
     cfg.cli = {"overrides": list(given), "config_dirs": [str(folder) for folder in config_dirs]}
-    check(cfg)
+    config_checks.check(cfg)
     _fill_defaults(cfg)
     OmegaConf.set_struct(cfg, True)
     return cfg
 
 
 def stage_one(cfg: DictConfig) -> DictConfig:
-    """The configuration of the run that makes a method's pseudo labels: the same but for the method."""
+    """The configuration of the run that makes a method's pseudo labels: the same but for the method.
+
+    What `offline.stage1_overrides` says differently counts where the command line does not say it.
+    """
     kept = [o for o in cfg.cli.overrides if not re.match(r"[+~]*(method[=./@]|method$|run_dir=)", o)]
-    method = cfg.method.offline.stage1
-    return load([*kept, f"method={method}", f"run_dir={Path(cfg.run_dir) / 'stage1'}"], list(cfg.cli.config_dirs))
+    said = {_key(override) for override in kept}
+    options = cfg.method.offline
+    own = [str(o) for o in options.get("stage1_overrides") or [] if _key(str(o)) not in said]
+    place = f"run_dir={Path(cfg.run_dir) / 'stage1'}"
+    return load([*kept, f"method={options.stage1}", *own, place], list(cfg.cli.config_dirs))
+
+
+def _key(override: str) -> str:
+    return override.split("=", 1)[0].lstrip("+~")
 
 
 def _compose(overrides: Sequence[str]) -> DictConfig:
@@ -118,6 +129,18 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
         raise UserError(_unknown_option(str(error))) from error
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error, overrides)) from error
+    except ValueError as error:  # Hydra's, for a group that is given a value instead of an option
+        raise UserError(_no_option(overrides) or _explain(error, overrides)) from error
+
+
+def _no_option(overrides: Sequence[str]) -> str | None:
+    """One sentence about the first group that is given null or a number."""
+    for override in overrides:
+        group, _, value = override.lstrip("+~").partition("=")
+        options = sorted(file.stem for file in (CONF_DIR / group).glob("*.yaml"))
+        if group and options and (value.lower() in ("null", "true", "false") or not re.match(r"[A-Za-z_\[]", value)):
+            return f"{group}={value} names no option: choose one of {', '.join(options)}, or leave {group} out"
+    return None
 
 
 def _unknown_option(message: str) -> str:
@@ -235,87 +258,9 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     return found
 
 
-# key, lower bound, whether the bound itself is allowed, whole number, whether null is allowed
-_NUMBERS: tuple[tuple[str, float, bool, bool, bool], ...] = (
-    ("split.percent", 0, False, False, False),
-    ("split.fold", 1, True, True, False),
-    ("split.offset", 0, True, True, False),
-    ("seed", 0, True, True, True),
-    ("batch.labeled", 1, True, True, False),
-    ("batch.unlabeled", 0, True, True, False),
-    ("batch.micro", 1, True, True, True),
-    ("evaluation.every", 0, False, False, True),
-    ("evaluation.score_threshold", 0, True, False, False),
-    ("evaluation.batch", 1, True, True, False),
-    ("devices", 1, True, True, False),
-    ("threads", 1, True, True, False),
-    ("checkpointing.every", 1, True, True, False),
-    ("checkpointing.keep", 1, True, True, False),
-    ("checkpointing.keep_every", 1, True, True, True),
-    ("logging.every", 1, True, True, False),
-    ("schedule.steps", 1, True, True, False),
-    ("schedule.warmup_steps", 0, True, True, False),
-    ("schedule.optimizer.lr", 0, False, False, False),
-    ("schedule.optimizer.weight_decay", 0, True, False, False),
-    ("schedule.clip_norm", 0, False, False, True),
-)
-_CHOICES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("device", ("auto", "cpu", "cuda")),
-    ("precision", ("fp32", "bf16")),
-    ("evaluation.between", ("all", "reported")),
-    ("batch.ratio", ("exact", "bernoulli")),
-    ("split.protocol", ("stac", "soft_teacher", "unbiased_teacher", "ids", "full")),
-    ("schedule.decay", ("flat", "step", "linear", "cosine")),
-    ("schedule.optimizer.name", ("sgd", "adamw")),
-)
-
-
-def check(cfg: DictConfig) -> None:
-    """Checks values and combinations before any data is opened.
-
-    Raises:
-        UserError: naming the key and what it may be.
-    """
-    for key, low, inclusive, whole, optional in _NUMBERS:
-        _check_number(key, OmegaConf.select(cfg, key), low, inclusive, whole, optional)
-    for key, choices in _CHOICES:
-        value = OmegaConf.select(cfg, key)
-        if value not in choices:
-            near = difflib.get_close_matches(str(value), choices, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"{key}={value} is not one of {', '.join(choices)}{hint}")
-    if cfg.split.percent > 100:
-        raise UserError(f"split.percent={cfg.split.percent} is over 100")
-    batch = cfg.batch
-    images = batch.labeled + batch.unlabeled
-    if batch.micro is not None:
-        if images % batch.micro and batch.unlabeled:
-            raise UserError(
-                f"batch.micro={batch.micro} does not divide batch.labeled + batch.unlabeled = {images}: "
-                "choose a divisor, so that every micro-batch has the same size"
-            )
-        if batch.micro < 2 and batch.unlabeled:
-            raise UserError("batch.micro=1 leaves no room for a labelled and an unlabelled image: give at least 2")
-    if cfg.evaluation.every is not None and cfg.evaluation.every > cfg.schedule.steps:
-        raise UserError(
-            f"evaluation.every={cfg.evaluation.every} is larger than schedule.steps={cfg.schedule.steps}: "
-            "leave it null to evaluate at the end alone"
-        )
-
-
 def evaluation_interval(cfg: DictConfig) -> int | None:
     """Steps between evaluations; a value below 1 is a fraction of the schedule."""
     every = cfg.evaluation.every
     if every is None:
         return None
     return max(1, round(every * cfg.schedule.steps)) if every < 1 else int(every)
-
-
-def _check_number(key: str, value: Any, low: float, inclusive: bool, whole: bool, optional: bool) -> None:
-    if value is None and optional:
-        return
-    kind = "a whole number" if whole else "a number"
-    if isinstance(value, bool) or not isinstance(value, int | float) or (whole and not isinstance(value, int)):
-        raise UserError(f"{key}={value} must be {kind}{' or null' if optional else ''}")
-    if value != value or value < low or (value == low and not inclusive):
-        raise UserError(f"{key}={value} must be {kind} {'of at least' if inclusive else 'above'} {low:g}")

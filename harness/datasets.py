@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,14 @@ class Dataset:
     name: str
     train: CocoIndex
     val: CocoIndex
-    unlabeled: CocoIndex | None = None
+    open_unlabeled: Callable[[], CocoIndex] | None = None
     no_unlabeled: str = "the dataset names none"  # why `unlabeled` is None, for the message when it is asked for
+    annotation_files: tuple[Path, ...] = ()  # what an export must not replace
+
+    @cached_property
+    def unlabeled(self) -> CocoIndex | None:
+        """More images without labels, opened on first use: they may be many, and few protocols need them."""
+        return self.open_unlabeled() if self.open_unlabeled else None
 
 
 def make_index(name: str, image_dir: Path, annotations: CleanAnnotations, sha256: str) -> CocoIndex:
@@ -115,7 +123,7 @@ def coco_dataset(
         cache_dir: root of the cache.
         train_annotations, val_annotations: JSON files.
         train_images, val_images: folders that the file names in them are relative to.
-        unlabeled_annotations: JSON file that lists more images; needed only by split.protocol=full.
+        unlabeled_annotations: JSON file that lists more images; opened only for split.protocol=full.
         unlabeled_images: their folder; without a JSON file, every picture in it that is not in the other two parts, so
             that it may be the folder where the labelled pictures are.
         download: where to get the files, for the message when they are missing.
@@ -131,16 +139,21 @@ def coco_dataset(
     train = coco_index(root / train_annotations, root / train_images, cache)
     val = coco_index(root / val_annotations, root / val_images, cache)
     check_same_classes(train, val)
+    files = tuple(root / file for file in (train_annotations, val_annotations, unlabeled_annotations) if file)
     missing = [root / file for file in (unlabeled_annotations, unlabeled_images) if file and not (root / file).exists()]
     if missing or not unlabeled_images:
         why = f"{missing[0]} is not there" if missing else "data.unlabeled_images names none"
-        return Dataset(name, train, val, None, why)
+        return Dataset(name, train, val, None, why, files)
     pictures = root / unlabeled_images
-    if unlabeled_annotations:
-        more = coco_index(root / unlabeled_annotations, pictures, cache, labeled=False)
-    else:
-        more = _others(folder_index(pictures, cache), (train, val))
-    return Dataset(name, train, val, as_unlabeled(more, train))
+
+    def open_unlabeled() -> CocoIndex:
+        if unlabeled_annotations:
+            more = coco_index(root / unlabeled_annotations, pictures, cache, labeled=False)
+        else:
+            more = _others(folder_index(pictures, cache), (train, val))
+        return as_unlabeled(more, train)
+
+    return Dataset(name, train, val, open_unlabeled, annotation_files=files)
 
 
 def _others(index: CocoIndex, known: tuple[CocoIndex, ...]) -> CocoIndex:

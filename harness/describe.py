@@ -24,6 +24,7 @@ from harness.annotations import Finding
 from harness.datasets import CocoIndex, Dataset
 from harness.images import ImageCheck
 from harness.prepare import Checks
+from harness.record import write_atomically
 from harness.types import UserError
 
 _PERCENTS, _FOLDS = (1.0, 2.0, 5.0, 10.0), (1, 2, 3, 4, 5)  # of the papers
@@ -36,11 +37,14 @@ def describe(cfg: Any) -> dict[str, Any]:
     from harness import build
 
     console = Console(highlight=False, soft_wrap=True)
+    if OmegaConf.select(cfg, "export_dir"):
+        split_files.check_folder(Path(cfg.export_dir).expanduser())
     dataset = build.dataset(cfg)
     level = OmegaConf.select(cfg, "check", default="headers")
-    indices = prepare.parts(dataset)
+    unlabeled = prepare.needs_unlabeled(cfg.split)
+    indices = prepare.parts(dataset, unlabeled)
     with _progress(console, sum(map(len, indices.values())), level) as advance:
-        checks = prepare.inspect(dataset, level, len(os.sched_getaffinity(0)), advance)
+        checks = prepare.inspect(dataset, level, len(os.sched_getaffinity(0)), advance, unlabeled)
     found: dict[str, Any] = {
         "dataset": dataset.name,
         "classes": list(dataset.train.category_names),
@@ -137,11 +141,8 @@ def _split(dataset: Dataset, config: Mapping[str, Any], percent: float, fold: in
 def _export(dataset: Dataset, cfg: Any, folder: Path) -> list[str]:
     """Writes the splits that the configuration names: those of prepare.percents and prepare.folds, else of split."""
     keys = _keys(cfg, [cfg.split.percent], [cfg.split.fold])
-    files: list[str] = []
-    for percent, fold in keys:
-        split = prepare.resolve_split(dataset, {**cfg.split, "percent": percent, "fold": fold})
-        files += map(str, split_files.export(dataset, split, folder))
-    return files
+    splits = [prepare.resolve_split(dataset, {**cfg.split, "percent": p, "fold": f}) for p, f in keys]
+    return [str(path) for path in split_files.export_all(dataset, splits, folder)]
 
 
 def _write(cfg: Any, found: dict[str, Any]) -> Path:
@@ -152,10 +153,11 @@ def _write(cfg: Any, found: dict[str, Any]) -> Path:
     else:
         short = found["parts"]["train"]["sha256"][:12]
         path = Path(cfg.cache_dir) / "prepared" / f"{found['dataset']}-{short}" / "prepared.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(found, indent=1))
-    partial.replace(path)
+    try:
+        write_atomically(path, json.dumps(found, indent=1).encode(), durable=False)
+    except OSError as error:
+        key = "export_dir" if folder else "cache_dir"
+        raise UserError(f"cannot write {path} ({error.strerror}): set {key} to a folder that can be written") from error
     return path
 
 

@@ -50,6 +50,11 @@ def policy(split_config: Mapping[str, Any]) -> Policy:
     return Policy(**{key: getattr(default, key) if value is None else value for key, value in values.items()})
 
 
+def needs_unlabeled(split_config: Mapping[str, Any]) -> bool:
+    """Whether the protocol takes the dataset's own unlabelled part; no other opens it."""
+    return bool(split_config["protocol"] == "full")
+
+
 def resolve_split(dataset: Dataset, split_config: Mapping[str, Any]) -> Split:
     """The split that the configuration names.
 
@@ -61,7 +66,7 @@ def resolve_split(dataset: Dataset, split_config: Mapping[str, Any]) -> Split:
     Raises:
         UserError: if there is no such split, or its labelled part shows no box.
     """
-    protocol, train, more = split_config["protocol"], dataset.train, dataset.unlabeled
+    protocol, train = split_config["protocol"], dataset.train
     percent, fold = float(split_config.get("percent", 10)), int(split_config.get("fold", 1))
     index = unlabeled_ids = None
     file = split_config.get("index_file")
@@ -69,13 +74,13 @@ def resolve_split(dataset: Dataset, split_config: Mapping[str, Any]) -> Split:
         index = split_files.read_index(split_files.index_path(file, percent, fold))
     elif file and protocol == "ids":
         index, unlabeled_ids = split_files.read_ids(split_files.index_path(file, percent, fold), percent, fold)
-    elif protocol == "full":
-        if more is None:
+    elif needs_unlabeled(split_config):
+        if dataset.unlabeled is None:
             raise UserError(
                 f"split.protocol=full needs unlabelled images, but {dataset.no_unlabeled}: "
                 f"add them to data={dataset.name}"
             )
-        unlabeled_ids = more.image_ids
+        unlabeled_ids = dataset.unlabeled.image_ids
     _refuse_unread(split_config)
     ids = train.nonempty_ids() if protocol == "unbiased_teacher" else train.image_ids
     offset = int(split_config.get("offset") or 0)
@@ -151,7 +156,7 @@ def _without(ids: np.ndarray, checks: Checks | None, part: str) -> np.ndarray:
 class Checks:
     """What was found in a dataset."""
 
-    pictures: dict[str, ImageCheck]  # by part: train, val, unlabeled
+    pictures: dict[str, ImageCheck]  # by part: train, val, and unlabeled where the protocol needs it
     findings: list[Finding]  # about the parts together
     fatal: str | None  # one sentence, where nothing should be trained
 
@@ -161,20 +166,25 @@ class Checks:
         return sum(len(check.bad) for check in self.pictures.values())
 
 
-def parts(dataset: Dataset) -> dict[str, CocoIndex]:
-    """The indices of a dataset by the name of the part."""
-    found = {"train": dataset.train, "val": dataset.val, "unlabeled": dataset.unlabeled}
+def parts(dataset: Dataset, unlabeled: bool = False) -> dict[str, CocoIndex]:
+    """The indices of a dataset by the name of the part; the unlabelled one only if it is asked for and there."""
+    found = {"train": dataset.train, "val": dataset.val, "unlabeled": dataset.unlabeled if unlabeled else None}
     return {name: index for name, index in found.items() if index is not None}
 
 
 def inspect(
-    dataset: Dataset, level: str = "quick", threads: int = 1, progress: Callable[[int], None] = lambda _: None
+    dataset: Dataset,
+    level: str = "quick",
+    threads: int = 1,
+    progress: Callable[[int], None] = lambda _: None,
+    unlabeled: bool = False,
 ) -> Checks:
     """Looks at every picture of a dataset; see `harness.images.check_images` for the levels."""
     if level not in LEVELS:
         raise UserError(f"check={level} is not one of {', '.join(LEVELS)}")
     pictures, paths = {}, {}
-    for part, index in parts(dataset).items():
+    indices = parts(dataset, unlabeled)
+    for part, index in indices.items():
         source = index.source(boxes=False)
         paths[part] = index.real_paths()
         pictures[part] = check_images(source.paths, source.ids, source.sizes, level, threads, progress)
@@ -184,24 +194,24 @@ def inspect(
             known, here = set(paths["train"]), paths[other]
             shared = np.array([path in known for path in here])
             findings += finding(f"pictures that are in train and in {other}", shared, here.__getitem__)
-    return Checks(pictures, findings, _fatal(dataset, pictures))
+    return Checks(pictures, findings, _fatal(indices, pictures))
 
 
-def check(dataset: Dataset, level: str = "quick", threads: int = 1) -> Checks:
-    """`inspect`, before a training.
+def check(dataset: Dataset, level: str = "quick", threads: int = 1, unlabeled: bool = False) -> Checks:
+    """`inspect`, before a training; with the unlabelled part only where the run needs it.
 
     Raises:
         UserError: if an evaluation picture cannot be used, more than a tenth of the training pictures cannot, or the
             evaluation part has no box.
     """
-    checks = inspect(dataset, level, threads)
+    checks = inspect(dataset, level, threads, unlabeled=unlabeled)
     if checks.fatal:
         raise UserError(checks.fatal)
     return checks
 
 
-def _fatal(dataset: Dataset, pictures: dict[str, ImageCheck]) -> str | None:
-    for part, index in parts(dataset).items():
+def _fatal(indices: dict[str, CocoIndex], pictures: dict[str, ImageCheck]) -> str | None:
+    for part, index in indices.items():
         bad = pictures[part].bad
         allowed = 0 if part == "val" else int(_MOST_BAD * len(index))
         if len(bad) > allowed:
@@ -212,8 +222,8 @@ def _fatal(dataset: Dataset, pictures: dict[str, ImageCheck]) -> str | None:
                 f"{len(bad)} of the {len(index)} {part} pictures under {index.image_dir} cannot be used and {why}; the "
                 f"first is {name} ({reason}): put the files there, or take them off the annotations"
             )
-    if dataset.val.crowd.all():
-        return f"{dataset.val.name} has no box to score against: give evaluation images with boxes"
+    if indices["val"].crowd.all():
+        return f"{indices['val'].name} has no box to score against: give evaluation images with boxes"
     return None
 
 

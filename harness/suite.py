@@ -7,6 +7,7 @@ stage (`offline.stage1`) waits for that method's cell of the same percent, fold 
 from __future__ import annotations
 
 import copy
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import msgspec
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from harness import config, report
+from harness import config, config_checks, report
 from harness.checkpoint import RunLock
 from harness.jobs import Cell, default_jobs, environments, execute, stop_signals
 from harness.record import read_record, write_atomically
@@ -100,6 +101,8 @@ def plan(cfg: DictConfig) -> list[Cell]:
     special = OmegaConf.to_container(suite, resolve=True).get("method_overrides") or {}  # type: ignore[union-attr]
     extra = {method: [*overrides, f"method={method}", *special.get(method, [])] for method in named}
     composed = {method: config.load(extra[method], config_dirs) for method in named}
+    for of_method in composed.values():
+        config_checks.check_devices(of_method)
     cells = []
     for percent, fold, seed, method in wanted:
         number = fold if seed is None else seed
@@ -119,7 +122,7 @@ def _with_place(composed: DictConfig, percent: float, fold: int, seed: int) -> D
     """A cell's configuration, as its own process will compose it, without composing it anew."""
     cfg = copy.deepcopy(composed)
     cfg.split.percent, cfg.split.fold, cfg.seed = percent, fold, seed
-    config.check(cfg)
+    config_checks.check(cfg)
     return cfg
 
 
@@ -173,14 +176,17 @@ def held(suite_dir: Path) -> Iterator[None]:
     """Holds the suite's folder for this process; an empty folder does not stay.
 
     Raises:
-        UserError: a live process works on the same suite.
+        UserError: a live process works on the same suite, or the folder cannot be written.
     """
-    lock = RunLock(suite_dir)
     try:
+        lock = RunLock(suite_dir)
         lock.acquire()
+    except OSError as error:
+        raise UserError(_cannot_write(suite_dir, error)) from error
     except UserError as error:
-        if not lock.path.exists():
-            raise
+        cause = error.__cause__
+        if isinstance(cause, OSError) and not isinstance(cause, BlockingIOError):  # that one says: held by another
+            raise UserError(_cannot_write(suite_dir, cause)) from error
         holder = lock.path.read_text().strip() or "another process"
         raise UserError(
             f"the suite in {suite_dir} is being run by {holder}: wait for it to end, or set another runs_dir=DIR"
@@ -191,6 +197,16 @@ def held(suite_dir: Path) -> Iterator[None]:
         lock.release(discard=True)
         raise
     lock.release()
+
+
+def _cannot_write(suite_dir: Path, error: OSError) -> str:
+    """One sentence; `make` passes no settings on, so its users are told the command behind it."""
+    command = (
+        "run `.venv/bin/ssodbench suite suite=NAME runs_dir=DIR`" if "MAKELEVEL" in os.environ else "set runs_dir=DIR"
+    )
+    return (
+        f"cannot write the suite's folder {suite_dir} ({error.strerror}): {command} with a folder that can be written"
+    )
 
 
 def prepare(cfg: DictConfig, console: Console) -> None:

@@ -44,7 +44,7 @@ def voc_dataset(
         cache_dir: root of the cache.
         train, val: list files, such as VOC2007/ImageSets/Main/trainval.txt; the pictures and annotations of
             a list lie in JPEGImages and Annotations two folders above it.
-        unlabeled: lists of more images, for split.protocol=full; opened only if they are there.
+        unlabeled: lists of more images; opened only for split.protocol=full.
         classes: class names, in the order of their labels; default: those of the training boxes, alphabetically.
         difficult: what to do with objects so marked. "crowd" gives them COCO's crowd flag: split.crowd_boxes decides
             whether training sees them, and the evaluation does not count them (with COCO's rule for crowds: several
@@ -74,8 +74,12 @@ def voc_dataset(
     if missing or not unlabeled:
         why = f"{missing[0]} is not there" if missing else "data.unlabeled names no list"
         return Dataset(name, first, second, None, why)
-    third = open_part(unlabeled, first.category_names)
-    return Dataset(name, first, second, with_ids_from(third, len(first) + len(second) + 1))
+
+    def open_unlabeled() -> CocoIndex:
+        third = open_part(unlabeled, first.category_names)
+        return with_ids_from(third, len(first) + len(second) + 1)
+
+    return Dataset(name, first, second, open_unlabeled)
 
 
 def _as_list(lists: str | Sequence[str]) -> list[str]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -10,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from harness import config
-from harness.types import UserError
+from harness import build, cli, config, score
+from harness.types import UserError, Views
 
 
 def test_defaults_compose_and_check() -> None:
@@ -58,6 +62,34 @@ def test_every_method_composes_in_every_preset(method: str, preset: str) -> None
         ("schedule.optimizer.lr=nan", "schedule.optimizer.lr"),
         ("device=gpu", "device"),
         ("precision=fp16", "precision"),
+        ("schedule.optimizer.lr=1e999", "schedule.optimizer.lr"),
+        ("schedule.warmup_factor=abc", "schedule.warmup_factor=abc must be a number"),
+        ("schedule.milestones=[a]", "schedule.milestones=['a'] must be a list of steps"),
+        ("schedule.milestones=3", "schedule.milestones=3 must be a list"),
+        ("schedule.decay_start=2", "schedule.decay_start=2 must be a number of at most 1"),
+        ("batch.anneal_steps=abc", "batch.anneal_steps=abc must be a whole number"),
+        ("batch.anneal_steps=5", "needs batch.ratio=bernoulli"),
+        ("split.min_side=abc", "split.min_side=abc must be a whole number or null"),
+        ("split.fold=11", "split.fold=11 must be a whole number of at most 10"),
+        ("split.empty_images=dropp", "did you mean drop?"),
+        ("logging.loggers=[foo]", "logging.loggers=['foo'] must be a list of some of tensorboard"),
+        ("logging.loggers=tensorboard", "logging.loggers=tensorboard must be a list"),
+        ("compile=maybe", "compile=maybe must be true or false"),
+        ("channels_last=1", "channels_last=1 must be true or false"),
+        ("seed=-1", "seed=-1 must be"),
+        ("seed=9223372036854775808", "of at most 9223372036854775807"),
+        ("evaluation.score_threshold=2", "evaluation.score_threshold=2 must be a number of at most 1"),
+        ("method.ema.momentum=2", "method.ema.momentum=2 must be a number of at most 1"),
+        ("method.ema=3", "method.ema=3 must be null or keys"),
+        ("runs_dir=null", "runs_dir=null must be a path"),
+        ("run_dir=2024", "run_dir=2024 must be a path, written ./NAME"),
+        ("check=deep", "check=deep is not one of quick, headers, full"),
+        ("data=null", "data=null names no option: choose one of bccd, coco, custom, shapes, voc"),
+        ("method=null", "method=null names no option"),
+        ("schedule=null", "schedule=null names no option"),
+        ("suite=null", "suite=null names no option"),
+        ("data=3", "data=3 names no option"),
+        ("~data", "no data is chosen: say data=NAME"),
         ("nonsense", "key=value"),
         ("split.percent=[1", "split.percent"),
     ],
@@ -68,6 +100,75 @@ def test_mistakes_name_the_key_in_one_sentence(override: str, named: str) -> Non
     message = str(caught.value)
     assert named in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method=soft_teacher", "batch.unlabeled=0"], "method=soft_teacher needs unlabelled images"),
+        (["method=unbiased_teacher", "batch.unlabeled=0"], "method=unbiased_teacher needs unlabelled images"),
+        (["batch.labeled=4", "batch.unlabeled=0", "devices=8"], "devices=8 cannot share the 4 images of a step"),
+        (["batch.micro=8", "devices=4"], "devices=4 cannot share the 16 images .*batch.micro=8 makes 2 micro-batches"),
+        (["method=soft_teacher", "batch.micro=5"], "batch.micro=5 does not divide the 32 images"),
+        (["method=soft_teacher", "batch.micro=1"], "give at least 2"),
+    ],
+)
+def test_batches_that_cannot_work(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config.load(overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["method=supervised", "batch.labeled=15", "batch.micro=5"],
+        ["method=supervised", "batch.micro=1"],
+        ["method=supervised", "batch.unlabeled=0"],
+        ["method=supervised", "batch.micro=4", "devices=4"],
+        ["method=soft_teacher", "batch.micro=4", "devices=8"],
+    ],
+)
+def test_unlabelled_images_count_where_the_method_draws_them(overrides: list[str]) -> None:
+    config.load(overrides)
+
+
+def test_a_method_of_ones_own_is_asked_for_its_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without `lambda_u` its class says whether it draws unlabelled images."""
+    module = types.ModuleType("own_method")
+    module.Own = type("Own", (), {"views": Views(("labeled",), ("weak",))})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "own_method", module)
+    with pytest.raises(UserError, match=r"batch\.micro=5 does not divide the 31 images"):
+        config.load(["method._target_=own_method.Own", "batch.labeled=15", "batch.micro=5"])
+    config.load(["method._target_=nowhere.Own", "batch.labeled=15", "batch.micro=5"])  # building it says what is wrong
+
+
+def test_common_configurations_do_not_import_the_methods() -> None:
+    script = "import sys; from harness import config; config.load(['method=soft_teacher', 'preset=paper']); "
+    script += "config.load([]); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_devices_that_cannot_share_a_step_are_refused_before_data_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without batch.micro a step is one micro-batch; commands that train nothing do not mind."""
+    monkeypatch.setattr(build, "dataset", lambda _: pytest.fail("the data was opened"))
+    with pytest.raises(
+        UserError, match=r"devices=2 cannot share the 16 images .*batch\.micro=null makes 1 micro-batch "
+    ):
+        build.data(config.load(["devices=2"]))
+
+
+def test_evaluate_makes_the_folder_of_out_or_tells_before_scoring(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "missing" / "x.json"
+    score._check_writable(out)
+    assert not out.parent.exists()
+    score._write(out, {"networks": {}})
+    assert json.loads(out.read_text()) == {"networks": {}}
+    (tmp_path / "config.yaml").write_text("")
+    for wrong, words in ((tmp_path, "is a folder: give a file name"), (out / "y.json", "cannot be written")):
+        assert cli.main(["evaluate", f"run_dir={tmp_path}", f"out={wrong}"]) == 2
+        assert words in capsys.readouterr().err
 
 
 _names = st.text(st.characters(blacklist_categories=("Cs", "Cc")), min_size=1)

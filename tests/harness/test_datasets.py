@@ -503,6 +503,23 @@ def test_unlabeled_list(tmp_path: Path) -> None:
     assert "more.json is not there" in dataset.no_unlabeled
 
 
+def test_unlabelled_images_are_opened_on_first_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be 123,000, and what is wrong with them is no matter of runs without them."""
+    root = dataset_files(tmp_path)
+    write(root, "no JSON", "more.json")
+    (root / "more").mkdir()
+    listed = coco_dataset("mine", root, tmp_path / "cache", unlabeled_annotations="more.json", unlabeled_images="more")
+    with pytest.raises(UserError, match=r"more\.json cannot be read as JSON"):
+        _ = listed.unlabeled
+    calls = []
+    monkeypatch.setattr(datasets, "list_pictures", lambda folder: calls.append(folder) or [])
+    folder = coco_dataset("mine", root, tmp_path / "cache", unlabeled_images="more")
+    assert not calls
+    with pytest.raises(UserError, match="lists no image"):
+        _ = folder.unlabeled
+    assert calls == [root / "more"]
+
+
 def test_unlabeled_folder(tmp_path: Path) -> None:
     root = dataset_files(tmp_path)
     (root / "more" / "deep").mkdir(parents=True)

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from harness import cli, prepare, split_files
+from harness import build, cli, prepare, split_files
+from harness import config as config_file
 from harness.datasets import Dataset, coco_dataset
 from harness.images import check_images
 from harness.types import UserError
@@ -195,7 +196,7 @@ def test_policy_of_each_protocol(tmp_path: Path, protocol: str) -> None:
 )
 def test_keys_that_the_protocol_does_not_read_are_refused(tmp_path: Path, given_key: dict[str, Any]) -> None:
     dataset = make_dataset(tmp_path)
-    dataset = Dataset("mine", dataset.train, dataset.val, dataset.val)
+    dataset = Dataset("mine", dataset.train, dataset.val, lambda: dataset.val)
     with pytest.raises(UserError, match=r"is read by split\.protocol="):
         prepare.resolve_split(dataset, config() | given_key)
 
@@ -342,10 +343,66 @@ def test_files_of_full(tmp_path: Path) -> None:
     picture(64, 48).save(tmp_path / "more" / "x.jpg")
     dataset = open_dataset(tmp_path, unlabeled_images="more")
     split = prepare.resolve_split(dataset, config("full"))
-    labeled, unlabeled = split_files.export(dataset, split, tmp_path)
+    labeled, unlabeled = split_files.export(dataset, split, tmp_path / "out")
     content = json.loads(unlabeled.read_text())
     assert (labeled.name, unlabeled.name) == ("train.json", "instances_unlabeled2017.json")
     assert (len(content["images"]), content["annotations"], content["categories"]) == (1, [], CLASSES)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_export_replaces_nothing_but_exports(tmp_path: Path) -> None:
+    """The labelled file of `full` is named as the dataset's own, so that a slip of export_dir would lose it."""
+    make_dataset(tmp_path / "data")
+    (tmp_path / "data" / "more").mkdir()
+    picture(64, 48).save(tmp_path / "data" / "more" / "x.jpg")
+    dataset = open_dataset(tmp_path / "data", unlabeled_images="more")
+    full, tenth = (prepare.resolve_split(dataset, config(*key)) for key in (("full",), ("soft_teacher", 10)))
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"train\.json is an annotation file of data=mine and is not replaced"):
+        split_files.export(dataset, full, tmp_path / "data")
+    assert contents(tmp_path) == before
+    first = split_files.export(dataset, full, tmp_path / "out")
+    written = contents(tmp_path / "out")
+    assert split_files.export(dataset, full, tmp_path / "out") == first  # an earlier export may be made again
+    assert contents(tmp_path / "out") == written
+    (tmp_path / "out" / "train.1@10-unlabeled.json").write_text('{"images": []}')
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"train\.1@10-unlabeled\.json is there and is no earlier export"):
+        split_files.export_all(dataset, [full, tenth], tmp_path / "out")
+    assert contents(tmp_path) == before
+
+
+def test_an_export_that_is_the_dataset_is_not_replaced(tmp_path: Path) -> None:
+    """A dataset may be made of exported files; an export beside them would be named alike."""
+    make_dataset(tmp_path)
+    (tmp_path / "more").mkdir()
+    picture(64, 48).save(tmp_path / "more" / "x.jpg")
+    original = open_dataset(tmp_path, unlabeled_images="more")
+    full = prepare.resolve_split(original, config("full"))
+    split_files.export(original, full, tmp_path / "out")
+    again = open_dataset(tmp_path, train_annotations="out/train.json", unlabeled_images="more")
+    with pytest.raises(UserError, match="is an annotation file of data=mine"):
+        split_files.export(again, full, tmp_path / "out")
+
+
+def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = make_dataset(tmp_path)
+    splits = [prepare.resolve_split(dataset, config(fold=fold)) for fold in (1, 2)]
+    encode, made = split_files._encode, []
+
+    def full_disk(*arguments: Any) -> bytes:
+        made.append(arguments)
+        if len(made) == 3:
+            raise OSError(28, "No space left on device")
+        return encode(*arguments)
+
+    monkeypatch.setattr(split_files, "_encode", full_disk)
+    with pytest.raises(UserError, match=r"cannot export to .* \(No space left on device\)"):
+        split_files.export_all(dataset, splits, tmp_path / "out")
+    assert contents(tmp_path / "out") == {}
 
 
 # Content of the file of labelled ids (None: no file), its name, and what comes of it.
@@ -476,6 +533,48 @@ def test_fatal_findings_end_the_command_after_the_summary(tmp_path: Path, capsys
     assert "val: pictures not an image, or damaged: 1 (0.jpg)" in streams.out
     assert "1 of the 3 val pictures" in streams.err
     assert not (tmp_path / "out" / "train.1@10.json").exists()
+
+
+def test_every_split_is_resolved_before_one_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """1 % of 20 images is none."""
+    make_dataset(tmp_path / "data")
+    own = ("data=custom", f"data.root={tmp_path}/data", "split.percent=10", f"export_dir={tmp_path}/out")
+    assert run(tmp_path, *own, "prepare.percents=[10,50,1]", "split.protocol=stac") == 2
+    assert "less than one" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["a file", "a file/below"])
+def test_export_into_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str) -> None:
+    make_dataset(tmp_path / "data")
+    (tmp_path / "a file").write_text("mine")
+    assert run(tmp_path, "data=custom", f"data.root={tmp_path}/data", f"export_dir={tmp_path}/{place}") == 2
+    streams = capsys.readouterr()
+    assert f"{tmp_path}/a file is a file: give a folder" in streams.err
+    assert len(streams.err.splitlines()) == 1
+    assert streams.out == ""  # told before anything is opened
+    assert (tmp_path / "a file").read_text() == "mine"
+
+
+def test_unlabelled_pictures_matter_to_full_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bad ones refuse a run that needs them, and no other; the same goes for what `prepare` describes."""
+    make_dataset(tmp_path / "data")
+    images = [{"id": 99 + i, "file_name": f"{i}.jpg", "width": 64, "height": 48} for i in range(3)]
+    (tmp_path / "data" / "more.json").write_text(json.dumps({"images": images}))
+    (tmp_path / "data" / "more").mkdir()
+    keys = ["data.unlabeled_annotations=more.json", "data.unlabeled_images=more", f"cache_dir={tmp_path}/cache"]
+    keys += ["data=custom", f"data.root={tmp_path}/data"]
+    data = build.data(config_file.load(keys))
+    assert data.unlabeled is not None
+    assert "unlabeled" not in vars(data.dataset)  # not opened
+    with pytest.raises(UserError, match="3 of the 3 unlabeled pictures"):
+        build.data(config_file.load([*keys, "split.protocol=full"]))
+    assert run(tmp_path, *keys, f"export_dir={tmp_path}/out") == 0
+    found = json.loads((tmp_path / "out" / "prepared.json").read_text())
+    assert list(found["parts"]) == ["train", "val"]
+    capsys.readouterr()
+    assert run(tmp_path, *keys, "split.protocol=full") == 2
+    assert "3 of the 3 unlabeled pictures" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not TINY.exists(), reason="coco_tiny is not here")

@@ -270,13 +270,34 @@ def test_a_method_without_its_first_stage_in_the_suite(bench):
         (["suite.percents=[]"], "must be a list"),
         (["suite.folds=[one]"], "not of the right kind"),
         (["suite.methods=[stack]"], "stack"),
-        (["suite.percents=[101]"], "over 100"),
+        (["suite.percents=[101]"], "at most 100"),
+        (["suite.jobs=abc"], r"suite\.jobs=abc must be a whole number"),
+        (["suite.jobs=0"], r"suite\.jobs=0 must be a whole number of at least 1"),
+        (["suite.jobs=-1"], r"suite\.jobs=-1 must be"),
+        (["suite.name=null"], r"suite\.name=null must be a name"),
+        (["devices=2"], r"devices=2 cannot share the 16 images"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_written(bench, overrides, words):
     with pytest.raises(UserError, match=words):
         bench.run(*overrides)
     assert not bench.folder.exists()
+
+
+@pytest.mark.parametrize("in_the_way", ["the folder itself", "a parent", "its lock"])
+def test_a_folder_that_cannot_be_written(bench, monkeypatch, in_the_way):
+    if in_the_way == "its lock":  # as in a folder of another user: it is there, but nothing can be made in it
+        (bench.folder / "lock").mkdir(parents=True)
+    else:
+        path = bench.folder.parent if in_the_way == "a parent" else bench.folder
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("a file")
+    monkeypatch.delenv("MAKELEVEL", raising=False)
+    with pytest.raises(UserError, match=r"cannot write the suite's folder .*: set runs_dir=DIR"):
+        bench.run()
+    monkeypatch.setenv("MAKELEVEL", "1")
+    with pytest.raises(UserError, match=r"run `\.venv/bin/ssodbench suite"):
+        bench.run()
 
 
 def test_cells_are_configured_as_their_process_will_be():

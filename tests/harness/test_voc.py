@@ -104,6 +104,13 @@ def test_several_roots(root: Path, tmp_path: Path) -> None:
     assert open_voc(root, tmp_path, unlabeled=["VOC2013/ImageSets/Main/x.txt"]).unlabeled is None
 
 
+def test_unlabelled_lists_are_opened_on_first_use(root: Path, tmp_path: Path) -> None:
+    write(root / "VOC2012", {"trainval": "gone\n"}, {})
+    dataset = open_voc(root, tmp_path, unlabeled=["VOC2012/ImageSets/Main/trainval.txt"])
+    with pytest.raises(UserError, match=r"whose annotation is not there, first .*gone\.xml"):
+        _ = dataset.unlabeled
+
+
 def test_lists_of_one_class_and_names_with_spaces(root: Path, tmp_path: Path) -> None:
     """The second column of a class list is a flag, unless it belongs to the name of a picture."""
     write(
