@@ -131,6 +131,7 @@ class CocoIndex:
             self.labels[rows],
             np.ones(len(rows), np.float32),
             np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            annotated=boxes,
         )
 
     def coco_ground_truth(self, ids: np.ndarray | Sequence[int] | None = None) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from harness import build
 from harness.dist import join, resolve_device
 from harness.sampling import BatchSampler, MicroBatch
 from harness.types import ImageSource, Normalize, Pipeline, UserError, Views
+from pipelines.policy import Policy
 
 _PIPELINES = Path(__file__).parent / "conf" / "pipeline"
 
@@ -88,11 +89,12 @@ def alternate(
     return meters
 
 
-def _views(names: list[str]) -> tuple[Views, str]:
-    """The unlabelled views of a policy, or the labelled one if it has no strong view; and which list that is."""
-    if "strong" in names:
-        return Views((), tuple(name for name in ("weak", "strong") if name in names)), "unlabeled"
-    return Views(("labeled",)), "labeled"
+def _views(policy: Policy, wanted: list[str] | None) -> tuple[str, ...]:
+    """The views to time: those asked for, or weak and strong, or the labelled one of a policy without a weak view."""
+    names = wanted or (["weak", "strong"] if "weak" in policy.views else ["labeled"])
+    for name in names:
+        policy.view(name)
+    return tuple(names)
 
 
 class _Finite(BatchSampler):
@@ -156,7 +158,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     world = join(resolve_device(cfg.device, cfg.devices))
     policy, dataset = build.policy(cfg), build.dataset(cfg)
     source = dataset.train.source()
-    views, part = _views(list(policy.views))
+    views = _views(policy, list(options.views) if options.views else None)
     workers = len(os.sched_getaffinity(0)) if options.workers is None else int(options.workers)
     batch, seconds, rounds = int(options.batch), float(options.seconds), int(options.rounds)
 
@@ -171,9 +173,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             settings = OmegaConf.merge(OmegaConf.load(_PIPELINES / f"{name}.yaml"), {"threads": threads})
             changed = OmegaConf.merge(cfg, {"pipeline": settings})
             assert isinstance(changed, DictConfig)
-            sizes = (batch, 0) if part == "labeled" else (0, batch)
-            sampler = _Finite(len(source), len(source), *sizes, seed=int(cfg.seed or 0))
-            pipeline = build.pipeline(changed, world, Normalize(), views, sampler, source, source)
+            sampler = _Finite(len(source), 0, batch, 0, seed=int(cfg.seed or 0))
+            pipeline = build.pipeline(changed, world, Normalize(), Views(views), sampler, source)
             stack.enter_context(closing(pipeline))
             works[name] = _train(pipeline, sampler)
         meters = alternate(works, seconds, rounds, synchronize)
@@ -187,7 +188,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         "augment": policy.name,
         "color_at": policy.color_at,
         "antialias": policy.antialias,
-        "views": list(views.unlabeled or views.labeled),
+        "views": list(views),
         "batch": batch,
         "workers": workers,
         "device": str(world.device),

@@ -129,6 +129,7 @@ class ImageSource:
     labels: np.ndarray  # (M,) int64 in 1..C
     scores: np.ndarray  # (M,) float32
     offsets: np.ndarray  # (N + 1,) int64
+    annotated: bool = True  # whether an image without boxes is one without objects, not one that nobody labelled
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -218,18 +218,17 @@ class BasePipeline:
         ids = {"labeled": none, "unlabeled": none}
         keys = {name: none.to(self.device) for name in views}
         for name, (job, images) in parts.items():
-            with_targets = name == "labeled" or len(job.source.boxes) > 0
-            views[name] = dict(zip(job.views, self._assemble(job, images, with_targets), strict=True))
+            views[name] = dict(zip(job.views, self._assemble(job, images), strict=True))
             ids[name] = torch.from_numpy(job.source.ids[job.positions])
             keys[name] = torch.from_numpy(job.keys).to(self.device, non_blocking=True)
         return Batch(
             views["labeled"], views["unlabeled"], ids["labeled"], ids["unlabeled"], keys["labeled"], keys["unlabeled"]
         )
 
-    def _assemble(self, job: Job, images: list[Tensor], with_targets: bool) -> list[View]:
+    def _assemble(self, job: Job, images: list[Tensor]) -> list[View]:
         result = []
         for plan, pixels in zip(job.plans, images, strict=True):
-            targets = [t.to(self.device) for t in view_targets(job, plan)] if with_targets else None
+            targets = [t.to(self.device) for t in view_targets(job, plan)] if job.source.annotated else None
             to_view = torch.from_numpy(plan.to_view.astype(np.float32)).to(self.device, non_blocking=True)
             sizes = torch.from_numpy(plan.sizes).to(self.device, non_blocking=True)
             result.append(View(pixels, sizes, to_view, targets))
@@ -240,7 +239,7 @@ class BasePipeline:
     def eval(self, source: ImageSource, view: str = "test") -> Iterator[tuple[View, Tensor]]:
         """(View, image ids), every image of `source` exactly once over all ranks.
 
-        Targets are the source's boxes, if it has any. A bad image comes as an empty (all 0) view.
+        Targets are the source's boxes, if it is annotated. A bad image comes as an empty (all 0) view.
         """
         waiting: deque[Job] = deque()
         mine = np.arange(self.rank, len(source), self.world_size)
@@ -257,7 +256,7 @@ class BasePipeline:
             if isinstance(rendered, Exception):
                 rendered = self._render_now(job)
             images = rendered if isinstance(rendered, list) else self._blank_bad(job, rendered)
-            (result,) = self._assemble(job, images, len(source.boxes) > 0)
+            (result,) = self._assemble(job, images)
             yield result, torch.from_numpy(source.ids[job.positions])
 
     def render(self, source: ImageSource, view: str, positions: np.ndarray, keys: np.ndarray) -> View:
@@ -271,7 +270,7 @@ class BasePipeline:
         """
         job = make_job(self.policy, (view,), source, positions, keys)
         job, images = self._resolve(job, self._render_now(job))
-        (result,) = self._assemble(job, images, with_targets=True)
+        (result,) = self._assemble(job, images)
         return result
 
     def _blank_bad(self, job: Job, error: Exception) -> list[Tensor]:

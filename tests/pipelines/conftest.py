@@ -39,6 +39,7 @@ def policy_config(name: str, **changes: Any) -> dict[str, Any]:
 
 def make_source(paths: list[Path], sizes: list[tuple[int, int]], boxes: list[np.ndarray] | None = None) -> ImageSource:
     """A source of these images with ids 100, 101, ..."""
+    annotated = boxes is not None
     boxes = boxes if boxes is not None else [np.zeros((0, 4))] * len(paths)
     counts = np.array([len(b) for b in boxes], dtype=np.int64)
     total = int(counts.sum())
@@ -50,6 +51,7 @@ def make_source(paths: list[Path], sizes: list[tuple[int, int]], boxes: list[np.
         labels=np.arange(total, dtype=np.int64) % 3 + 1,
         scores=np.ones(total, dtype=np.float32),
         offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        annotated=annotated,
     )
 
 
