@@ -13,6 +13,7 @@ from typing import IO, Any
 
 import torch
 
+from harness.train import RunError
 from harness.types import UserError
 
 
@@ -82,15 +83,14 @@ def save(run_dir: Path, state: dict[str, Any], keep: int, keep_every: int | None
     Keeps the newest `keep`, and those whose step is a multiple of `keep_every`.
 
     Raises:
-        UserError: when the disk is full; what was there before stays.
+        RunError: when the disk is full; what was there before stays.
     """
     folder = run_dir / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    for left_over in folder.glob("*.tmp"):
-        left_over.unlink()
     path = folder / f"step-{state['step']:08d}.pt"
-    descriptor, temporary = tempfile.mkstemp(suffix=".tmp", dir=folder)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_temporaries(folder)
+        descriptor, temporary = tempfile.mkstemp(suffix=".tmp", dir=folder)
         with os.fdopen(descriptor, "wb") as file:
             torch.save(state, file)
             file.flush()
@@ -98,8 +98,8 @@ def save(run_dir: Path, state: dict[str, Any], keep: int, keep_every: int | None
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         # torch reports a full disk as a RuntimeError of its zip writer.
-        Path(temporary).unlink(missing_ok=True)
-        raise UserError(
+        _remove_temporaries(folder)
+        raise RunError(
             f"cannot write the checkpoint {path} ({error}): free space on that disk and start the same command again, "
             "which continues from the previous checkpoint"
         ) from error
@@ -108,6 +108,11 @@ def save(run_dir: Path, state: dict[str, Any], keep: int, keep_every: int | None
         if not keep_every or _step_of(old) % keep_every:
             old.unlink()
     return path
+
+
+def _remove_temporaries(folder: Path) -> None:
+    for left_over in folder.glob("*.tmp"):
+        left_over.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -136,11 +141,15 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     return state
 
 
-def newest(run_dir: Path, device: torch.device | str = "cpu") -> dict[str, Any] | None:
-    """The newest valid checkpoint of a run; an invalid one is named and passed over."""
+def newest(run_dir: Path) -> dict[str, Any] | None:
+    """The newest valid checkpoint of a run, on the CPU; an invalid one is named and passed over.
+
+    `load_state_dict` moves what belongs on the device. An optimiser's step counts stay on the CPU, where they are read
+    for every parameter in every step.
+    """
     for path in reversed(checkpoints(run_dir)):
         try:
-            return read(path, device)
+            return read(path)
         except UserError as error:
             warnings.warn(f"passed over: {error}", stacklevel=2)
     return None

@@ -15,9 +15,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from harness.train import RunError
 from harness.types import UserError
 
-_POLL_SECONDS = 5.0
+_POLL_SECONDS = 5.0  # a Slurm controller does not like to be asked often
 
 
 class TrainJob:
@@ -69,6 +70,7 @@ def submit(cfg: DictConfig) -> int:
 
     Raises:
         UserError: when submitit or Slurm is not there.
+        RunError: the job ended without a result.
     """
     try:
         import submitit
@@ -90,7 +92,7 @@ def submit(cfg: DictConfig) -> int:
     job = executor.submit(TrainJob(OmegaConf.to_container(job_cfg, resolve=False)))
     console = Console(stderr=True)
     console.print(f"job {job.job_id}, logs in {logs}", highlight=False, soft_wrap=True)
-    return _wait(job) if options.wait else 0
+    return _wait(job, _POLL_SECONDS if options.cluster == "slurm" else 0.2) if options.wait else 0
 
 
 def _parameters(cfg: DictConfig) -> dict[str, Any]:
@@ -108,14 +110,20 @@ def _parameters(cfg: DictConfig) -> dict[str, Any]:
     if options.memory_gb is not None:
         common["mem_gb"] = options.memory_gb
     slurm = {f"slurm_{key}": options[key] for key in ("partition", "account") if options[key] is not None}
+    # A task that fails alone leaves the others waiting in a collective.
+    slurm["slurm_srun_args"] = ["--kill-on-bad-exit=1"]
     extra = OmegaConf.to_container(options.parameters)
     if extra:
         slurm["slurm_additional_parameters"] = extra
     return common | slurm
 
 
-def _wait(job: Any) -> int:
-    """Waits for a job; being told to stop cancels it."""
+def _wait(job: Any, poll_seconds: float) -> int:
+    """Waits for a job; being told to stop cancels it.
+
+    Raises:
+        RunError: the job ended without a result.
+    """
 
     def cancel(number: int, _frame: FrameType | None) -> None:
         job.cancel(check=False)
@@ -124,10 +132,15 @@ def _wait(job: Any) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, cancel)
     while not job.done():
-        time.sleep(_POLL_SECONDS if job.cluster == "slurm" else 0.2)
+        time.sleep(poll_seconds)
     error = job.exception()
     if error is not None:
-        raise UserError(
+        raise RunError(
             f"job {job.job_id} ended without a result, see {job.paths.stderr}: {str(error).splitlines()[-1]}"
         )
-    return max(int(code) for code in job.results())
+    code = max(int(code) for code in job.results())
+    if code:
+        Console(stderr=True).print(
+            f"job {job.job_id} ended with exit code {code}, see {job.paths.stderr}", highlight=False, soft_wrap=True
+        )
+    return code

@@ -6,17 +6,28 @@ zeroing whatever the number of layers, and a rank whose parameters got no gradie
 
 from __future__ import annotations
 
+import logging
+import multiprocessing
 import os
+import pickle
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from harness.types import UserError
+
+logger = logging.getLogger(__name__)
+
+SHUTDOWN_SECONDS = 600  # what workers get to finish a step and save, before the elastic agent kills them
+
+T = TypeVar("T")
+Error = TypeVar("Error", bound=BaseException)
 
 
 @dataclass(frozen=True)
@@ -69,11 +80,20 @@ def leave() -> None:
 def launch(entry: Callable[..., int], arguments: Sequence[Any], processes: int) -> int:
     """Runs `entry(*arguments)` in `processes` processes of this machine through torch's elastic launcher.
 
+    The launcher passes a signal on to its workers and waits for them; it stops them all when one ends by itself with an
+    exit code other than 0. What a worker has to say it says itself.
+
     Returns:
-        The largest exit code.
+        0 if all gave 0, 128 + n after signal n, else the exit code of the first worker that failed.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # tracebacks of the launcher's own
+    # By its variable, since not every version has the argument.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -84,7 +104,21 @@ def launch(entry: Callable[..., int], arguments: Sequence[Any], processes: int) 
         max_restarts=0,
         start_method="spawn",
     )
-    return max(elastic_launch(config, entry)(*arguments).values())
+    others = set(multiprocessing.active_children())
+    try:
+        return max(elastic_launch(config, entry)(*arguments).values())
+    except SignalException as stopped:
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()  # one that the launcher had not finished starting
+        return 128 + int(stopped.sigval)
+    except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        if failure.exitcode >= 0:
+            return failure.exitcode
+        name = signal.Signals(-failure.exitcode).name
+        hint = " (out of memory?)" if name == "SIGKILL" else ""
+        logger.error("ssodbench: the process of rank %d was ended by %s%s", rank, name, hint)
+        return 128 - failure.exitcode
 
 
 def barrier(world: World) -> None:
@@ -111,11 +145,52 @@ def from_main(world: World, compute: Callable[[], Any]) -> Any:
         try:
             box[0] = compute()
         except Exception as error:
-            box[1] = error
+            box[1] = _portable(error)
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
-        raise box[1]
+        raise on_all_ranks(box[1])
     return box[0]
+
+
+def on_every_rank(world: World, compute: Callable[[], T]) -> T:
+    """Runs `compute`, which has no collective in it, on every rank; if it fails on one, raises that error on all."""
+    if world.size == 1:
+        return compute()
+    result, own = None, None
+    try:
+        result = compute()
+    except Exception as error:
+        own = error
+    first = next((error for error in gather(world, own and _portable(own)) if error is not None), None)
+    if first is not None:
+        raise on_all_ranks(own or first)
+    return result  # type: ignore[return-value]
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or one that says the same where the error itself cannot be pickled."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def on_all_ranks(error: Error) -> Error:
+    """Notes that every rank raises this error at this point, so that rank 0 alone need say it and none waits."""
+    vars(error)["on_all_ranks"] = True
+    return error
+
+
+def is_on_all_ranks(error: BaseException) -> bool:
+    """Whether `on_all_ranks` noted that."""
+    return bool(vars(error).get("on_all_ranks"))
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed, as it does when another process has ended."""
+    # What gloo raises is a plain RuntimeError, which names the line of its source.
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def average_values(world: World, values: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from detectors.detector import Detector
 from harness import dist
 from harness.boxes import transform_boxes
+from harness.train import Interrupted, StopRequest
 from harness.types import ImageSource, Pipeline, Target, View
 
 METRICS = ("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l")
@@ -34,13 +35,18 @@ def to_original(targets: list[Target], view: View) -> list[Target]:
 
 @torch.no_grad()
 def detect_all(
-    detector: Detector, batches: Iterator[tuple[View, Tensor]], score_threshold: float
+    detector: Detector,
+    batches: Iterator[tuple[View, Tensor]],
+    score_threshold: float,
+    stop: StopRequest | None = None,
 ) -> Iterator[tuple[int, Target]]:
-    """(image id, boxes in original pixels, on the CPU) of every image of `batches`."""
+    """(image id, boxes in original pixels, on the CPU) of every image of `batches`, until `stop` is asked."""
     was_training = detector.training
     detector.eval()
     try:
         for view, ids in batches:
+            if stop is not None and stop.signal_number:
+                return
             targets = to_original(detector.detect(view, score_threshold), view)
             yield from zip(ids.tolist(), (t.to("cpu") for t in targets), strict=True)
     finally:
@@ -102,15 +108,23 @@ def evaluate(
     category_ids: np.ndarray,
     score_threshold: float,
     world: dist.World,
+    stop: StopRequest | None = None,
 ) -> tuple[dict[str, float | None], np.ndarray]:
     """Scores a detector on all images of `source`, over all ranks.
 
     Returns:
         Metrics by the names in `METRICS`, the same on every rank, and all predictions (N, 7), sorted by image and
         falling score.
+
+    Raises:
+        Interrupted: on every rank, if `stop` was asked on one of them; it is looked at before each batch.
     """
-    own = predictions(detect_all(detector, pipeline.eval(source), score_threshold), category_ids)
-    rows = np.concatenate(dist.gather(world, own))
+    own = predictions(detect_all(detector, pipeline.eval(source), score_threshold, stop), category_ids)
+    parts = dist.gather(world, (own, stop.signal_number if stop is not None else 0))
+    signal_number = max(number for _, number in parts)
+    if signal_number:
+        raise Interrupted(signal_number)
+    rows = np.concatenate([part for part, _ in parts])
     rows = rows[np.lexsort((rows[:, 6], rows[:, 1], -rows[:, 5], rows[:, 0]))]
     return dist.from_main(world, lambda: score(rows, truth)), rows
 

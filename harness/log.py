@@ -162,10 +162,11 @@ class RunLog:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-        self._file.close()
-        for logger in self._loggers:
-            logger.close()
-        self._loggers = []
+        loggers, self._loggers = self._loggers, []
+        with contextlib.ExitStack() as closing:  # all of them, even if one cannot write what is pending
+            for logger in loggers:
+                closing.callback(logger.close)
+            self._file.close()
 
     def _update_step_time(self) -> None:
         """Exponential mean over lines, because a method's phases take different times; then a new window."""

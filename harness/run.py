@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import os
 import resource
 import shlex
 import signal
+import sys
 import time
+import traceback
 import warnings
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from harness import build, checkpoint, config, dist, offline
+from harness import build, checkpoint, cluster, config, dist, offline
 from harness.build import Experiment
 from harness.checkpoint import RunLock
 from harness.dist import World
@@ -29,24 +33,54 @@ from harness.record import environment, read_record, write_atomically, write_rec
 from harness.train import Counters, Interrupted, RunError, StopRequest, train
 from harness.types import RunRecord, UserError
 
+LAUNCHER_SECONDS = 10.0  # in which a launcher notices that a process has ended, and stops the others
+
 _console = Console(stderr=True)
 
 
 def run(cfg: DictConfig) -> int:
-    """Trains as the configuration says, in this process or in `devices` of them.
+    """Trains as the configuration says: in this process, in `devices` of them, or in a job on a cluster.
 
     Returns:
         Exit code: 0 ok, 1 failed, 2 a mistake of the user's, 128 + n after signal n.
     """
+    if cfg.launcher.name == "slurm":
+        return _submit(cfg)  # before GPUs are looked for: a login node has none
     device = dist.resolve_device(cfg.device, cfg.devices)
     plain = OmegaConf.to_container(cfg, resolve=False)
     if cfg.devices > 1 and "LOCAL_RANK" not in os.environ:
-        return dist.launch(run_rank, (plain, device), cfg.devices)
+        return dist.launch(_work, (plain, device), cfg.devices)
     return run_rank(plain, device)
 
 
+def _submit(cfg: DictConfig) -> int:
+    if "LOCAL_RANK" in os.environ:
+        raise UserError("launcher=slurm starts all processes itself: start `ssodbench train`, not torchrun")
+    try:
+        return cluster.submit(cfg)
+    except RunError as error:
+        _print(f"ssodbench: {error}")
+        return 1
+
+
+def _work(plain: Any, device: str) -> int:
+    """`run_rank` in a worker of the elastic launcher, which takes only the end of a process for a failure."""
+    try:
+        code = run_rank(plain, device)
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if code:
+        sys.exit(code)
+    return code
+
+
 def run_rank(plain: Any, device: str, stop_signals: Sequence[int] = (signal.SIGTERM, signal.SIGINT)) -> int:
-    """`run` in one process of the group; says errors once and gives the exit code."""
+    """`run` in one process of the group; says errors once and gives the exit code.
+
+    An error of one rank alone ends its process at once: the others wait for it in a collective, and only the launcher,
+    which sees it end, can stop them.
+    """
     cfg = OmegaConf.create(plain)
     assert isinstance(cfg, DictConfig)
     world = dist.join(device)
@@ -58,20 +92,55 @@ def run_rank(plain: Any, device: str, stop_signals: Sequence[int] = (signal.SIGT
     except Interrupted as stopped:
         _say(world, f"{stopped}; start the same command again to continue")
         return 128 + stopped.signal_number
-    except (UserError, RunError) as error:
-        _say(world, f"ssodbench: {error}")
-        return 2 if isinstance(error, UserError) else 1
-    except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+    except Exception as error:
+        told = _explain(cfg, world, error)
+        if world.size > 1 and not dist.is_on_all_ranks(error):
+            _end_alone(world, stop, error, told)
+        if told is None and world.is_main:
             raise
-        _say(
-            world,
-            f"ssodbench: out of memory on {world.device}: lower batch.micro (now {_micro(cfg)}) or evaluation.batch "
-            f"(now {cfg.evaluation.batch}), or set precision=bf16",
-        )
-        return 1
+        if told is None:
+            return 1
+        _say(world, f"ssodbench: {told[0]}")
+        return told[1]
     finally:
         dist.leave()
+
+
+def _explain(cfg: DictConfig, world: World, error: Exception) -> tuple[str, int] | None:
+    """One sentence and the exit code; None for what should not have happened."""
+    if isinstance(error, UserError):
+        return str(error), 2
+    if isinstance(error, RunError):
+        return str(error), 1
+    if _is_out_of_memory(error):
+        return (
+            f"out of memory on {world.device}: lower batch.micro (now {_micro(cfg)}) or evaluation.batch "
+            f"(now {cfg.evaluation.batch}), or set precision=bf16"
+        ), 1
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"cannot write {error.filename or f'to {cfg.run_dir}'} ({error.strerror}): free space on that disk, by "
+            "deleting old runs for instance, and start the same command again, which continues from the newest "
+            "checkpoint"
+        ), 1
+    return None
+
+
+def _end_alone(world: World, stop: StopRequest, error: Exception, told: tuple[str, int] | None) -> NoReturn:
+    """Ends this rank's process, its error said; a rank that merely lost another one leaves the exit code to that."""
+    if dist.is_lost_peer(error):
+        end = time.monotonic() + LAUNCHER_SECONDS
+        while not stop.signal_number and time.monotonic() < end:
+            time.sleep(0.05)
+        _print(f"ssodbench: rank {world.rank} stops, because another process of the run has ended")
+        told = ("", 1)
+    elif told is None:
+        traceback.print_exception(error)
+    else:
+        _print(f"ssodbench: rank {world.rank}: {told[0]}")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(told[1] if told else 1)  # leaving the group in order would wait for the others
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -79,9 +148,13 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
+def _print(text: str) -> None:
+    _console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def _say(world: World, text: str) -> None:
     if world.is_main:
-        _console.print(text, markup=False, highlight=False, soft_wrap=True)
+        _print(text)
 
 
 def _micro(cfg: DictConfig) -> int:
@@ -102,9 +175,8 @@ def train_to_record(cfg: DictConfig, world: World, stop: StopRequest) -> int:
                 f"the run in {run_dir} is finished: see {run_dir / 'record.json'}; delete the folder to run it anew",
             )
             return 0
-        data = build.data(cfg)
-        data, extra = offline.label(cfg, data, world, stop)
-        experiment = build.experiment(cfg, world, data)
+        data, extra = offline.label(cfg, dist.on_every_rank(world, lambda: build.data(cfg)), world, stop)
+        experiment = dist.on_every_rank(world, lambda: build.experiment(cfg, world, data))
         begun = True
         try:
             return _Session(experiment, extra, stop).run()
@@ -118,13 +190,14 @@ def _is_finished(cfg: DictConfig, run_dir: Path) -> bool:
     """Whether an ok record of this configuration is there.
 
     Raises:
-        UserError: when the folder belongs to another configuration.
+        UserError: when something was trained in the folder under another configuration.
     """
-    if (run_dir / "config.yaml").exists():
+    path = run_dir / "record.json"
+    finished = path.exists() and read_record(path).status == "ok"
+    if (finished or checkpoint.checkpoints(run_dir)) and (run_dir / "config.yaml").exists():
         before = config.identity(_load_yaml(run_dir / "config.yaml"))
         checkpoint.refuse_foreign(run_dir, config.differences(before, config.identity(cfg)))
-    path = run_dir / "record.json"
-    return path.exists() and read_record(path).status == "ok"
+    return finished
 
 
 def _load_yaml(path: Path) -> DictConfig:
@@ -145,37 +218,56 @@ class _Session:
         self.scores: dict[str, dict[str, float | None]] = {}
         self.predictions: dict[str, np.ndarray] = {}
         self.record = new_record(experiment, extra)
+        self.bad_images: dict[str, str] = {}  # of all ranks, as last gathered
         self.log: RunLog | None = None
 
     def run(self) -> int:
         """Resumes or starts, trains, evaluates, records."""
-        self._resume()
-        if self.world.is_main:
-            write_atomically(self.run_dir / "config.yaml", OmegaConf.to_yaml(self.cfg, resolve=True).encode())
-            self.log = RunLog(
-                self.run_dir,
-                steps=int(self.cfg.schedule.steps),
-                title=config.cell_name(self.cfg),
-                every=int(self.cfg.logging.every),
-                loggers=list(self.cfg.logging.loggers),
-                start_step=self.counters.step,
-                console=_console,
-            )
-            self._write_record("running")
+        dist.on_every_rank(self.world, self._resume)
         try:
+            dist.from_main(self.world, self._open)
             train(self.run_, self.counters, self.log, self.stop, self._save, self._evaluate)
             self._evaluate()
             self._finish()
+            self._close_log()
             return 0
         except Interrupted as stopped:
-            self._write_record("interrupted", str(stopped))
+            with contextlib.suppress(OSError):  # the state is saved, which matters more
+                self._write_record("interrupted", str(stopped))
             raise
         except BaseException as error:
-            self._write_record("failed", f"{type(error).__name__}: {error}")
+            with contextlib.suppress(OSError, UserError):  # what failed first is what is told
+                self._record_failure(error)
             raise
         finally:
-            if self.log is not None:
-                self.log.close()
+            with contextlib.suppress(OSError):
+                self._close_log()
+
+    def _open(self) -> None:
+        """What the main process writes before the first step."""
+        write_atomically(self.run_dir / "config.yaml", OmegaConf.to_yaml(self.cfg, resolve=True).encode())
+        self.log = RunLog(
+            self.run_dir,
+            steps=int(self.cfg.schedule.steps),
+            title=config.cell_name(self.cfg),
+            every=int(self.cfg.logging.every),
+            loggers=list(self.cfg.logging.loggers),
+            start_step=self.counters.step,
+            console=_console,
+        )
+        self._write_record("running")
+
+    def _close_log(self) -> None:
+        if self.log is not None:
+            self.log.close()
+
+    def _record_failure(self, error: BaseException) -> None:
+        """Notes in the record why the run ends; of an error of one rank alone, that rank does."""
+        alone = not dist.is_on_all_ranks(error)
+        path = self.run_dir / "record.json"
+        if alone and dist.is_lost_peer(error) and (not self.world.is_main or read_record(path).status != "running"):
+            return
+        self._write_record("failed", f"{type(error).__name__}: {error}", alone)
 
     def _identity(self) -> dict[str, str]:
         data = self.run_.data
@@ -190,7 +282,7 @@ class _Session:
         """Takes up the newest valid checkpoint, if there is one and it belongs to this run."""
         with warnings.catch_warnings(record=True) as passed_over:
             warnings.simplefilter("always")
-            state = checkpoint.newest(self.run_dir, self.world.device)
+            state = checkpoint.newest(self.run_dir)
         for warning in passed_over:
             _say(self.world, f"ssodbench: {warning.message}")
         if state is None:
@@ -212,10 +304,16 @@ class _Session:
             "identity": self._identity(),
             "method": self.run_.method.state_dict(),
             "optimizer": self.run_.optimizer.state_dict(),
-            "pipeline": self.run_.pipeline.state(),
+            "pipeline": self._pipeline_state(),
             "counters": dataclasses.asdict(self.counters),
             "detector": self.run_.method.networks()[self.run_.method.reported].name,
         }
+
+    def _pipeline_state(self) -> dict[str, Any]:
+        """What the pipelines of all ranks know; each of them meets its share of the images alone."""
+        state = merge_states(dist.gather(self.world, self.run_.pipeline.state()))
+        self.bad_images = state["bad_images"]
+        return state
 
     def _save(self) -> None:
         keep = self.cfg.checkpointing
@@ -237,6 +335,7 @@ class _Session:
                 data.dataset.val.category_ids,
                 float(self.cfg.evaluation.score_threshold),
                 self.world,
+                self.stop,
             )
             self.scores[name], self.predictions[name] = metrics, rows
             if self.log is not None:
@@ -251,12 +350,13 @@ class _Session:
         for key in METRICS:
             setattr(self.record, key, self.scores[reported][key])
         self.record.weights_sha256 = build.weights_sha256(self.run_.method.networks()[reported])
+        self._pipeline_state()  # the evaluation may have met bad images
         if self.world.is_main:
             write_predictions(self.run_dir / "predictions.json", self.predictions[reported])
         self._write_record("ok")
 
-    def _write_record(self, status: str, error: str | None = None) -> None:
-        """Writes record.json with what is known by now."""
+    def _write_record(self, status: str, error: str | None = None, alone: bool = False) -> None:
+        """Writes record.json with what is known by now; rank 0 does, or one that is `alone` with an error."""
         record, counters, world = self.record, self.counters, self.world
         record.status, record.error = status, error
         record.finished = None if status == "running" else _now()
@@ -273,9 +373,19 @@ class _Session:
         record.peak_memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         if world.device.type == "cuda":
             record.peak_gpu_memory_mb = torch.cuda.max_memory_allocated() / 2**20
-        record.bad_images = self.run_.data.bad_images + len(self.run_.pipeline.bad_images)
-        if world.is_main:
+        record.bad_images = self.run_.data.bad_images + len(self.bad_images.keys() | self.run_.pipeline.bad_images)
+        if world.is_main or alone:
             write_record(self.run_dir / "record.json", record)
+
+
+def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The union of the pipeline states of all ranks: the bad images, and which images were drawn."""
+    bad: dict[str, str] = {}
+    for state in states:
+        for path, reason in state["bad_images"].items():
+            bad.setdefault(path, reason)
+    drawn = [torch.stack(parts).any(0) for parts in zip(*(state["drawn"] for state in states), strict=True)]
+    return {"bad_images": bad, "drawn": drawn}
 
 
 def _now() -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
+import os
 import signal
 import sys
 import time
@@ -25,13 +27,14 @@ from detectors.pseudo_labels import quality
 from harness.boxes import transform_source
 from harness.build import Experiment
 from harness.config import evaluation_interval
-from harness.dist import FlatGradients, average_buffers, average_values
+from harness.dist import FlatGradients, average_buffers, average_values, on_all_ranks
 from harness.log import RunLog
 from harness.optim import learning_rate_factor, set_learning_rate
 from harness.types import Batch
 
 logger = logging.getLogger(__name__)
 
+REPEAT_SECONDS = 2.0  # within which a launcher passes on a signal that its workers may have got as well
 FEW = 0.1  # pseudo labels per image, as a share of the labelled images' boxes, below which a warning is given
 
 
@@ -48,10 +51,14 @@ class Interrupted(Exception):  # noqa: N818  not an error
 
 
 class StopRequest:
-    """SIGTERM and SIGINT ask the loop to finish its step and save; a second signal ends the process at once."""
+    """SIGTERM and SIGINT ask the loop to finish its step and save; a second signal ends the process at once.
+
+    Ctrl-C reaches a launcher and its workers, and the launcher passes it on: to a worker that is one signal.
+    """
 
     def __init__(self) -> None:
         self.signal_number = 0
+        self._received = 0.0
 
     def install(self, numbers: Sequence[int] = (signal.SIGTERM, signal.SIGINT)) -> None:
         """Takes over the signals that ask this process to stop."""
@@ -59,10 +66,14 @@ class StopRequest:
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        passed_on = "LOCAL_RANK" in os.environ and number == self.signal_number
+        if passed_on and now - self._received < REPEAT_SECONDS:
+            return
         if self.signal_number:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.signal_number = number
+        self.signal_number, self._received = number, now
 
 
 @dataclass
@@ -70,6 +81,7 @@ class Counters:
     """What a run counts; travels in every checkpoint."""
 
     step: int = 0  # steps done
+    evaluated: int = 0  # the step after which the networks were scored last
     images_labeled: int = 0
     images_unlabeled: int = 0
     train_seconds: float = 0.0
@@ -83,16 +95,37 @@ class Counters:
 
 
 @dataclass(frozen=True)
+class MicroBatchTaken:
+    """What tells a micro-batch apart afterwards."""
+
+    batch: Batch  # without its pixels
+    finite: Tensor  # () bool, on the device: whether its loss is
+
+
+@dataclass(frozen=True)
 class StepTaken:
     """What tells a step apart afterwards."""
 
     step: int
     losses: dict[str, Tensor]
-    batch: Batch  # without its pixels
+    norm: Tensor  # () of the gradient
+    micro_batches: list[MicroBatchTaken]  # of this rank
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the forwards and backwards of a step gave on this rank."""
+
+    losses: dict[str, Tensor]  # means over its micro-batches
+    metrics: dict[str, Tensor]  # means over its micro-batches
+    batch: Batch  # the last one
+    micro_batches: list[MicroBatchTaken]
+    waited: float  # seconds that the pipeline kept us waiting
 
 
 class StepFlags:
-    """Reads the flags that rode along in the all-reduce: a request to stop, and how many losses were not finite.
+    """Reads the flags that rode along in the all-reduce, a request to stop and how many losses were not finite, and the
+    norm of the gradient, which is then the same on all ranks.
 
     On a GPU those of a step are read while the next one is under way, so that nothing waits for the device, except
     where the state is about to be saved.
@@ -118,25 +151,26 @@ class StepFlags:
             Whether some rank was asked to stop; the flags are then known up to this step.
 
         Raises:
-            RunError: a loss of `taken` or of the step before is not finite.
+            RunError: a loss or the gradient of `taken` or of the step before is not finite.
         """
-        self._unread.append((taken, *self._copy()))
+        self._unread.append((taken, *self._copy(taken.norm)))
         stop = False
         while len(self._unread) > int(self._late and not at_once and not stop):
             known, values, event = self._unread.popleft()
             if event is not None:
                 event.synchronize()
-            stop_asked, not_finite = values.tolist()
-            if not_finite:
-                raise non_finite(self._run, known)
+            stop_asked, not_finite, norm = values.tolist()
+            if not_finite or not math.isfinite(norm):
+                raise on_all_ranks(non_finite(self._run, known, of_loss=not_finite > 0))
             stop = stop or stop_asked > 0
         return stop
 
-    def _copy(self) -> tuple[Tensor, torch.cuda.Event | None]:
-        if self._flags.device.type != "cuda":
-            return self._flags.clone(), None
-        values = torch.empty(self._flags.shape, dtype=self._flags.dtype, pin_memory=True)
-        values.copy_(self._flags, non_blocking=True)
+    def _copy(self, norm: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+        together = torch.cat([self._flags, norm.to(self._flags.dtype).reshape(1)])
+        if together.device.type != "cuda":
+            return together, None
+        values = torch.empty(together.shape, dtype=together.dtype, pin_memory=True)
+        values.copy_(together, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
         return values, event
@@ -158,10 +192,10 @@ def train(
         log: where losses go; None on all ranks but the first.
         stop: looked at after every step.
         save: writes a checkpoint.
-        evaluate: scores the networks and logs that.
+        evaluate: scores the networks and logs that; raises Interrupted when asked to stop.
 
     Raises:
-        RunError: a loss is not finite.
+        RunError: a loss or the gradient is not finite.
         Interrupted: after a request to stop; the state is saved.
     """
     cfg, method = run.cfg, run.method
@@ -170,20 +204,24 @@ def train(
     batches = run.pipeline.train(counters.step)
     method.train()
     interval = evaluation_interval(cfg)
+    if _evaluation_due(counters.step, interval, cfg.schedule.steps) and counters.evaluated != counters.step:
+        _evaluate_or_save(counters, evaluate, save)  # it was interrupted
     for step in range(counters.step, cfg.schedule.steps):
         begin = time.perf_counter()
         rate = cfg.schedule.optimizer.lr * learning_rate_factor(step, cfg.schedule)
         set_learning_rate(run.optimizer, rate)
         method.before_step(step)
         gradients.zero()
-        losses, metrics, batch, waited = accumulate(run, batches, step, gradients)
+        work = accumulate(run, batches, step, gradients)
+        losses, metrics, waited = work.losses, work.metrics, work.waited
         gradients.flags[0] = float(stop.signal_number > 0)
         gradients.combine(run.world)
-        gradients.clip(cfg.schedule.clip_norm)
+        norm = gradients.clip(cfg.schedule.clip_norm)
         last = step + 1 == cfg.schedule.steps
         save_due = (step + 1) % cfg.checkpointing.every == 0 or last
-        taken = StepTaken(step, losses, dataclasses.replace(batch, labeled={}, unlabeled={}))
-        stop_asked = flags.read(taken, at_once=save_due)
+        evaluation_due = _evaluation_due(step + 1, interval, cfg.schedule.steps)
+        # An evaluation that is interrupted saves as well.
+        stop_asked = flags.read(StepTaken(step, losses, norm, work.micro_batches), at_once=save_due or evaluation_due)
         run.optimizer.step()
         average_buffers(run.world, [method.trainable()])
         method.after_step(step)
@@ -200,30 +238,44 @@ def train(
             log.step(step, losses, metrics, rate, labeled + unlabeled, waited, seconds)
             if log.due(step):
                 warn_of_few_pseudo_labels(run, step, metrics)
-                measure_pseudo_labels(run, batch, step, counters, log)
-        if interval and counters.step % interval == 0 and not last:
-            evaluate()
-        if save_due or stop_asked:
-            save()
+                measure_pseudo_labels(run, work.batch, step, counters, log)
         if stop_asked and not last:
+            save()
             raise Interrupted(stop.signal_number or signal.SIGTERM)
+        if evaluation_due:
+            _evaluate_or_save(counters, evaluate, save)
+        if save_due:
+            save()
 
 
-def accumulate(
-    run: Experiment, batches: Iterator[Batch], step: int, gradients: FlatGradients
-) -> tuple[dict[str, Tensor], dict[str, Tensor], Batch, float]:
+def _evaluation_due(steps_done: int, interval: int | None, steps: int) -> bool:
+    """Whether the networks are scored after so many steps; the caller of `train` does so at the end."""
+    return bool(interval) and 0 < steps_done < steps and steps_done % (interval or 1) == 0
+
+
+def _evaluate_or_save(counters: Counters, evaluate: Callable[[], None], save: Callable[[], None]) -> None:
+    """Scores the networks; when that is interrupted, the state is saved and says that scores are missing.
+
+    Nothing is counted twice when they are made after all: the log leaves out what it has.
+    """
+    try:
+        evaluate()
+    except Interrupted:
+        save()
+        raise
+    counters.evaluated = counters.step
+
+
+def accumulate(run: Experiment, batches: Iterator[Batch], step: int, gradients: FlatGradients) -> Work:
     """Forward and backward of this rank's micro-batches of a step.
 
     Losses are normalised within a micro-batch, as they were within a GPU in the papers, and averaged over the
     micro-batches of all ranks.
-
-    Returns:
-        Losses and metrics, averaged over this rank's micro-batches, the last micro-batch, and the seconds that the
-        pipeline kept us waiting.
     """
     count = run.sampler.micro_batches // run.world.size
     losses: dict[str, Tensor] = {}
     metrics: dict[str, Tensor] = {}
+    taken: list[MicroBatchTaken] = []
     waited = 0.0
     for _ in range(count):
         begin = time.perf_counter()
@@ -234,34 +286,51 @@ def accumulate(
         total = torch.stack([value.float() for value in terms.values()]).sum()
         (total / run.sampler.micro_batches).backward()
         gradients.collect()
-        gradients.flags[1] += (~torch.isfinite(total.detach())).float()
+        finite = torch.isfinite(total.detach())
+        gradients.flags[1] += (~finite).float()
+        taken.append(MicroBatchTaken(dataclasses.replace(batch, labeled={}, unlabeled={}), finite))
         for into, values in ((losses, terms), (metrics, measured)):
             for name, value in values.items():
                 into[name] = into.get(name, 0) + value.detach() / count
-    return losses, metrics, batch, waited
+    return Work(losses, metrics, batch, taken, waited)
 
 
-def non_finite(run: Experiment, taken: StepTaken) -> RunError:
-    """Writes what is needed to replay a step whose loss is not finite."""
-    step, losses, batch = taken.step, taken.losses, taken.batch
-    values = {name: float(value) for name, value in losses.items()}
-    bad = [name for name, value in values.items() if not torch.isfinite(torch.tensor(value))]
+def non_finite(run: Experiment, taken: StepTaken, of_loss: bool) -> RunError:
+    """Writes what is needed to replay a step whose loss, or else its gradient, is not finite."""
+    losses = {name: float(value) for name, value in taken.losses.items()}
+    bad = [name for name, value in losses.items() if not math.isfinite(value)]
+    finite = [bool(micro.finite) for micro in taken.micro_batches]
     path = Path(run.cfg.run_dir) / f"non_finite_rank{run.world.rank}.json"
     replay = {
-        "step": step,
+        "step": taken.step,
         "seed": int(run.cfg.seed),
-        "losses": {name: str(value) for name, value in values.items()},
-        "labeled_ids": batch.labeled_ids.tolist(),
-        "unlabeled_ids": batch.unlabeled_ids.tolist(),
-        "labeled_keys": batch.labeled_keys.tolist(),
-        "unlabeled_keys": batch.unlabeled_keys.tolist(),
+        "losses": {name: str(value) for name, value in losses.items()},
+        "gradient_norm": str(float(taken.norm)),
+        "micro_batches": [
+            {"finite": is_finite, **_draws(micro.batch)}
+            for is_finite, micro in zip(finite, taken.micro_batches, strict=True)
+        ],
     }
-    path.write_text(json.dumps(replay, indent=2))
+    if of_loss:
+        names = ", ".join(bad) or ("on another rank" if all(finite) else "their sum")
+        what = f"the loss is not finite at step {taken.step} ({names})"
+    else:
+        what = f"the gradient is not finite at step {taken.step}, though the losses are"
+    try:
+        path.write_text(json.dumps(replay, indent=2))
+        where = f"the images and draws are in {path}"
+    except OSError as error:
+        where = f"the images and draws could not be written to {path} ({error.strerror})"
     return RunError(
-        f"the loss is not finite at step {step} ({', '.join(bad) or 'on another rank'}): "
-        f"the images and draws are in {path}, the last good checkpoint is kept; "
-        "lower schedule.optimizer.lr or set schedule.clip_norm"
+        f"{what}: {where}, the last good checkpoint is kept; start anew in another run_dir with a lower "
+        "schedule.optimizer.lr or a schedule.clip_norm"
     )
+
+
+def _draws(batch: Batch) -> dict[str, list[int]]:
+    """Images and random keys of a micro-batch."""
+    names = ("labeled_ids", "unlabeled_ids", "labeled_keys", "unlabeled_keys")
+    return {name: getattr(batch, name).tolist() for name in names}
 
 
 def warn_of_few_pseudo_labels(run: Experiment, step: int, metrics: dict[str, Tensor]) -> None:

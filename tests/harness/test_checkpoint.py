@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from harness import checkpoint
+from harness.train import RunError
 from harness.types import UserError
 
 
@@ -27,6 +28,15 @@ def test_retention_keeps_the_newest_and_every_nth(tmp_path: Path) -> None:
     newest = checkpoint.newest(tmp_path)
     assert newest is not None
     assert newest["step"] == 10
+
+
+def test_newest_is_read_to_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where an optimiser's step counts must stay."""
+    checkpoint.save(tmp_path, _state(1), keep=1, keep_every=None)
+    places, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda path, **keys: places.append(keys["map_location"]) or load(path, **keys))
+    assert checkpoint.newest(tmp_path) is not None
+    assert places == ["cpu"]
 
 
 @pytest.mark.parametrize("damage", ["truncate", "garbage", "empty", "other"])
@@ -51,7 +61,7 @@ def test_full_disk_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: py
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError, match="free space"):
+    with pytest.raises(RunError, match="free space"):
         checkpoint.save(tmp_path, _state(2), keep=1, keep_every=None)
     monkeypatch.undo()
     state = checkpoint.newest(tmp_path)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
-from omegaconf import OmegaConf
 
 from harness import checkpoint, cluster, config
 from harness.cli import main
@@ -31,31 +34,65 @@ SMALL = [
 ]
 
 
-def test_job_trains_and_gives_its_exit_code(tmp_path: Path) -> None:
-    slurm = ["launcher=slurm", "launcher.cluster=local"]
-    command = ["train", *SMALL, *slurm, f"cache_dir={tmp_path / 'cache'}", f"run_dir={tmp_path / 'run'}"]
+SLURM = ["launcher=slurm", "launcher.cluster=local"]
+
+
+def _jobs(run_dir: Path) -> list[Path]:
+    return list((run_dir / "slurm").glob("*_submitted.pkl"))
+
+
+def test_job_trains_and_gives_its_exit_code(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    command = ["train", *SMALL, *SLURM, f"cache_dir={tmp_path / 'cache'}", f"run_dir={tmp_path / 'run'}"]
     assert main(command) == 0
     assert json.loads((tmp_path / "run" / "record.json").read_text())["status"] == "ok"
+    assert len(_jobs(tmp_path / "run")) == 1
     assert main([*command, "schedule.optimizer.lr=1.0"]) == 2  # the folder belongs to another configuration
+    assert len(_jobs(tmp_path / "run")) == 2
+    assert "ended with exit code 2, see" in capfd.readouterr().err
+
+
+def test_job_is_submitted_where_there_is_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a login node."""
+    monkeypatch.setattr(cluster, "submit", lambda _: 0)
+    place = [f"cache_dir={tmp_path / 'cache'}", f"run_dir={tmp_path / 'run'}"]
+    assert main(["train", *SMALL, *SLURM, *place, "device=cuda", "devices=8"]) == 0
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert main(["train", *SMALL, *SLURM, *place]) == 2  # torchrun would submit one job per process
+
+
+def test_job_that_leaves_no_result_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cluster, "TrainJob", _Dies)
+    assert main(["train", *SMALL, *SLURM, f"cache_dir={tmp_path / 'cache'}", f"run_dir={tmp_path / 'run'}"]) == 1
+    errors = capfd.readouterr().err
+    assert "ended without a result, see" in errors
+    assert "Traceback" not in errors
+
+
+class _Dies:
+    """A job that is killed."""
+
+    def __init__(self, plain: Any) -> None:
+        self.plain = plain
+
+    def __call__(self) -> int:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return 0
 
 
 def test_preempted_job_is_queued_again_and_continues(tmp_path: Path) -> None:
-    overrides = [
-        *SMALL,
-        f"cache_dir={tmp_path / 'cache'}",
-        f"run_dir={tmp_path / 'run'}",
-        "schedule.steps=150",
-        "checkpointing.every=2",
-    ]
-    plain = OmegaConf.to_container(config.load(overrides), resolve=False)
-    executor = submitit.LocalExecutor(folder=tmp_path / "logs")
-    executor.update_parameters(timeout_min=5)
-    job = executor.submit(cluster.TrainJob(plain))
-    while not checkpoint.checkpoints(tmp_path / "run") and not job.done():
+    place = [f"cache_dir={tmp_path / 'cache'}", f"run_dir={tmp_path / 'run'}"]
+    length = ["schedule.steps=150", "checkpointing.every=2"]
+    command = [sys.executable, "-m", "harness.cli", "train", *SMALL, *SLURM, *length, *place]
+    waiting = subprocess.Popen(command, stderr=subprocess.PIPE)
+    while not checkpoint.checkpoints(tmp_path / "run") and waiting.poll() is None:
         time.sleep(0.05)
-    (task,) = psutil.Process(job._process.pid).children()
+    (job,) = psutil.Process(waiting.pid).children()
+    (task,) = job.children()
     task.send_signal(signal.SIGUSR2)  # as Slurm does before it takes the machine away
-    assert job.result() == 0
+    _, errors = waiting.communicate(timeout=200)
+    assert waiting.returncode == 0, errors.decode()
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert record["status"] == "ok"
     assert len(record["resumed_from"]) == 1

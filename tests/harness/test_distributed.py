@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +148,100 @@ def test_devices_that_cannot_share_a_step_are_refused(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "devices=3" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def _start(folder: Path, *overrides: str, start: Sequence[str] = ("harness.cli", "train")) -> subprocess.Popen[str]:
+    """A run of two processes in a group of its own, as a shell starts it."""
+    place = ["devices=2", f"cache_dir={folder / 'cache'}", f"run_dir={folder / 'run'}"]
+    return subprocess.Popen(
+        [sys.executable, "-m", *start, BATCH_NORM, *SMALL, *CASES["supervised"], *place, *overrides],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "run" / "record.json").read_text())
+
+
+@pytest.mark.parametrize(("number", "send", "code"), [(signal.SIGTERM, os.kill, 143), (signal.SIGINT, os.killpg, 130)])
+def test_signals_save_and_the_same_command_continues(
+    tmp_path: Path, number: int, send: Callable[[int, int], None], code: int
+) -> None:
+    """SIGTERM reaches the launcher alone; Ctrl-C the whole group, and the workers once more through the launcher."""
+    overrides = ("schedule.steps=60", "checkpointing.every=5")
+    process = _start(tmp_path, *overrides)
+    while process.poll() is None and not checkpoint.checkpoints(tmp_path / "run"):
+        time.sleep(0.01)
+    send(process.pid, number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == code, errors
+    assert "Traceback" not in errors
+    assert errors.count("start the same command again") == 1
+    assert _record(tmp_path)["status"] == "interrupted"
+    state = checkpoint.newest(tmp_path / "run")
+    assert state is not None
+    _, errors = _start(tmp_path, *overrides).communicate(timeout=300)
+    assert (_record(tmp_path)["status"], _record(tmp_path)["resumed_from"]) == ("ok", [state["step"]]), errors
+
+
+FAILING = """
+import os
+
+import torch
+
+from detectors.supervised import Supervised
+
+
+class Failing(Supervised):
+    def forward(self, batch, step):
+        if step == 3 and os.environ["RANK"] == "1":
+            raise {error}
+        return super().forward(batch, step)
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        ("torch.OutOfMemoryError('CUDA out of memory')", 1, "rank 1: out of memory on cpu: lower batch.micro"),
+        ("__import__('harness.types').types.UserError('50 images are bad')", 2, "rank 1: 50 images are bad"),
+        ("KeyError('a bug')", 1, "KeyError: 'a bug'"),
+        ("SystemExit(os.kill(os.getpid(), 9))", 137, "rank 1 was ended by SIGKILL (out of memory?)"),
+    ],
+)
+def test_failure_of_one_rank_is_told_and_ends_the_run(tmp_path: Path, error: str, code: int, said: str) -> None:
+    (tmp_path / "failing_method.py").write_text(FAILING.format(error=error))
+    process = _start(tmp_path, "method._target_=failing_method.Failing")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == code, errors
+    assert said in errors
+    assert ("Traceback" in errors) == ("a bug" in said)
+    if code != 137:
+        record = _record(tmp_path)
+        assert record["status"] == "failed"
+        assert said.removeprefix("rank 1: ").split(":")[0] in record["error"] or "OutOfMemoryError" in record["error"]
+
+
+def test_bug_that_all_ranks_meet_is_shown_once(tmp_path: Path) -> None:
+    start = "    def __init__(self, *arguments, **options):\n        raise KeyError('a bug')\n"
+    (tmp_path / "failing_method.py").write_text(FAILING.format(error="ValueError") + "\n" + start)
+    process = _start(tmp_path, "method._target_=failing_method.Failing")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1, errors
+    assert errors.count("KeyError: 'a bug'") == 1
+
+
+def test_logger_that_is_missing_ends_all_ranks(tmp_path: Path) -> None:
+    (tmp_path / "wandb.py").write_text("raise ModuleNotFoundError('no wandb')")
+    process = _start(tmp_path, "logging.loggers=[wandb]")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2, errors
+    assert errors.count("wandb, which is not installed") == 1
+    assert "Traceback" not in errors
 
 
 @pytest.mark.parametrize("ratio", ["exact", "bernoulli"])

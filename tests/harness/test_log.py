@@ -162,6 +162,22 @@ def test_a_logger_that_is_not_installed(tmp_path, name, monkeypatch):
         logs.open_logger(name, tmp_path, "t", 0)
 
 
+def test_every_logger_is_closed_even_if_the_file_cannot_be(tmp_path, monkeypatch):
+    closed = []
+    logger = types.SimpleNamespace(log=lambda *_: None, close=lambda: closed.append(1))
+    monkeypatch.setattr(logs, "open_logger", lambda *_: logger)
+    log = logs.RunLog(tmp_path, steps=1, title="t", every=1, loggers=["tensorboard"])
+    log._file.close()
+
+    def full():
+        raise OSError(28, "No space left on device")
+
+    log._file = types.SimpleNamespace(close=full)
+    with pytest.raises(OSError, match="space"):
+        log.close()
+    assert closed == [1]
+
+
 def test_an_unknown_logger(tmp_path):
     with pytest.raises(UserError, match="tensorbord"):
         logs.open_logger("tensorbord", tmp_path, "t", 0)

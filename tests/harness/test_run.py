@@ -15,9 +15,14 @@ from typing import Any
 import pytest
 import torch
 
+import harness.evaluate
+import harness.log
 import harness.run
+from detectors.supervised import Supervised
 from harness import checkpoint
 from harness.cli import main
+from harness.train import RunError
+from harness.types import Batch
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -166,15 +171,143 @@ def test_loss_that_is_not_finite_stops_the_run_and_can_be_replayed(
         "schedule.optimizer.lr=1e30",
         "schedule.clip_norm=null",
         "checkpointing.every=1",
+        "batch.unlabeled=0",
+        "batch.micro=2",
     )
     assert main(_command(cache, tmp_path / "run", *overrides)) == 1
     errors = capfd.readouterr().err
     assert "not finite at step" in errors
     assert _record(tmp_path / "run")["status"] == "failed"
     replay = json.loads((tmp_path / "run" / "non_finite_rank0.json").read_text())
-    assert len(replay["labeled_ids"]) == 4
+    assert [len(micro["labeled_ids"]) for micro in replay["micro_batches"]] == [2, 2]
+    assert "in another run_dir" in errors
     state = checkpoint.newest(tmp_path / "run")
     assert state is None or state["step"] <= replay["step"]
+
+
+def test_gradient_that_is_not_finite_is_never_saved(
+    cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = Supervised.forward
+
+    def finite_loss_alone(self: Supervised, batch: Batch, step: int) -> Any:
+        losses, metrics = forward(self, batch, step)
+        if step == 3:
+            zero = next(p for p in self.student.parameters() if p.requires_grad).sum() * 0
+            losses["root"] = zero.sqrt()  # 0, with a slope that is infinite
+        return losses, metrics
+
+    monkeypatch.setattr(Supervised, "forward", finite_loss_alone)
+    assert main(_command(cache, tmp_path / "run", "checkpointing.every=1")) == 1
+    assert "the gradient is not finite at step 3, though the losses are" in capfd.readouterr().err
+    state = checkpoint.newest(tmp_path / "run")
+    assert state is not None
+    assert state["step"] == 3
+    assert all(value.isfinite().all() for value in state["method"].values())
+
+
+def _full_disk(*_: Any, **__: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (harness.log.RunLog, "_write"),
+        (harness.log, "write_atomically"),  # progress.json
+        (harness.log.TensorBoardLogger, "log"),
+        (harness.run, "write_predictions"),
+        (harness.run, "write_record"),
+        (torch, "save"),
+    ],
+)
+def test_full_disk_is_told_and_the_same_command_continues(
+    cache: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    owner: Any,
+    name: str,
+) -> None:
+    command = _command(cache, tmp_path / "run", "logging.loggers=[tensorboard]")
+    monkeypatch.setattr(owner, name, _full_disk)
+    assert main(command) == 1
+    errors = capfd.readouterr().err
+    assert "No space left on device" in errors
+    assert "free space on that disk" in errors
+    assert "Traceback" not in errors
+    monkeypatch.undo()
+    if name != "write_record":
+        assert _record(tmp_path / "run")["status"] == "failed"
+    assert main(command) == 0
+
+
+def test_record_that_cannot_be_written_does_not_hide_why_the_run_failed(
+    cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        monkeypatch.setattr(harness.run, "write_record", _full_disk)
+        raise RunError("the loss is not finite")
+
+    monkeypatch.setattr(harness.run, "train", fails)
+    assert main(_command(cache, tmp_path / "run")) == 1
+    assert "the loss is not finite" in capfd.readouterr().err
+
+
+def test_folder_in_which_nothing_was_trained_takes_another_configuration(
+    cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert main(_command(cache, tmp_path / "run", "logging.loggers=[wandb]")) == 2
+    assert "wandb, which is not installed" in capfd.readouterr().err
+    assert main(_command(cache, tmp_path / "run", "schedule.optimizer.lr=0.001")) == 0
+    assert harness.run._load_yaml(tmp_path / "run" / "config.yaml").schedule.optimizer.lr == 0.001
+
+
+# Batches of an evaluation: 3 per network, two networks after 6 steps, two at the end.
+@pytest.mark.parametrize("batch", [2, 5, 8])
+def test_signal_is_heard_in_an_evaluation_which_is_made_up_for(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    overrides = (
+        "method=soft_teacher",
+        "schedule.steps=12",
+        "evaluation.every=6",
+        "evaluation.between=all",
+        "evaluation.batch=4",
+        "checkpointing.every=100",
+    )
+    assert main(_command(cache, tmp_path / "whole", *overrides)) == 0
+    seen, to_original = [], harness.evaluate.to_original
+
+    def signalled(*arguments: Any) -> Any:
+        seen.append(1)
+        if len(seen) == batch:
+            signal.raise_signal(signal.SIGTERM)
+        return to_original(*arguments)
+
+    monkeypatch.setattr(harness.evaluate, "to_original", signalled)
+    assert main(_command(cache, tmp_path / "run", *overrides)) == 143
+    assert len(seen) == batch
+    assert _record(tmp_path / "run")["status"] == "interrupted"
+    assert main(_command(cache, tmp_path / "run", *overrides)) == 0
+    assert len(seen) == batch + 3 * (4 if batch < 7 else 2)
+    assert _outcome(tmp_path / "run") == _outcome(tmp_path / "whole")
+
+
+def test_states_of_all_ranks_are_merged() -> None:
+    def state(bad: dict[str, str], drawn: list[bool]) -> dict[str, Any]:
+        return {"bad_images": bad, "drawn": [torch.tensor(drawn), torch.zeros(0, dtype=torch.bool)]}
+
+    merged = harness.run.merge_states(
+        [
+            state({"a": "torn", "b": "empty"}, [True, False, False]),
+            state({"b": "", "c": "no JPEG"}, [True, True, False]),
+        ]
+    )
+    assert merged["bad_images"] == {"a": "torn", "b": "empty", "c": "no JPEG"}
+    assert merged["drawn"][0].tolist() == [True, True, False]
+    assert len(merged["drawn"][1]) == 0
 
 
 def test_running_out_of_memory_names_the_setting_to_lower(

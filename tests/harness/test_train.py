@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,15 +12,26 @@ from typing import Any
 import pytest
 import torch
 
-from harness.train import RunError, StepFlags, StepTaken, warn_of_few_pseudo_labels
+from harness.train import (
+    MicroBatchTaken,
+    RunError,
+    StepFlags,
+    StepTaken,
+    StopRequest,
+    warn_of_few_pseudo_labels,
+)
 from harness.types import Batch
 
 STOP, NOT_FINITE = 0, 1
 
 
-def _taken(step: int, loss: float = 1.0) -> StepTaken:
-    ids, keys = torch.tensor([step]), torch.tensor([100 + step])
-    return StepTaken(step, {"rpn_class": torch.tensor(loss)}, Batch({}, {}, ids, ids, keys, keys))
+def _taken(step: int, loss: float = 1.0, norm: float = 1.0) -> StepTaken:
+    """A step of two micro-batches, of which the first has the loss."""
+    micro_batches = []
+    for number, value in enumerate((loss, 1.0)):
+        ids, keys = torch.tensor([step + number]), torch.tensor([100 + step + number])
+        micro_batches.append(MicroBatchTaken(Batch({}, {}, ids, ids, keys, keys), torch.tensor(value).isfinite()))
+    return StepTaken(step, {"rpn_class": torch.tensor(loss)}, torch.tensor(norm), micro_batches)
 
 
 @pytest.fixture
@@ -50,7 +63,38 @@ def test_loss_that_is_not_finite_is_told_with_its_own_step(run: Any, late: bool,
     with pytest.raises(RunError, match=r"step 3 \(rpn_class\)"):
         _steps_read(StepFlags(run, buffer, late), buffer, {3: NOT_FINITE}, at_once, 8)
     replay = json.loads((run.cfg.run_dir / "non_finite_rank0.json").read_text())
-    assert (replay["step"], replay["labeled_ids"], replay["labeled_keys"]) == (3, [3], [103])
+    assert replay["step"] == 3
+    shown = [(m["finite"], m["labeled_ids"], m["labeled_keys"]) for m in replay["micro_batches"]]
+    assert shown == [(False, [3], [103]), (True, [4], [104])]
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("norm", [float("inf"), float("nan")])
+def test_gradient_that_is_not_finite_is_told_though_the_losses_are(run: Any, late: bool, norm: float) -> None:
+    flags = StepFlags(run, torch.zeros(2), late)
+    flags.read(_taken(2), at_once=False)
+    with pytest.raises(RunError, match="gradient is not finite at step 3, though"):
+        flags.read(_taken(3, norm=norm), at_once=True)
+
+
+@pytest.mark.parametrize(("passed_on", "received"), [(True, 1), (False, 2)])
+def test_signal_that_a_launcher_passes_on_counts_once(
+    monkeypatch: pytest.MonkeyPatch, passed_on: bool, received: int
+) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if passed_on:
+        monkeypatch.setitem(os.environ, "LOCAL_RANK", "0")
+    ended: list[int] = []
+    monkeypatch.setattr(signal, "raise_signal", ended.append)
+    before = signal.getsignal(signal.SIGUSR1)
+    stop = StopRequest()
+    try:
+        for _ in range(2):
+            stop._receive(signal.SIGUSR1, None)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert stop.signal_number == signal.SIGUSR1
+    assert 1 + len(ended) == received
 
 
 def test_state_is_never_saved_after_a_loss_that_is_not_finite(run: Any) -> None:
