@@ -21,7 +21,9 @@ import pytest
 import torch
 
 from harness import checkpoint
+from harness.dist import resolve_device
 from harness.sampling import BatchSampler
+from harness.types import UserError
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -142,6 +144,14 @@ def test_four_processes_train_what_one_trains(tmp_path: Path, method: str) -> No
     _assert_equivalent(one, _train(tmp_path, "four", 4, GROUP_NORM, *CASES[method]))
 
 
+def test_more_devices_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="devices=2, but there are 1 GPUs: lower devices, or train on device=cpu"):
+        resolve_device("auto", 2)
+    assert resolve_device("cpu", 2) == "cpu"
+    assert resolve_device("auto", 1) == "cuda"
+
+
 def test_devices_that_cannot_share_a_step_are_refused(tmp_path: Path) -> None:
     command = ["train", *SMALL, "devices=3", "batch.labeled=8", f"cache_dir={tmp_path}", f"run_dir={tmp_path / 'run'}"]
     done = subprocess.run([sys.executable, "-m", "harness.cli", *command], capture_output=True, text=True, check=False)
@@ -167,7 +177,10 @@ def _record(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "run" / "record.json").read_text())
 
 
-@pytest.mark.parametrize(("number", "send", "code"), [(signal.SIGTERM, os.kill, 143), (signal.SIGINT, os.killpg, 130)])
+@pytest.mark.parametrize(
+    ("number", "send", "code"),
+    [pytest.param(signal.SIGTERM, os.kill, 143, marks=pytest.mark.slow), (signal.SIGINT, os.killpg, 130)],
+)
 def test_signals_save_and_the_same_command_continues(
     tmp_path: Path, number: int, send: Callable[[int, int], None], code: int
 ) -> None:
@@ -177,7 +190,7 @@ def test_signals_save_and_the_same_command_continues(
     while process.poll() is None and not checkpoint.checkpoints(tmp_path / "run"):
         time.sleep(0.01)
     send(process.pid, number)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == code, errors
     assert "Traceback" not in errors
     assert errors.count("start the same command again") == 1
@@ -208,15 +221,25 @@ class Failing(Supervised):
     ("error", "code", "said"),
     [
         ("torch.OutOfMemoryError('CUDA out of memory')", 1, "rank 1: out of memory on cpu: lower batch.micro"),
-        ("__import__('harness.types').types.UserError('50 images are bad')", 2, "rank 1: 50 images are bad"),
-        ("KeyError('a bug')", 1, "KeyError: 'a bug'"),
-        ("SystemExit(os.kill(os.getpid(), 9))", 137, "rank 1 was ended by SIGKILL (out of memory?)"),
+        pytest.param(
+            "__import__('harness.types').types.UserError('50 images are bad')",
+            2,
+            "rank 1: 50 images are bad",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("KeyError('a bug')", 1, "KeyError: 'a bug'", marks=pytest.mark.slow),
+        pytest.param(
+            "SystemExit(os.kill(os.getpid(), 9))",
+            137,
+            "rank 1 was ended by SIGKILL (out of memory?)",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_failure_of_one_rank_is_told_and_ends_the_run(tmp_path: Path, error: str, code: int, said: str) -> None:
     (tmp_path / "failing_method.py").write_text(FAILING.format(error=error))
     process = _start(tmp_path, "method._target_=failing_method.Failing")
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == code, errors
     assert said in errors
     assert ("Traceback" in errors) == ("a bug" in said)
@@ -226,19 +249,21 @@ def test_failure_of_one_rank_is_told_and_ends_the_run(tmp_path: Path, error: str
         assert said.removeprefix("rank 1: ").split(":")[0] in record["error"] or "OutOfMemoryError" in record["error"]
 
 
+@pytest.mark.slow
 def test_bug_that_all_ranks_meet_is_shown_once(tmp_path: Path) -> None:
     start = "    def __init__(self, *arguments, **options):\n        raise KeyError('a bug')\n"
     (tmp_path / "failing_method.py").write_text(FAILING.format(error="ValueError") + "\n" + start)
     process = _start(tmp_path, "method._target_=failing_method.Failing")
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 1, errors
     assert errors.count("KeyError: 'a bug'") == 1
 
 
+@pytest.mark.slow
 def test_logger_that_is_missing_ends_all_ranks(tmp_path: Path) -> None:
     (tmp_path / "wandb.py").write_text("raise ModuleNotFoundError('no wandb')")
     process = _start(tmp_path, "logging.loggers=[wandb]")
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 2, errors
     assert errors.count("wandb, which is not installed") == 1
     assert "Traceback" not in errors
