@@ -43,7 +43,7 @@ def _prepare(cfg: DictConfig) -> int:
 
 def _train(cfg: DictConfig) -> int:
     from harness.jobs import end_with_suite
-    from harness.run import run
+    from harness.launch import run
 
     end_with_suite()
     return run(cfg)

@@ -36,7 +36,7 @@ class TrainJob:
         from submitit import JobEnvironment
 
         from harness import dist
-        from harness.run import run_rank
+        from harness.launch import run_rank
 
         _export_ranks()
         cfg = OmegaConf.create(self.plain)

@@ -4,162 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import os
 import resource
 import shlex
-import signal
-import sys
 import time
-import traceback
 import warnings
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from harness import build, checkpoint, cluster, config, dist, offline
+from harness import build, checkpoint, config, dist, offline
 from harness.build import Experiment
 from harness.checkpoint import RunLock
 from harness.dist import World
 from harness.evaluate import METRICS, evaluate, write_predictions
 from harness.log import RunLog
 from harness.record import environment, read_record, write_atomically, write_record
-from harness.train import Counters, Interrupted, RunError, StopRequest, train
+from harness.train import Counters, Interrupted, StopRequest, train
 from harness.types import RunRecord, UserError
 
-LAUNCHER_SECONDS = 10.0  # in which a launcher notices that a process has ended, and stops the others
-
-_console = Console(stderr=True)
+CONSOLE = Console(stderr=True)
 
 
-def run(cfg: DictConfig) -> int:
-    """Trains as the configuration says: in this process, in `devices` of them, or in a job on a cluster.
-
-    Returns:
-        Exit code: 0 ok, 1 failed, 2 a mistake of the user's, 128 + n after signal n.
-    """
-    if cfg.launcher.name == "slurm":
-        return _submit(cfg)  # before GPUs are looked for: a login node has none
-    device = dist.resolve_device(cfg.device, cfg.devices)
-    plain = OmegaConf.to_container(cfg, resolve=False)
-    if cfg.devices > 1 and "LOCAL_RANK" not in os.environ:
-        return dist.launch(_work, (plain, device), cfg.devices)
-    return run_rank(plain, device)
-
-
-def _submit(cfg: DictConfig) -> int:
-    if "LOCAL_RANK" in os.environ:
-        raise UserError("launcher=slurm starts all processes itself: start `ssodbench train`, not torchrun")
-    try:
-        return cluster.submit(cfg)
-    except RunError as error:
-        _print(f"ssodbench: {error}")
-        return 1
-
-
-def _work(plain: Any, device: str) -> int:
-    """`run_rank` in a worker of the elastic launcher, which takes only the end of a process for a failure."""
-    try:
-        code = run_rank(plain, device)
-    except Exception:
-        traceback.print_exc()
-        code = 1
-    if code:
-        sys.exit(code)
-    return code
-
-
-def run_rank(plain: Any, device: str, stop_signals: Sequence[int] = (signal.SIGTERM, signal.SIGINT)) -> int:
-    """`run` in one process of the group; says errors once and gives the exit code.
-
-    An error of one rank alone ends its process at once: the others wait for it in a collective, and only the launcher,
-    which sees it end, can stop them.
-    """
-    cfg = OmegaConf.create(plain)
-    assert isinstance(cfg, DictConfig)
-    world = dist.join(device)
-    torch.set_num_threads(int(cfg.threads))
-    stop = StopRequest()
-    stop.install(stop_signals)
-    try:
-        return train_to_record(cfg, world, stop)
-    except Interrupted as stopped:
-        _say(world, f"{stopped}; start the same command again to continue")
-        return 128 + stopped.signal_number
-    except Exception as error:
-        told = _explain(cfg, world, error)
-        if world.size > 1 and not dist.is_on_all_ranks(error):
-            _end_alone(world, stop, error, told)
-        if told is None and world.is_main:
-            raise
-        if told is None:
-            return 1
-        _say(world, f"ssodbench: {told[0]}")
-        return told[1]
-    finally:
-        dist.leave()
-
-
-def _explain(cfg: DictConfig, world: World, error: Exception) -> tuple[str, int] | None:
-    """One sentence and the exit code; None for what should not have happened."""
-    if isinstance(error, UserError):
-        return str(error), 2
-    if isinstance(error, RunError):
-        return str(error), 1
-    if _is_out_of_memory(error):
-        return (
-            f"out of memory on {world.device}: lower batch.micro (now {_micro(cfg)}) or evaluation.batch "
-            f"(now {cfg.evaluation.batch}), or set precision=bf16"
-        ), 1
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (
-            f"cannot write {error.filename or f'to {cfg.run_dir}'} ({error.strerror}): free space on that disk, by "
-            "deleting old runs for instance, and start the same command again, which continues from the newest "
-            "checkpoint"
-        ), 1
-    return None
-
-
-def _end_alone(world: World, stop: StopRequest, error: Exception, told: tuple[str, int] | None) -> NoReturn:
-    """Ends this rank's process, its error said; a rank that merely lost another one leaves the exit code to that."""
-    if dist.is_lost_peer(error):
-        end = time.monotonic() + LAUNCHER_SECONDS
-        while not stop.signal_number and time.monotonic() < end:
-            time.sleep(0.05)
-        _print(f"ssodbench: rank {world.rank} stops, because another process of the run has ended")
-        told = ("", 1)
-    elif told is None:
-        traceback.print_exception(error)
-    else:
-        _print(f"ssodbench: rank {world.rank}: {told[0]}")
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(told[1] if told else 1)  # leaving the group in order would wait for the others
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """A GPU's error has a class of its own; what torch raises on a CPU is a RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def _print(text: str) -> None:
-    _console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _say(world: World, text: str) -> None:
+def say(world: World, text: str) -> None:
+    """Tells the user, once for all ranks."""
     if world.is_main:
-        _print(text)
-
-
-def _micro(cfg: DictConfig) -> int:
-    """Images in one forward."""
-    return int(cfg.batch.micro or cfg.batch.labeled + cfg.batch.unlabeled)
+        CONSOLE.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def train_to_record(cfg: DictConfig, world: World, stop: StopRequest) -> int:
@@ -170,7 +46,7 @@ def train_to_record(cfg: DictConfig, world: World, stop: StopRequest) -> int:
     begun = False
     try:
         if dist.from_main(world, lambda: _is_finished(cfg, run_dir)):
-            _say(
+            say(
                 world,
                 f"the run in {run_dir} is finished: see {run_dir / 'record.json'}; delete the folder to run it anew",
             )
@@ -253,7 +129,7 @@ class _Session:
             every=int(self.cfg.logging.every),
             loggers=list(self.cfg.logging.loggers),
             start_step=self.counters.step,
-            console=_console,
+            console=CONSOLE,
         )
         self._write_record("running")
 
@@ -284,7 +160,7 @@ class _Session:
             warnings.simplefilter("always")
             state = checkpoint.newest(self.run_dir)
         for warning in passed_over:
-            _say(self.world, f"ssodbench: {warning.message}")
+            say(self.world, f"ssodbench: {warning.message}")
         if state is None:
             return
         checkpoint.refuse_foreign(self.run_dir, config.differences(state["identity"], self._identity()))
@@ -294,7 +170,7 @@ class _Session:
         self.counters = Counters(**state["counters"])
         if self.counters.step < self.cfg.schedule.steps:
             self.counters.resumed_from.append(self.counters.step)
-        _say(self.world, f"continuing from step {self.counters.step} of {self.cfg.schedule.steps}")
+        say(self.world, f"continuing from step {self.counters.step} of {self.cfg.schedule.steps}")
 
     def _state(self) -> dict[str, Any]:
         self.counters.wall_seconds += time.perf_counter() - self.started

@@ -17,6 +17,7 @@ import torch
 
 import harness.evaluate
 import harness.log
+import harness.loggers
 import harness.run
 from detectors.supervised import Supervised
 from harness import checkpoint
@@ -215,7 +216,7 @@ def _full_disk(*_: Any, **__: Any) -> None:
     [
         (harness.log.RunLog, "_write"),
         (harness.log, "write_atomically"),  # progress.json
-        (harness.log.TensorBoardLogger, "log"),
+        (harness.loggers.TensorBoardLogger, "log"),
         (harness.run, "write_predictions"),
         (harness.run, "write_record"),
         (torch, "save"),
