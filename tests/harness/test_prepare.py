@@ -208,10 +208,7 @@ def test_labelled_part_without_a_box(tmp_path: Path) -> None:
 
 
 def test_full(tmp_path: Path) -> None:
-    make_dataset(tmp_path)
-    (tmp_path / "more").mkdir()
-    picture(64, 48).save(tmp_path / "more" / "x.jpg")
-    dataset = open_dataset(tmp_path, unlabeled_images="more")
+    dataset = with_more_pictures(tmp_path)
     wanted = config("full")
     split = prepare.resolve_split(dataset, wanted)
     labeled, unlabeled = prepare.sources(dataset, split, wanted)
@@ -337,11 +334,16 @@ def test_files_hold_what_the_original_scripts_put_in_them(tmp_path: Path) -> Non
         assert len(content["annotations"]) == len(rows(content["annotations"], set(ids)))
 
 
+def with_more_pictures(folder: Path) -> Dataset:
+    """A dataset with a folder of unlabelled pictures."""
+    make_dataset(folder)
+    (folder / "more").mkdir()
+    picture(64, 48).save(folder / "more" / "x.jpg")
+    return open_dataset(folder, unlabeled_images="more")
+
+
 def test_files_of_full(tmp_path: Path) -> None:
-    make_dataset(tmp_path)
-    (tmp_path / "more").mkdir()
-    picture(64, 48).save(tmp_path / "more" / "x.jpg")
-    dataset = open_dataset(tmp_path, unlabeled_images="more")
+    dataset = with_more_pictures(tmp_path)
     split = prepare.resolve_split(dataset, config("full"))
     labeled, unlabeled = split_files.export(dataset, split, tmp_path / "out")
     content = json.loads(unlabeled.read_text())
@@ -355,10 +357,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_an_export_replaces_nothing_but_exports(tmp_path: Path) -> None:
     """The labelled file of `full` is named as the dataset's own, so that a slip of export_dir would lose it."""
-    make_dataset(tmp_path / "data")
-    (tmp_path / "data" / "more").mkdir()
-    picture(64, 48).save(tmp_path / "data" / "more" / "x.jpg")
-    dataset = open_dataset(tmp_path / "data", unlabeled_images="more")
+    dataset = with_more_pictures(tmp_path / "data")
     full, tenth = (prepare.resolve_split(dataset, config(*key)) for key in (("full",), ("soft_teacher", 10)))
     before = contents(tmp_path)
     with pytest.raises(UserError, match=r"train\.json is an annotation file of data=mine and is not replaced"):
@@ -377,10 +376,7 @@ def test_an_export_replaces_nothing_but_exports(tmp_path: Path) -> None:
 
 def test_an_export_that_is_the_dataset_is_not_replaced(tmp_path: Path) -> None:
     """A dataset may be made of exported files; an export beside them would be named alike."""
-    make_dataset(tmp_path)
-    (tmp_path / "more").mkdir()
-    picture(64, 48).save(tmp_path / "more" / "x.jpg")
-    original = open_dataset(tmp_path, unlabeled_images="more")
+    original = with_more_pictures(tmp_path)
     full = prepare.resolve_split(original, config("full"))
     split_files.export(original, full, tmp_path / "out")
     again = open_dataset(tmp_path, train_annotations="out/train.json", unlabeled_images="more")
