@@ -67,6 +67,13 @@ def _view_inputs(policy: Policy, plan: ViewPlan, unshrink: np.ndarray) -> dict[s
     return {f"{view.name} {key}": value for key, value in inputs.items()}
 
 
+def _reason(error: RuntimeError) -> str:
+    """The line of DALI's report that says what is wrong, which comes last but for the place in its source."""
+    around = ("C++ context", "Current pipeline object", "Critical error", "[frame")
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.strip().startswith(around)]
+    return lines[-1].strip() if lines else "cannot be decoded"
+
+
 def _float(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array, dtype=np.float32)
 
@@ -120,7 +127,7 @@ class _Runner:
             else:
                 stored, *images = self._pipeline.share_outputs()
         except RuntimeError as error:
-            return BadImageError("; ".join(str(error).splitlines()[-1:]) or "cannot be decoded")
+            return BadImageError(_reason(error))
         finally:
             self._data.popleft()
         shapes = np.asarray(stored.as_tensor())[:, :2]

@@ -5,13 +5,14 @@ On the GPU the decoder is `mixed` and all pixels stay there; the numbers of the 
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
 
-from harness.types import Normalize
+from harness.types import Normalize, UserError
 from pipelines.plan import IN_BOX, KINDS, LINEAR, NEAREST
 from pipelines.policy import Policy, ViewPolicy
 
@@ -22,11 +23,22 @@ def _input(name: str, dtype: Any, ndim: int) -> Node:
     return fn.external_source(name=name, dtype=dtype, ndim=ndim)
 
 
+def _kernels() -> Any:
+    """What the CPU does with functions of its own; other devices need neither them nor numba."""
+    try:
+        return import_module("pipelines.dali_kernels")
+    except RuntimeError as error:
+        if "cannot cache" not in str(error):
+            raise
+        raise UserError(f"set NUMBA_CACHE_DIR to a folder that can be written, for compiled code: {error}") from error
+
+
 class Graph:
     """The operations of one policy, for one channel order and device."""
 
     def __init__(self, policy: Policy, normalize: Normalize, gpu: bool) -> None:
         self.policy, self.gpu = policy, gpu
+        self.kernels = None if gpu else _kernels()
         self.decoded = DALIImageType.BGR if normalize.bgr else DALIImageType.RGB
         # What operations that weigh channels take the image for.
         self.weighed = DALIImageType.BGR if normalize.bgr != (policy.color_channels == "bgr") else DALIImageType.RGB
@@ -44,6 +56,8 @@ class Graph:
 
     def warp(self, image: Node, matrix: Node, size: Node, border: str, fill: list[float], nearest: bool) -> Node:
         """Resampling by a source-to-destination matrix in corner-origin coordinates."""
+        if self.kernels is not None and not nearest:
+            return self.kernels.warp(image, matrix, size, fill, border == "replicate")
         return fn.experimental.warp_perspective(
             image,
             matrix=matrix,
@@ -71,6 +85,8 @@ class Graph:
 
     def normalize(self, image: Node, size: Node) -> Node:
         """Float CHW, padded right and bottom with 0."""
+        if self.kernels is not None:
+            return self.kernels.normalize(image, size, self.mean, self.std)
         return fn.crop_mirror_normalize(
             image,
             crop=size,
@@ -83,6 +99,23 @@ class Graph:
             dtype=DALIDataType.FLOAT,
             output_layout="CHW",
         )
+
+    def renders_at_once(self, view: ViewPolicy) -> bool:
+        """Whether nothing but the erasing of constant patches lies between the first warp and the normalised view."""
+        linear = self.policy.interpolation == "linear"
+        at_source = self.policy.color_at == "source"
+        affine = view.affine
+        one_warp = affine is None or (at_source and not affine.nearest and not affine.in_box_ops)
+        noise = any(step.noise for step in view.erase)
+        return self.kernels is not None and linear and one_warp and (at_source or not view.color) and not noise
+
+    def render(self, image: Node, view: ViewPolicy, inputs: dict[str, Node], border: str) -> Node:
+        """Warp, erasing and normalisation in one."""
+        assert self.kernels is not None
+        colors = [self.mean, self.std, self.fill(view.fill), self.fill(view.erase_fill)]
+        size, patches = inputs["size"], inputs.get("patches")
+        replicate = border == "replicate"
+        return self.kernels.warp_normalized(image, inputs["first"], size, inputs["canvas"], patches, colors, replicate)
 
     # One method per colour operation. What is slow on the CPU is avoided: arithmetic on images other than uint8 with
     # uint8, and everything but crop_mirror_normalize that takes numbers per channel.
@@ -213,12 +246,10 @@ def _geometry(graph: Graph, image: Node, view: ViewPolicy, kind: Node, inputs: d
     return image
 
 
-def _erase(graph: Graph, image: Node, view: ViewPolicy) -> Node:
+def _erase(graph: Graph, image: Node, view: ViewPolicy, inputs: dict[str, Node]) -> Node:
     """Constant patches, then noise patches."""
-    constant = any(not step.noise for step in view.erase)
-    if constant:
-        patches = _input(f"{view.name} patches", DALIDataType.FLOAT, 2)
-        fill = graph.fill(view.erase_fill)
+    if "patches" in inputs:
+        patches, fill = inputs["patches"], graph.fill(view.erase_fill)
         image = fn.erase(image, anchor=patches[0], shape=patches[1], axis_names="HW", fill_value=fill)
     noises = sum(step.max_count for step in view.erase if step.noise)
     if noises:
@@ -231,29 +262,41 @@ def _erase(graph: Graph, image: Node, view: ViewPolicy) -> Node:
     return image
 
 
+def _first_warp(graph: Graph, image: Node, view: ViewPolicy, inputs: dict[str, Node], border: str) -> Node:
+    """The warp by which every view begins, and all the rest if nothing lies between."""
+    if graph.renders_at_once(view):
+        return graph.render(image, view, inputs, border)
+    nearest = graph.policy.interpolation == "nearest"
+    return graph.warp(image, inputs["first"], inputs["size"], border, graph.fill(view.fill), nearest)
+
+
 def _define_view(graph: Graph, image: Node, view: ViewPolicy) -> Node:
     """One branch: geometry and colour in the view's order, erasing, normalisation."""
-    fill, nearest = graph.fill(view.fill), graph.policy.interpolation == "nearest"
     at_source = graph.policy.color_at == "source"
     inputs = {
         "size": _input(f"{view.name} size", DALIDataType.FLOAT, 1),
         "first": _input(f"{view.name} first", DALIDataType.FLOAT, 2),
+        "canvas": _input(f"{view.name} canvas", DALIDataType.FLOAT, 1),
     }
+    if any(not step.noise for step in view.erase):
+        inputs["patches"] = _input(f"{view.name} patches", DALIDataType.FLOAT, 2)
     if view.color:
         kinds = _input(f"{view.name} kinds", DALIDataType.INT32, 1)
         values = _input(f"{view.name} values", DALIDataType.FLOAT, 1)
     if view.color and at_source:
         image = _colors(graph, image, view, kinds, values)
     if view.zoom is not None:
-        image = graph.warp(image, inputs["first"], inputs["size"], "constant", fill, nearest)
+        image = _first_warp(graph, image, view, inputs, "constant")
     elif view.affine is None:
-        image = graph.warp(image, inputs["first"], inputs["size"], "replicate", fill, nearest)
+        image = _first_warp(graph, image, view, inputs, "replicate")
     else:
         composite = _input(f"{view.name} composite", DALIDataType.BOOL, 0)
         if composite:
-            image = graph.warp(image, inputs["first"], inputs["size"], "constant", fill, nearest)
+            image = _first_warp(graph, image, view, inputs, "constant")
         else:
-            image = graph.warp(image, inputs["first"], inputs["size"], "replicate", fill, nearest)
+            image = _first_warp(graph, image, view, inputs, "replicate")
+    if graph.renders_at_once(view):
+        return image
     if view.affine is not None:
         inputs["affine"] = _input(f"{view.name} affine", DALIDataType.FLOAT, 2)
         if view.affine.in_box_ops:
@@ -268,9 +311,8 @@ def _define_view(graph: Graph, image: Node, view: ViewPolicy) -> Node:
     if view.affine is not None and not at_source:
         after = _input(f"{view.name} after", DALIDataType.INT32, 0)
         image = _geometry(graph, image, view, after, inputs)
-    if view.erase:
-        image = _erase(graph, image, view)
-    return graph.normalize(image, _input(f"{view.name} canvas", DALIDataType.FLOAT, 1))
+    image = _erase(graph, image, view, inputs)
+    return graph.normalize(image, inputs["canvas"])
 
 
 @pipeline_def(enable_conditionals=True)

@@ -1,0 +1,82 @@
+"""`pipelines.kernels` as operators of a DALI graph on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from nvidia.dali import fn, types
+from nvidia.dali.plugin.numba import NumbaFunction
+
+from pipelines import kernels
+
+Node = Any  # nvidia.dali.data_node.DataNode
+_TYPES = {"bytes": types.DALIDataType.UINT8, "floats": types.DALIDataType.FLOAT}
+
+
+class _Compiled(NumbaFunction):
+    """DALI's operator of compiled functions, for functions that numba keeps on disk.
+
+    DALI would compile its own wrapper around each of them for each graph, which takes seconds.
+    """
+
+    def _get_run_fn_cpu(self, run_fn: Any, *_: Any) -> int:
+        return run_fn.address
+
+    def _get_setup_fn_cpu(self, setup_fn: Any) -> int:
+        return setup_fn.address
+
+
+def _call(run: Any, setup: Any, out: str, *tables: Node) -> Node:
+    """An operator whose inputs are an extent, an image, and tables of floats."""
+    operator = _Compiled(
+        run_fn=run,
+        setup_fn=setup,
+        out_types=[_TYPES[out]],
+        outs_ndim=[3],
+        in_types=[_TYPES["bytes"]] * 2 + [_TYPES["floats"]] * (len(tables) - 2),
+        ins_ndim=[3, 3] + [2] * (len(tables) - 2),
+    )
+    return operator(*tables)
+
+
+def _extent(size: Node) -> Node:
+    """(h, w, 0) bytes: shapes of outputs are made from shapes of inputs, so a size comes as an empty image."""
+    empty = types.Constant(np.zeros((1, 1, 0), dtype=np.uint8), device="cpu")
+    return fn.crop(empty, crop=size, out_of_bounds_policy="pad")
+
+
+def _constant(*rows: list[float]) -> Node:
+    return types.Constant(np.array(rows, dtype=np.float32), device="cpu")
+
+
+def warp(image: Node, matrix: Node, size: Node, fill: list[float], replicate: bool) -> Node:
+    """See `kernels.warp`."""
+    options = _constant(fill, [float(replicate)] * 3)
+    view = _call(kernels.run_warp, kernels.image_like_first, "bytes", _extent(size), image, matrix, options)
+    return fn.reshape(view, layout="HWC")
+
+
+def warp_normalized(
+    image: Node,
+    matrix: Node,
+    size: Node,
+    canvas: Node,
+    patches: Node | None,
+    colors: list[list[float]],
+    replicate: bool,
+) -> Node:
+    """See `kernels.warp_normalized`."""
+    tables = (
+        fn.reshape(size, shape=[1, 2]),
+        _constant([0.0] * 2, [0.0] * 2) if patches is None else patches,
+        _constant(*colors, [float(replicate)] * 3),
+    )
+    run, setup = kernels.run_warp_normalized, kernels.planes_like_first
+    return _call(run, setup, "floats", _extent(canvas), image, matrix, *tables)
+
+
+def normalize(image: Node, canvas: Node, mean: list[float], std: list[float]) -> Node:
+    """See `kernels.normalize`."""
+    setup = kernels.planes_like_first
+    return _call(kernels.run_normalize, setup, "floats", _extent(canvas), image, _constant(mean, std))
