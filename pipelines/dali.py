@@ -109,6 +109,7 @@ class _Runner:
         unshrink = np.eye(3)[None]
         if self._graph.policy.antialias:
             inputs["shrunk"] = job.shrunk.astype(np.float32)
+            inputs["shrinks"] = (job.shrunk != job.stored_sizes).any(1)
             unshrink = from_shrunk(job.stored_sizes, job.shrunk)
         for plan in job.plans:
             inputs |= _view_inputs(self._graph.policy, plan, unshrink)

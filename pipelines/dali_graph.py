@@ -13,7 +13,7 @@ from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
 
 from harness.types import Normalize, UserError
-from pipelines.plan import IN_BOX, KINDS, LINEAR, NEAREST
+from pipelines.plan import IN_BOX, KINDS, LINEAR, NEAREST, YIQ, hue_matrix
 from pipelines.policy import Policy, ViewPolicy
 
 Node = Any  # nvidia.dali.data_node.DataNode
@@ -21,6 +21,10 @@ Node = Any  # nvidia.dali.data_node.DataNode
 
 def _input(name: str, dtype: Any, ndim: int) -> Node:
     return fn.external_source(name=name, dtype=dtype, ndim=ndim)
+
+
+def _constant(array: np.ndarray) -> Node:
+    return types.Constant(array.astype(np.float32), device="cpu")
 
 
 def _kernels() -> Any:
@@ -68,6 +72,10 @@ class Graph:
             interp_type=DALIInterpType.INTERP_NN if nearest else DALIInterpType.INTERP_LINEAR,
         )
 
+    def in_order(self, matrix: np.ndarray) -> np.ndarray:
+        """(3, 3) a matrix over red, green and blue, for channels in the order they are weighed in."""
+        return matrix if self.weighed == DALIImageType.RGB else matrix[::-1, ::-1]
+
     def on_device(self, small: Node) -> Node:
         """A small CPU array where an operation takes it as an input."""
         return small.gpu() if self.gpu else small
@@ -76,12 +84,6 @@ class Graph:
         """Luma in all three channels."""
         gray = fn.color_space_conversion(image, image_type=self.weighed, output_type=DALIImageType.GRAY)
         return fn.color_space_conversion(gray, image_type=DALIImageType.GRAY, output_type=DALIImageType.RGB)
-
-    def blend(self, image: Node, base: Node, factor: Node) -> Node:
-        """base + factor * (image - base), rounded and clipped."""
-        a = fn.brightness_contrast(image, brightness=factor, dtype=DALIDataType.INT16)
-        b = fn.brightness_contrast(base, brightness=1.0 - factor, dtype=DALIDataType.INT16)
-        return fn.cast(a + b, dtype=DALIDataType.UINT8)
 
     def normalize(self, image: Node, size: Node) -> Node:
         """Float CHW, padded right and bottom with 0."""
@@ -131,6 +133,9 @@ class Graph:
         return fn.brightness_contrast(image, contrast=value, contrast_center=mean)
 
     def _saturation(self, image: Node, value: Node) -> Node:
+        if self.kernels is not None:
+            luma = _constant(self.in_order(np.tile(YIQ[0], (3, 1))))
+            return self.kernels.mix_channels(image, _constant(np.eye(3)) * value + luma * (1.0 - value))
         a = fn.brightness_contrast(image, brightness=value, dtype=DALIDataType.INT16)
         b = fn.brightness_contrast(self.gray(image), brightness=1.0 - value, dtype=DALIDataType.INT16)
         return fn.cast(a + b, dtype=DALIDataType.UINT8)
@@ -180,6 +185,13 @@ class Graph:
         return fn.equalize(image ^ every_bit) ^ every_bit
 
     def _hue(self, image: Node, value: Node) -> Node:
+        if self.kernels is not None:
+            # The matrix of an angle is still + cos * even + sin * odd; three angles give the three parts.
+            at_0, at_90, at_180 = (self.in_order(hue_matrix(turns)) for turns in (0.0, 0.25, 0.5))
+            still, even = (at_0 + at_180) / 2.0, (at_0 - at_180) / 2.0
+            angle = value * (2.0 * np.pi)
+            odd = _constant(at_90 - still) * math.sin(angle)
+            return self.kernels.mix_channels(image, _constant(still) + _constant(even) * math.cos(angle) + odd)
         if self.weighed == DALIImageType.RGB:
             return fn.hue(image, hue=value * 360.0)
         return self.swap(fn.hue(self.swap(image), hue=value * 360.0))
@@ -325,8 +337,9 @@ def define(graph: Graph, views: list[ViewPolicy]) -> Any:
     image = graph.decode(data)
     stored = image.shape()
     if graph.policy.antialias:
-        shrunk = _input("shrunk", DALIDataType.FLOAT, 1)
-        image = fn.resize(image, size=shrunk, interp_type=DALIInterpType.INTERP_LINEAR, antialias=True)
+        shrunk, shrinks = _input("shrunk", DALIDataType.FLOAT, 1), _input("shrinks", DALIDataType.BOOL, 0)
+        if shrinks:  # resizing to the same size would cost as much
+            image = fn.resize(image, size=shrunk, interp_type=DALIInterpType.INTERP_LINEAR, antialias=True)
     return (stored, *[_define_view(graph, image, view) for view in views])
 
 

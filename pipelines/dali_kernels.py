@@ -50,11 +50,15 @@ def _constant(*rows: list[float]) -> Node:
     return types.Constant(np.array(rows, dtype=np.float32), device="cpu")
 
 
+def _image(run: Any, *tables: Node) -> Node:
+    """An operator that makes an image of its first input's size."""
+    return fn.reshape(_call(run, kernels.image_like_first, "bytes", *tables), layout="HWC")
+
+
 def warp(image: Node, matrix: Node, size: Node, fill: list[float], replicate: bool) -> Node:
     """See `kernels.warp`."""
     options = _constant(fill, [float(replicate)] * 3)
-    view = _call(kernels.run_warp, kernels.image_like_first, "bytes", _extent(size), image, matrix, options)
-    return fn.reshape(view, layout="HWC")
+    return _image(kernels.run_warp, _extent(size), image, matrix, options)
 
 
 def warp_normalized(
@@ -80,3 +84,8 @@ def normalize(image: Node, canvas: Node, mean: list[float], std: list[float]) ->
     """See `kernels.normalize`."""
     setup = kernels.planes_like_first
     return _call(kernels.run_normalize, setup, "floats", _extent(canvas), image, _constant(mean, std))
+
+
+def mix_channels(image: Node, matrix: Node) -> Node:
+    """See `kernels.mix_channels`."""
+    return _image(kernels.run_mix_channels, image, image, matrix)

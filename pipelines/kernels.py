@@ -256,6 +256,27 @@ def normalize(out: Any, image: Any, colors: Any) -> None:
         out[c, height:] = 0
 
 
+@njit(cache=True, nogil=True)
+def mix_channels(out: Any, image: Any, matrix: Any) -> None:
+    """Every pixel multiplied by a matrix, rounded and clipped.
+
+    Args:
+        out: (H, W, 3) uint8, written.
+        image: (H, W, 3) uint8.
+        matrix: (3, 3) float32.
+    """
+    pixels, target, half = image.reshape(-1), out.reshape(-1), float32(0.5)
+    a, b, c = matrix[0, 0], matrix[0, 1], matrix[0, 2]
+    d, e, f = matrix[1, 0], matrix[1, 1], matrix[1, 2]
+    g, h, i = matrix[2, 0], matrix[2, 1], matrix[2, 2]
+    low, high = float32(0), float32(255)
+    for n in range(image.shape[0] * image.shape[1]):
+        x, y, z = float32(pixels[3 * n]), float32(pixels[3 * n + 1]), float32(pixels[3 * n + 2])
+        target[3 * n] = uint8(int32(min(max(a * x + b * y + c * z + half, low), high)))
+        target[3 * n + 1] = uint8(int32(min(max(d * x + e * y + f * z + half, low), high)))
+        target[3 * n + 2] = uint8(int32(min(max(g * x + h * y + i * z + half, low), high)))
+
+
 # The same for DALI's operator of compiled functions, which passes arrays of pointers to outputs, inputs and shapes.
 # They are in this file because numba compiles again only what has changed in a function's own file.
 
@@ -329,3 +350,9 @@ def run_warp_normalized(outs: Any, out_shapes: Any, _a: Any, _b: Any, ins: Any, 
 def run_normalize(outs: Any, out_shapes: Any, _a: Any, _b: Any, ins: Any, shapes: Any, _c: Any, _d: Any) -> None:
     """Inputs: canvas, image, (2, 3) colors."""
     normalize(_planes(outs, out_shapes, 0), _bytes(ins, shapes, 1), _table(ins, shapes, 2))
+
+
+@cfunc(_RUN, cache=True)
+def run_mix_channels(outs: Any, out_shapes: Any, _a: Any, _b: Any, ins: Any, shapes: Any, _c: Any, _d: Any) -> None:
+    """Inputs: image, image, matrix."""
+    mix_channels(_bytes(outs, out_shapes, 0), _bytes(ins, shapes, 1), _table(ins, shapes, 2))

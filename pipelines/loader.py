@@ -19,18 +19,6 @@ from pipelines.policy import Policy
 _NAMES = {number: name for name, number in KINDS.items()}
 _WEIGHS_CHANNELS = ("contrast", "saturation", "grayscale", "hue")
 
-# YIQ, of the same coefficients as in DALI: hue is an angle in its I, Q plane.
-_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
-
-
-def hue_matrix(turns: float) -> np.ndarray:
-    """(3, 3) RGB -> RGB matrix that turns the hue in YIQ space."""
-    angle = 2 * np.pi * turns
-    turn = np.array(
-        [[1, 0, 0], [0, np.cos(angle), np.sin(angle)], [0, -np.sin(angle), np.cos(angle)]],
-    )
-    return np.linalg.inv(_YIQ) @ turn @ _YIQ
-
 
 @dataclass
 class Task:

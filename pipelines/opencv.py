@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.loader import LoaderPipeline, Renderer, hue_matrix
+from pipelines.loader import LoaderPipeline, Renderer
+from pipelines.plan import hue_matrix
 
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], dtype=np.float32) / 13.0
 _LEVELS = np.arange(256, dtype=np.float64)

@@ -16,6 +16,8 @@ from pipelines.policy import COLOR_OPS, Affine, Erase, Policy, Range, Resize, Vi
 
 KINDS = {name: number for number, name in enumerate(COLOR_OPS)}
 NOISE_SIDE = 1024
+# YIQ, of the same coefficients as in DALI: hue is an angle in its I, Q plane. The first row is luma.
+YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
 _ERASE_TRIES = 10  # as torchvision's RandomErasing, which draws a patch anew until it fits
 
 # What geometry an image gets before or after its colour operations, beside the first warp.
@@ -33,11 +35,27 @@ def noise_tile() -> np.ndarray:
     return (draws * 256).astype(np.uint8).reshape(NOISE_SIDE, NOISE_SIDE, 3)
 
 
+def _stretches(start: int, length: int) -> list[slice]:
+    """The parts of a side of the noise tile, which repeats, that make up a length."""
+    end = start + length
+    bases = range(start // NOISE_SIDE * NOISE_SIDE, end + 1, NOISE_SIDE)
+    return [slice(max(start - base, 0), min(end - base, NOISE_SIDE)) for base in bases]
+
+
 def noise_patch(box: np.ndarray, offset: np.ndarray) -> np.ndarray:
     """(height, width, 3) uint8 noise of one patch; the tile repeats."""
-    rows = (np.arange(box[2]) + offset[0]) % NOISE_SIDE
-    columns = (np.arange(box[3]) + offset[1]) % NOISE_SIDE
-    return noise_tile()[rows[:, None], columns[None, :]]
+    rows, columns = (_stretches(int(offset[i]), int(box[2 + i])) for i in (0, 1))
+    tile = noise_tile()
+    return np.concatenate([np.concatenate([tile[row, column] for column in columns], axis=1) for row in rows])
+
+
+def hue_matrix(turns: float) -> np.ndarray:
+    """(3, 3) RGB -> RGB matrix that turns the hue in YIQ space."""
+    angle = 2 * np.pi * turns
+    turn = np.array(
+        [[1, 0, 0], [0, np.cos(angle), np.sin(angle)], [0, -np.sin(angle), np.cos(angle)]],
+    )
+    return np.linalg.inv(YIQ) @ turn @ YIQ
 
 
 @dataclass

@@ -16,7 +16,8 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from pipelines.loader import LoaderPipeline, Renderer, hue_matrix
+from pipelines.loader import LoaderPipeline, Renderer
+from pipelines.plan import hue_matrix
 
 
 class TorchvisionRenderer(Renderer):
