@@ -19,7 +19,7 @@ from harness.types import RunRecord, UserError
 
 SCHEMA_VERSION = 1
 STATUSES = ("running", "ok", "failed", "interrupted")
-_PACKAGES = ("torch", "torchvision", "numpy", "pycocotools", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
+_PACKAGES = ("torch", "torchvision", "numpy", "numba", "pycocotools", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
 _FIELDS = {field.name for field in dataclasses.fields(RunRecord)}
 
 

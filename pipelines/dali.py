@@ -156,6 +156,8 @@ class DaliPipeline(BasePipeline):
         super().__init__(*args, **kwargs)
         self._graph = Graph(self.policy, self.normalize, self.device.type == "cuda")
         self._idle: dict[tuple[str, ...], list[_Runner]] = {}
+        # On the CPU, where threads wait for each other after every operation, jobs alternate between two graphs.
+        self._lanes = 1 if self._graph.gpu else min(self.threads, 2, self.prefetch)
 
     def _borrow(self, job: Job) -> _Runner:
         """A graph for the job's views that nobody uses at the moment."""
@@ -166,17 +168,19 @@ class DaliPipeline(BasePipeline):
                 return runner
         views = [self.policy.view(name) for name in job.views]
         batch = max(len(job), self.eval_batch, self._sampler.micro if self._sampler else 0)
-        return _Runner(self._graph, views, batch, self.threads)
+        return _Runner(self._graph, views, batch, -(-self.threads // self._lanes))
 
     def _render(self, jobs: Iterator[Job]) -> Generator[list[Tensor] | Exception, None, None]:
-        runners: dict[tuple[str, ...], _Runner] = {}
+        runners: dict[tuple[str, ...], deque[_Runner]] = {}
         under_way: deque[tuple[Job, _Runner, Exception | None]] = deque()
         ahead = self.prefetch * 2  # each part of a step is a job of its own
         try:
             for job in jobs:
-                if job.views not in runners:
-                    runners[job.views] = self._borrow(job)
-                runner = runners[job.views]
+                lanes = runners.setdefault(job.views, deque())
+                if len(lanes) < self._lanes:
+                    lanes.appendleft(self._borrow(job))
+                runner = lanes[0]
+                lanes.rotate(-1)
                 under_way.append((job, runner, runner.submit(job)))
                 if len(under_way) > ahead:
                     yield self._finish(under_way, runners)
@@ -185,17 +189,17 @@ class DaliPipeline(BasePipeline):
         finally:
             while under_way and not sys.is_finalizing():
                 self._finish(under_way, runners)
-            for views, runner in runners.items():
-                self._idle.setdefault(views, []).append(runner)
+            for views, lanes in runners.items():
+                self._idle.setdefault(views, []).extend(lanes)
 
     def _finish(
-        self, under_way: deque[tuple[Job, _Runner, Exception | None]], runners: dict[tuple[str, ...], _Runner]
+        self, under_way: deque[tuple[Job, _Runner, Exception | None]], runners: dict[tuple[str, ...], deque[_Runner]]
     ) -> list[Tensor] | Exception:
         job, runner, error = under_way.popleft()
         result = error or runner.collect(job)
         # DALI says that a pipeline is not valid after an error: what it has under way is tried, new jobs get another.
-        if isinstance(result, Exception) and runners.get(job.views) is runner:
-            del runners[job.views]
+        if isinstance(result, Exception) and runner in runners[job.views]:
+            runners[job.views].remove(runner)
         return result
 
     def _render_now(self, job: Job) -> list[Tensor] | Exception:
