@@ -16,14 +16,16 @@ import torch
 from nvidia.dali import Pipeline
 from torch import Tensor
 
+from harness.types import UserError
 from pipelines.base import BadImageError, BasePipeline, Job, canvas
 from pipelines.dali_graph import Graph, define, define_decode
 from pipelines.plan import NOTHING, ViewPlan, from_shrunk, noise_patch
-from pipelines.policy import Policy, ViewPolicy
+from pipelines.policy import ViewPolicy
 
 
-def _view_inputs(policy: Policy, plan: ViewPlan, unshrink: np.ndarray) -> dict[str, Any]:
+def _view_inputs(graph: Graph, plan: ViewPlan, unshrink: np.ndarray) -> dict[str, Any]:
     """The plan as the graph's inputs."""
+    policy = graph.policy
     view, count = plan.policy, len(plan.sizes)
     first, before, after = plan.geometry(policy.color_at)
     inputs: dict[str, Any] = {
@@ -38,7 +40,8 @@ def _view_inputs(policy: Policy, plan: ViewPlan, unshrink: np.ndarray) -> dict[s
     if used - {"autocontrast", "equalize", "grayscale"}:
         inputs["values"] = _float(plan.values)
     if view.affine is not None:
-        inputs["composite"] = plan.has_affine & (before + after == NOTHING)
+        if view.zoom is None:
+            inputs["composite"] = plan.has_affine & (before + after == NOTHING)
         if view.affine.nearest or view.affine.in_box_ops or policy.color_at == "view":
             inputs["affine"] = _float(plan.affine)
         if view.affine.nearest or view.affine.in_box_ops:
@@ -63,15 +66,18 @@ def _view_inputs(policy: Policy, plan: ViewPlan, unshrink: np.ndarray) -> dict[s
         anchors = [np.zeros((count, 2), np.int64), *(boxes[:, :2] for boxes, _ in noise)]
         inputs["noise anchors"] = np.stack(anchors, axis=1).astype(np.int32)
     for number, (boxes, offsets) in enumerate(noise):
-        inputs[f"noise {number}"] = [noise_patch(box, offset) for box, offset in zip(boxes, offsets, strict=True)]
+        patches = (noise_patch(box, offset) for box, offset in zip(boxes, offsets, strict=True))
+        inputs[f"noise {number}"] = [np.ascontiguousarray(patch[:, :, :: graph.step]) for patch in patches]
     return {f"{view.name} {key}": value for key, value in inputs.items()}
 
 
 def _reason(error: RuntimeError) -> str:
     """The line of DALI's report that says what is wrong, which comes last but for the place in its source."""
     around = ("C++ context", "Current pipeline object", "Critical error", "[frame")
-    lines = [line for line in str(error).splitlines() if line.strip() and not line.strip().startswith(around)]
-    return lines[-1].strip() if lines else "cannot be decoded"
+    lines = [line.strip() for line in str(error).splitlines()]
+    lines = [line for line in lines if line and not line.startswith(around)]
+    # The decoder's own words are a number or nothing.
+    return "cannot be decoded" if not lines or lines[-1].startswith(("Failed to decode", "nvImageCodec")) else lines[-1]
 
 
 def _float(array: np.ndarray) -> np.ndarray:
@@ -112,7 +118,7 @@ class _Runner:
             inputs["shrinks"] = (job.shrunk != job.stored_sizes).any(1)
             unshrink = from_shrunk(job.stored_sizes, job.shrunk)
         for plan in job.plans:
-            inputs |= _view_inputs(self._graph.policy, plan, unshrink)
+            inputs |= _view_inputs(self._graph, plan, unshrink)
         for name, value in inputs.items():
             self._pipeline.feed_input(name, value if isinstance(value, list) else np.ascontiguousarray(value))
         self._data.append(data)
@@ -154,6 +160,8 @@ class DaliPipeline(BasePipeline):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.threads < 1:
+            raise UserError(f"pipeline.threads must be at least 1 with pipeline=dali, got {self.threads}")
         self._graph = Graph(self.policy, self.normalize, self.device.type == "cuda")
         self._idle: dict[tuple[str, ...], list[_Runner]] = {}
         # On the CPU, where threads wait for each other after every operation, jobs alternate between two graphs.
@@ -168,7 +176,7 @@ class DaliPipeline(BasePipeline):
                 return runner
         views = [self.policy.view(name) for name in job.views]
         batch = max(len(job), self.eval_batch, self._sampler.micro if self._sampler else 0)
-        return _Runner(self._graph, views, batch, -(-self.threads // self._lanes))
+        return _Runner(self._graph, views, batch, self.threads // self._lanes)
 
     def _render(self, jobs: Iterator[Job]) -> Generator[list[Tensor] | Exception, None, None]:
         runners: dict[tuple[str, ...], deque[_Runner]] = {}

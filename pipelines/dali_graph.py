@@ -31,8 +31,8 @@ def _kernels() -> Any:
     """What the CPU does with functions of its own; other devices need neither them nor numba."""
     try:
         return import_module("pipelines.dali_kernels")
-    except RuntimeError as error:
-        if "cannot cache" not in str(error):
+    except (RuntimeError, OSError) as error:
+        if isinstance(error, RuntimeError) and "cannot cache" not in str(error):
             raise
         raise UserError(f"set NUMBA_CACHE_DIR to a folder that can be written, for compiled code: {error}") from error
 
@@ -46,12 +46,12 @@ class Graph:
         self.decoded = DALIImageType.BGR if normalize.bgr else DALIImageType.RGB
         # What operations that weigh channels take the image for.
         self.weighed = DALIImageType.BGR if normalize.bgr != (policy.color_channels == "bgr") else DALIImageType.RGB
-        self._step = -1 if normalize.bgr else 1
-        self.mean, self.std = list(normalize.mean)[:: self._step], list(normalize.std)[:: self._step]
+        self.step = -1 if normalize.bgr else 1
+        self.mean, self.std = list(normalize.mean)[:: self.step], list(normalize.std)[:: self.step]
 
     def fill(self, fill: tuple[float, float, float] | None) -> list[float]:
         """A fill value in the decoded channel order; None is the mean, rounded to a pixel value."""
-        return [float(round(v)) for v in self.mean] if fill is None else list(fill)[:: self._step]
+        return [float(round(v)) for v in self.mean] if fill is None else list(fill)[:: self.step]
 
     def decode(self, data: Node) -> Node:
         """Pixels as they are stored: EXIF orientation is ignored, as annotations ignore it."""

@@ -8,10 +8,15 @@ import numpy as np
 from nvidia.dali import fn, types
 from nvidia.dali.plugin.numba import NumbaFunction
 
+from harness.types import UserError
 from pipelines import kernels
 
 Node = Any  # nvidia.dali.data_node.DataNode
 _TYPES = {"bytes": types.DALIDataType.UINT8, "floats": types.DALIDataType.FLOAT}
+
+
+if not all(hasattr(NumbaFunction, name) for name in ("_get_run_fn_cpu", "_get_setup_fn_cpu")):
+    raise UserError("this version of DALI calls compiled functions in another way; install nvidia-dali 2.4")
 
 
 class _Compiled(NumbaFunction):
@@ -28,7 +33,7 @@ class _Compiled(NumbaFunction):
 
 
 def _call(run: Any, setup: Any, out: str, *tables: Node) -> Node:
-    """An operator whose inputs are an extent, an image, and tables of floats."""
+    """An operator whose inputs are an image that gives the size of its output, an image, and tables of floats."""
     operator = _Compiled(
         run_fn=run,
         setup_fn=setup,
@@ -46,7 +51,7 @@ def _extent(size: Node) -> Node:
     return fn.crop(empty, crop=size, out_of_bounds_policy="pad")
 
 
-def _constant(*rows: list[float]) -> Node:
+def _rows(*rows: list[float]) -> Node:
     return types.Constant(np.array(rows, dtype=np.float32), device="cpu")
 
 
@@ -57,7 +62,7 @@ def _image(run: Any, *tables: Node) -> Node:
 
 def warp(image: Node, matrix: Node, size: Node, fill: list[float], replicate: bool) -> Node:
     """See `kernels.warp`."""
-    options = _constant(fill, [float(replicate)] * 3)
+    options = _rows(fill, [float(replicate)] * 3)
     return _image(kernels.run_warp, _extent(size), image, matrix, options)
 
 
@@ -73,8 +78,8 @@ def warp_normalized(
     """See `kernels.warp_normalized`."""
     tables = (
         fn.reshape(size, shape=[1, 2]),
-        _constant([0.0] * 2, [0.0] * 2) if patches is None else patches,
-        _constant(*colors, [float(replicate)] * 3),
+        _rows([0.0] * 2, [0.0] * 2) if patches is None else patches,
+        _rows(*colors, [float(replicate)] * 3),
     )
     run, setup = kernels.run_warp_normalized, kernels.planes_like_first
     return _call(run, setup, "floats", _extent(canvas), image, matrix, *tables)
@@ -83,7 +88,7 @@ def warp_normalized(
 def normalize(image: Node, canvas: Node, mean: list[float], std: list[float]) -> Node:
     """See `kernels.normalize`."""
     setup = kernels.planes_like_first
-    return _call(kernels.run_normalize, setup, "floats", _extent(canvas), image, _constant(mean, std))
+    return _call(kernels.run_normalize, setup, "floats", _extent(canvas), image, _rows(mean, std))
 
 
 def mix_channels(image: Node, matrix: Node) -> Node:

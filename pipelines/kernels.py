@@ -15,6 +15,7 @@ from numba import carray, cfunc, float32, float64, int32, njit, types, uint8, ui
 
 # A loop becomes vector code only if LLVM can tell cheaply that its arrays do not overlap. So loops over a row are
 # functions of their own with few arrays each, and those that look pixels up, which LLVM cannot follow, only copy.
+# `max` has the number that is known first: with NaN, of a matrix that has no inverse, it gives the first.
 
 
 @njit(cache=True, nogil=True)
@@ -54,7 +55,7 @@ def _inverse(matrix: Any) -> Any:
 def _columns(scale: Any, shift: Any, width: int, index: Any, weight: Any) -> None:
     """Where the pixels of a row lie between the columns of a packed image of so many source columns."""
     for x in range(len(index)):
-        at = min(max(scale * (x + 0.5) + shift + 0.5, 0.0), width + 1.0)
+        at = min(max(0.0, scale * (x + 0.5) + shift + 0.5), width + 1.0)
         index[x] = int32(at)
         weight[x] = float32(at - np.floor(at))
 
@@ -117,8 +118,8 @@ def _places(step: Any, start: Any, limit: Any, stride: Any, index: Any, weight: 
     x0, y0 = start
     u, v = weight
     for x in range(int32(len(index))):
-        along_x = min(max(dx * float32(int32(x)) + x0, float32(0)), limit[0])
-        along_y = min(max(dy * float32(int32(x)) + y0, float32(0)), limit[1])
+        along_x = min(max(float32(0), dx * float32(int32(x)) + x0), limit[0])
+        along_y = min(max(float32(0), dy * float32(int32(x)) + y0), limit[1])
         i, j = int32(along_x), int32(along_y)
         u[x], v[x] = along_x - float32(i), along_y - float32(j)
         index[x] = j * stride + i
@@ -138,7 +139,7 @@ def _draw_straight(levels: Any, y: int, packed: Any, inverse: Any, scratch: Any)
     index, weight, picked, lines, held = scratch
     if y == 0:
         _columns(inverse[0, 0], inverse[0, 2], packed.shape[1] - 3, index, weight[0])
-    at = min(max(inverse[1, 1] * (y + 0.5) + inverse[1, 2] + 0.5, 0.0), packed.shape[0] - 2.0)
+    at = min(max(0.0, inverse[1, 1] * (y + 0.5) + inverse[1, 2] + 0.5), packed.shape[0] - 2.0)
     top = int(at)
     for row in (top, top + 1):
         if held[row % 2] != row:
@@ -221,7 +222,7 @@ def warp_normalized(out: Any, image: Any, matrix: Any, size: Any, patches: Any, 
         colors: (4, 3) mean, standard deviation, fill, and fill of the patches, in levels.
         replicate: see `warp`.
     """
-    height, width = int(size[0]), int(size[1])
+    height, width = min(int(size[0]), out.shape[1]), min(int(size[1]), out.shape[2])
     packed, inverse = _packed(image, colors[2], replicate), _inverse(matrix)
     scratch, levels = _scratch(width), np.empty((3, width), dtype=np.float32)
     factor = float32(1.0) / colors[1]
@@ -278,7 +279,8 @@ def mix_channels(out: Any, image: Any, matrix: Any) -> None:
 
 
 # The same for DALI's operator of compiled functions, which passes arrays of pointers to outputs, inputs and shapes.
-# They are in this file because numba compiles again only what has changed in a function's own file.
+# They are in this file because numba compiles again only what has changed in a function's own file. Nothing here raises
+# but for a lack of memory, which numba would print and DALI not notice.
 
 _ADDRESSES = types.CPointer(types.voidptr)
 _SHAPES = types.CPointer(types.CPointer(types.int64))

@@ -76,6 +76,8 @@ class Range:
             if (bounds is None) == (not values):
                 raise _error(where, "give either range: [low, high] or values: [...]")
             low, high = bounds or (0.0, 0.0)
+            if keys.get("log") and low <= 0:
+                raise _error(where, f"a range on the logarithm must begin above 0, got {low}")
             return Range(float(low), float(high), values, **keys)
         if len(config) != 2 or config[0] > config[1]:
             raise _error(where, f"expected [low, high], got {list(config)}")
@@ -85,6 +87,11 @@ class Range:
     def largest(self) -> float:
         """The largest number it can give, before rounding."""
         return max(self.values, default=self.high)
+
+    @property
+    def smallest(self) -> float:
+        """The smallest number it can give, before rounding."""
+        return min(self.values, default=self.low)
 
     def sample(self, u: np.ndarray) -> np.ndarray:
         """Maps uniform numbers in [0, 1) to values of the same shape."""
@@ -195,12 +202,18 @@ def _ops(where: str, config: Any, known: tuple[str, ...]) -> dict[str, Range]:
 def _fill(where: str, config: Any) -> tuple[float, float, float] | None:
     if config is None or config == "mean":
         return None
-    if isinstance(config, int | float):
-        return (float(config),) * 3
-    if len(config) != 3:
-        raise _error(where, "expected a number, three numbers (R, G, B), or mean")
-    red, green, blue = config
+    levels = (config,) * 3 if isinstance(config, int | float) else tuple(config)
+    if len(levels) != 3 or not all(isinstance(level, int | float) and level in range(256) for level in levels):
+        raise _error(where, f"expected mean, or one or three (R, G, B) whole numbers from 0 to 255, got {config!r}")
+    red, green, blue = levels
     return float(red), float(green), float(blue)
+
+
+def _positive(where: str, config: Any) -> Range:
+    numbers = Range.parse(where, config)
+    if numbers.smallest <= 0:
+        raise _error(where, f"must be above 0, got {numbers.smallest:g}")
+    return numbers
 
 
 def _color_step(where: str, config: Any) -> ColorStep:
@@ -233,12 +246,14 @@ def _affine(where: str, config: Any) -> Affine:
 def _erase(where: str, config: Any) -> Erase:
     names = tuple(f.name for f in dataclasses.fields(Erase))
     keys = _check_keys(where, config, names)
-    for name in ("count", "ratio", "area", "aspect"):
+    for name, parse in (("count", Range.parse), ("ratio", Range.parse), ("area", _positive), ("aspect", _positive)):
         if name in keys:
-            keys[name] = Range.parse(f"{where}.{name}", keys[name])
+            keys[name] = parse(f"{where}.{name}", keys[name])
     keys.setdefault("count", Range(values=(1.0,)))
     if isinstance(keys["count"], Range) and not keys["count"].values:
         keys["count"] = dataclasses.replace(keys["count"], integer=True)
+    if keys["count"].smallest < 0 or keys["count"].largest < 1:
+        raise _error(f"{where}.count", "must allow at least one patch")
     if ("ratio" in keys) == ("area" in keys) or ("area" in keys) != ("aspect" in keys):
         raise _error(where, "give either ratio, or area and aspect")
     return Erase(**keys)
@@ -252,13 +267,13 @@ def _view(name: str, config: Any) -> ViewPolicy:
         size = _check_keys(f"{where}.resize", keys["resize"], ("short", "max"))
         if "short" not in size:
             raise _error(f"{where}.resize", "needs short")
-        resize = Resize(Range.parse(f"{where}.resize.short", size["short"]), float(size.get("max") or np.inf))
+        resize = Resize(_positive(f"{where}.resize.short", size["short"]), float(size.get("max") or np.inf))
     zoom = keys.get("zoom")
     return ViewPolicy(
         name=name,
         resize=resize,
         flip=float(keys.get("flip", 0.0)),
-        zoom=None if zoom is None else Range.parse(f"{where}.zoom", zoom),
+        zoom=None if zoom is None else _positive(f"{where}.zoom", zoom),
         color=tuple(_color_step(f"{where}.color", step) for step in keys.get("color") or ()),
         affine=None if keys.get("affine") is None else _affine(f"{where}.affine", keys["affine"]),
         keep_a_box=bool(keys.get("keep_a_box", False)),

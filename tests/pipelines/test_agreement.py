@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from harness.types import Batch, Views
+from harness.types import Batch, Normalize, Views
 from pipelines.policy import Policy
 
 POLICIES = sorted(p.stem for p in (Path(__file__).parents[2] / "harness" / "conf" / "augment").glob("*.yaml"))
@@ -87,8 +87,9 @@ def test_resampling_agrees_to_one_level(affine: Any, photos: Any, build: Any) ->
 
 
 @pytest.mark.timeout(60)
+@pytest.mark.parametrize("bgr", [False, True])
 @pytest.mark.parametrize("backend", ["dali", "torchvision", "opencv"])
-def test_erased_regions(backend: str, photos: Any, build: Any) -> None:
+def test_erased_regions(backend: str, bgr: bool, photos: Any, build: Any) -> None:
     """Constant patches cover exactly the plan's rectangles; noise is the same on every backend."""
     erase = [{"count": [1, 4], "ratio": [0.1, 0.4]}]
     noise = [{"area": [0.05, 0.2], "aspect": [0.5, 2], "noise": True}]
@@ -100,7 +101,8 @@ def test_erased_regions(backend: str, photos: Any, build: Any) -> None:
     from harness.sampling import image_keys
     from pipelines.plan import noise_patch, plan_view
 
-    pipeline = build(backend, {"name": "x", "views": views}, eval_batch=23)
+    normalize = Normalize((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), bgr)
+    pipeline = build(backend, {"name": "x", "views": views}, normalize, eval_batch=23)
     policy = Policy.from_config({"name": "x", "views": views})
     ((plain, ids),) = pipeline.eval(photos, "plain")
     for name in ("patches", "noise"):
@@ -115,7 +117,7 @@ def test_erased_regions(backend: str, photos: Any, build: Any) -> None:
                     patch = (
                         torch.from_numpy(noise_patch(boxes[number], step.noise[row, number])).permute(2, 0, 1).float()
                     )
-                expected[row, :, top : top + height, left : left + width] = patch
+                expected[row, :, top : top + height, left : left + width] = patch.flip(0) if bgr else patch
         assert torch.equal(view.images, expected)
         assert not torch.equal(view.images, plain.images)
 

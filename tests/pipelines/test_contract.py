@@ -123,12 +123,17 @@ def test_resuming_gives_the_same_batches(backend: str, ratio: str, training: Any
 @pytest.mark.timeout(120)
 def test_threads_and_prefetching_do_not_change_pixels(policy_config: Any, training: Any, build: Build) -> None:
     first, *others = (
-        take(build("dali", policy_config("soft_teacher"), **training(2, 2), **options), 2)
+        take(build("dali", policy_config("soft_teacher"), **training(2, 2), **options), 5)
         for options in ({}, {"threads": 2}, {"prefetch": 4})
     )
     for other in others:
         for a, b in zip(first, other, strict=True):
             same(a, b)
+
+
+def test_dali_needs_a_thread(policy_config: Any, build: Build) -> None:
+    with pytest.raises(UserError, match="threads must be at least 1"):
+        build("dali", policy_config("small"), threads=0)
 
 
 @pytest.mark.timeout(120)

@@ -159,10 +159,22 @@ def test_workers_report_bad_images_too(backend: str, copies: ImageSource, build:
     alone = take(build(backend, CONFIG, **arguments(copies)), 6)
     pipeline = build(backend, CONFIG, **arguments(copies), threads=2)
     batches = pipeline.train()
-    for a in alone:
-        assert torch.equal(a.labeled_ids, next(batches).labeled_ids)
+    for a, b in zip(alone, batches, strict=False):
+        assert torch.equal(a.labeled_ids, b.labeled_ids)
+        assert torch.equal(a.labeled["labeled"].images, b.labeled["labeled"].images)
     batches.close()
     assert len(pipeline.bad_images) == 1
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("damage", [truncated, header_only, garbage])
+def test_the_warning_says_what_is_wrong(
+    damage: Damage, copies: ImageSource, build: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    damage(Path(copies.paths[4]))
+    with caplog.at_level(logging.WARNING):
+        list(build("dali", CONFIG).eval(copies))
+    assert "4.jpg: cannot be decoded" in caplog.text
 
 
 @pytest.mark.timeout(60)

@@ -33,6 +33,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "resize and flip, antialiased": ({"resize": SHORT, "flip": 0.5}, {"antialias": True}),
     "zoom": ({"resize": SHORT, "zoom": ZOOM, "flip": 0.5}, {}),
     "zoom, antialiased": ({"resize": SHORT, "zoom": ZOOM, "flip": 0.5}, {"antialias": True}),
+    "zoom and turn": ({"zoom": ZOOM, "affine": {"one_of": AFFINES}}, {}),
+    "zoom and turn, one warp": ({"zoom": ZOOM, "affine": {"one_of": AFFINES}}, {"color_at": "source"}),
     "all, one warp": ({"resize": SHORT, "flip": 0.5, "affine": {"one_of": AFFINES}}, {"color_at": "source"}),
     "all, two warps": ({"resize": SHORT, "flip": 0.5, "affine": {"one_of": AFFINES, "nearest": 0.5}}, {}),
     **{name: ({"affine": {"one_of": {name: draw}, "slope": "tan"}}, {}) for name, draw in AFFINES.items()},

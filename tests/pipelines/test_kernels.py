@@ -85,6 +85,17 @@ def test_identity_and_mirror_are_exact(replicate: bool) -> None:
     assert (warped(image, FLIPPED, (30, 40), replicate) == image[:, ::-1]).all()
 
 
+@pytest.mark.parametrize("size", [(1, 1), (30, 40)])
+@pytest.mark.parametrize("entry", [0.0, np.nan, np.inf, 1e-30, 1e30])
+def test_no_matrix_reads_outside(size: tuple[int, int], entry: float) -> None:
+    """Matrices without an inverse, and shifts beyond any integer, give some pixels of the image or the fill."""
+    image = np.full((*size, 3), FILL, dtype=np.uint8)
+    for place in np.ndindex(2, 3):
+        matrix = np.array([[1.0, 0.5, 2.0], [0.25, 1.0, 3.0], [0.0, 0.0, 1.0]])
+        matrix[place] = entry
+        assert (warped(image, matrix, (20, 30), False) == np.array(FILL)).all()
+
+
 def test_by_hand() -> None:
     """Two pixels to four: each new one lies a quarter off the old ones; the outer ones blend with what is outside."""
     image = np.array([[[0, 0, 0], [100, 100, 100]]], dtype=np.uint8)
@@ -123,6 +134,31 @@ def test_normalize() -> None:
     expected = np.zeros((3, 33, 40))
     expected[:, :30] = ((picture() - np.array(mean)) / std).transpose(2, 0, 1)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.timeout(60)
+def test_rendering_at_once_changes_nothing(build: Any, photos: Any) -> None:
+    """Noise patches of probability 0 keep the steps apart; all the rest is the same."""
+    views: dict[str, dict[str, Any]] = {
+        "plain": {"resize": {"short": {"range": [50, 200], "integer": True}, "max": 300}, "flip": 0.5},
+        "zoom": {"zoom": {"range": [0.5, 2.0]}, "fill": [1, 100, 255], "flip": 0.5},
+        "turn": {"affine": {"one_of": {"rotate": [-30, 30], "translate_x": [-0.3, 0.3]}}, "fill": 125},
+        "color": {"color": [{"one_of": {"brightness": 0.5}}], "affine": {"one_of": {"shear_y": [-30, 30]}}},
+        "erase": {"erase": [{"count": [1, 4], "ratio": [0, 0.4]}, {"ratio": 0.2}], "erase_fill": [9, 99, 199]},
+    }
+    noise = {"ratio": 0.1, "probability": 0.0, "noise": True}
+    for bgr in (False, True):
+        normalize = Normalize((120.0, 110.0, 99.5), (58.0, 57.0, 2.0), bgr)
+        for name, view in views.items():
+            images = []
+            for extra in ([], [noise]):
+                erase = [*view.get("erase", []), *extra]
+                policy = {"name": "x", "color_at": "source", "views": {name: {**view, "erase": erase}}}
+                graph = dali_graph.Graph(Policy.from_config(policy), normalize, gpu=False)
+                assert graph.renders_at_once(graph.policy.views[name]) == (not extra)
+                ((rendered, _),) = build("dali", policy, normalize, eval_batch=23).eval(photos, name)
+                images.append(rendered.images)
+            np.testing.assert_allclose(images[0], images[1], rtol=1e-6, atol=1e-6, err_msg=name)
 
 
 @pipeline_def(enable_conditionals=True)

@@ -70,7 +70,14 @@ def test_changed_keys_become_deviations(policy_config: Config) -> None:
         ({"views": {"weak": {"resize": {"max": 3}}}}, "needs short"),
         ({"views": {"weak": {"affine": {"one_of": {"rotate": [30, -30]}}}}}, "low, high"),
         ({"views": {"weak": {"erase": [{"count": 1}]}}}, "ratio, or area and aspect"),
-        ({"views": {"weak": {"fill": [1, 2]}}}, "three numbers"),
+        ({"views": {"weak": {"fill": [1, 2]}}}, "one or three"),
+        ({"views": {"weak": {"fill": 300}}}, "0 to 255, got 300"),
+        ({"views": {"weak": {"erase_fill": [0, 127.5, 0]}}}, r"erase_fill.*whole numbers"),
+        ({"views": {"weak": {"zoom": {"values": [1, 0]}}}}, r"zoom.*above 0"),
+        ({"views": {"weak": {"zoom": {"range": [0, 2], "log": True}}}}, r"zoom.*logarithm"),
+        ({"views": {"weak": {"resize": {"short": 0}}}}, r"short.*above 0"),
+        ({"views": {"weak": {"erase": [{"ratio": 0.1, "count": 0}]}}}, r"count.*at least one"),
+        ({"views": {"weak": {"erase": [{"area": 0.1, "aspect": [0, 2]}]}}}, r"aspect.*above 0"),
     ],
 )
 def test_mistakes_name_the_key(change: dict[str, Any], word: str) -> None:

@@ -1,0 +1,55 @@
+"""The compiled loops of the CPU graph beside OpenCV's, on one photograph-sized image and a full COCO-scale view.
+
+python -m pytest benchmarks/bench_kernels.py --benchmark-only
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from pipelines import kernels
+from pipelines.plan import hue_matrix
+
+IMAGE = np.random.default_rng(0).integers(0, 256, (426, 640, 3), dtype=np.uint8)
+SIZE, CANVAS = (800, 1066), (1300, 1300)
+VIEW = np.random.default_rng(1).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
+STRAIGHT = np.array([[1066 / 640, 0, 0], [0, 800 / 426, 0], [0, 0, 1]], dtype=np.float32)
+TURNED = np.array([[1.6, -0.2, 40], [0.2, 1.8, -30], [0, 0, 1]], dtype=np.float32)
+COLORS = np.array([[120, 115, 100], [58, 57, 57], [125] * 3, [125] * 3], dtype=np.float32)
+PATCHES = np.array([[100, 100], [80, 90]], dtype=np.float32)
+HUE = hue_matrix(0.1).astype(np.float32)
+bytes_out, planes_out = np.empty((*SIZE, 3), dtype=np.uint8), np.empty((3, *CANVAS), dtype=np.float32)
+
+
+def _render(matrix: np.ndarray, replicate: bool) -> None:
+    size = np.array(SIZE, dtype=np.float32)
+    kernels.warp_normalized(planes_out, IMAGE, matrix, size, PATCHES, COLORS, replicate)
+
+
+def _opencv(matrix: np.ndarray) -> Any:
+    return cv2.warpPerspective(IMAGE, matrix, SIZE[::-1], dst=bytes_out)
+
+
+CASES: dict[str, Callable[[], Any]] = {
+    "view to canvas, straight": lambda: _render(STRAIGHT, True),
+    "view to canvas, turned": lambda: _render(TURNED, False),
+    "warp, straight": lambda: kernels.warp(bytes_out, IMAGE, STRAIGHT, COLORS[2], True),
+    "warp, turned": lambda: kernels.warp(bytes_out, IMAGE, TURNED, COLORS[2], False),
+    "warp, OpenCV, straight": lambda: _opencv(STRAIGHT),
+    "warp, OpenCV, turned": lambda: _opencv(TURNED),
+    "normalize": lambda: kernels.normalize(planes_out, VIEW, COLORS),
+    "mix channels": lambda: kernels.mix_channels(bytes_out, VIEW, HUE),
+    "mix channels, OpenCV": lambda: cv2.transform(VIEW, HUE, dst=bytes_out),
+}
+
+
+@pytest.mark.benchmark(min_time=0.001, min_rounds=50)
+@pytest.mark.parametrize("case", CASES)
+def test_kernel(case: str, benchmark: Any) -> None:
+    cv2.setNumThreads(1)
+    benchmark(CASES[case])
