@@ -46,6 +46,7 @@ class Graph:
         self.decoded = DALIImageType.BGR if normalize.bgr else DALIImageType.RGB
         # What operations that weigh channels take the image for.
         self.weighed = DALIImageType.BGR if normalize.bgr != (policy.color_channels == "bgr") else DALIImageType.RGB
+        # Through channels given as red, green and blue, to the order they are decoded in.
         self.step = -1 if normalize.bgr else 1
         self.mean, self.std = list(normalize.mean)[:: self.step], list(normalize.std)[:: self.step]
 

@@ -289,15 +289,9 @@ _SETUP = types.void(_SHAPES, types.voidptr, int32, _SHAPES, types.voidptr, int32
 
 
 @njit(cache=True, nogil=True)
-def _bytes(addresses: Any, shapes: Any, number: int) -> Any:
+def _volume(addresses: Any, shapes: Any, number: int, dtype: Any) -> Any:
     shape = shapes[number]
-    return carray(addresses[number], (shape[0], shape[1], shape[2]), np.uint8)
-
-
-@njit(cache=True, nogil=True)
-def _planes(addresses: Any, shapes: Any, number: int) -> Any:
-    shape = shapes[number]
-    return carray(addresses[number], (shape[0], shape[1], shape[2]), np.float32)
+    return carray(addresses[number], (shape[0], shape[1], shape[2]), dtype)
 
 
 @njit(cache=True, nogil=True)
@@ -325,8 +319,8 @@ def run_warp(outs: Any, out_shapes: Any, _a: Any, _b: Any, ins: Any, shapes: Any
     """Inputs: extent, image, matrix, (2, 3) fill and whether to replicate."""
     options = _table(ins, shapes, 3)
     warp(
-        _bytes(outs, out_shapes, 0),
-        _bytes(ins, shapes, 1),
+        _volume(outs, out_shapes, 0, np.uint8),
+        _volume(ins, shapes, 1, np.uint8),
         _table(ins, shapes, 2),
         options[0],
         options[1, 0] != 0,
@@ -338,8 +332,8 @@ def run_warp_normalized(outs: Any, out_shapes: Any, _a: Any, _b: Any, ins: Any, 
     """Inputs: canvas, image, matrix, (1, 2) size, patches, (5, 3) colors and whether to replicate."""
     colors = _table(ins, shapes, 5)
     warp_normalized(
-        _planes(outs, out_shapes, 0),
-        _bytes(ins, shapes, 1),
+        _volume(outs, out_shapes, 0, np.float32),
+        _volume(ins, shapes, 1, np.uint8),
         _table(ins, shapes, 2),
         _table(ins, shapes, 3)[0],
         _table(ins, shapes, 4),
@@ -351,10 +345,10 @@ def run_warp_normalized(outs: Any, out_shapes: Any, _a: Any, _b: Any, ins: Any, 
 @cfunc(_RUN, cache=True)
 def run_normalize(outs: Any, out_shapes: Any, _a: Any, _b: Any, ins: Any, shapes: Any, _c: Any, _d: Any) -> None:
     """Inputs: canvas, image, (2, 3) colors."""
-    normalize(_planes(outs, out_shapes, 0), _bytes(ins, shapes, 1), _table(ins, shapes, 2))
+    normalize(_volume(outs, out_shapes, 0, np.float32), _volume(ins, shapes, 1, np.uint8), _table(ins, shapes, 2))
 
 
 @cfunc(_RUN, cache=True)
 def run_mix_channels(outs: Any, out_shapes: Any, _a: Any, _b: Any, ins: Any, shapes: Any, _c: Any, _d: Any) -> None:
     """Inputs: image, image, matrix."""
-    mix_channels(_bytes(outs, out_shapes, 0), _bytes(ins, shapes, 1), _table(ins, shapes, 2))
+    mix_channels(_volume(outs, out_shapes, 0, np.uint8), _volume(ins, shapes, 1, np.uint8), _table(ins, shapes, 2))
