@@ -188,6 +188,27 @@ def _about(matrix: np.ndarray, center: np.ndarray) -> np.ndarray:
     return matrix
 
 
+def _shear(slope: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """(B, 3, 3) shears about the origin by (B,) angles in radians along both axes.
+
+    With `tanh` and `tan`, x' = x - slope(angle of x) y, then y' = y + slope(angle of y) x', as Soft Teacher's code.
+    With `scikit_image` first y and then x, each shrinking the other axis by the cosine, as imgaug 0.4 builds it of
+    scikit-image's AffineTransform (STAC): an image sheared along both axes by 30 degrees keeps 0.75 of its area.
+    """
+    matrix = _identity(len(x))
+    if slope == "scikit_image":
+        matrix[:, 0, 0] = np.cos(y) - np.sin(x) * np.sin(y)
+        matrix[:, 0, 1] = -np.sin(x)
+        matrix[:, 1, 0] = np.cos(x) * np.sin(y)
+        matrix[:, 1, 1] = np.cos(x)
+        return matrix
+    factor = np.tanh if slope == "tanh" else np.tan
+    along_x, along_y = factor(-x), factor(y)
+    matrix[:, 0, 1], matrix[:, 1, 0] = along_x, along_y
+    matrix[:, 1, 1] = 1.0 + along_x * along_y  # y' = y + k' x' of the already sheared x'
+    return matrix
+
+
 def _affine_matrix(affine: Affine, ops: dict[str, Range], u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """(B, 3, 3) one drawn operation on images of (B, 2) sizes h, w. Columns of u: pick, value, second value."""
     index, value = _choose(ops, u[:, 0], u[:, 1])
@@ -202,13 +223,9 @@ def _affine_matrix(affine: Affine, ops: dict[str, Range], u: np.ndarray, sizes: 
     rotation = _identity(len(u))
     rotation[:, 0, 0] = rotation[:, 1, 1] = np.cos(angle)
     rotation[:, 1, 0], rotation[:, 0, 1] = np.sin(angle), -np.sin(angle)
-    slope = np.tanh if affine.slope == "tanh" else np.tan
-    shear = _identity(len(u))
-    both = names == "shear_xy"
-    along_x = np.where((names == "shear_x") | both, slope(np.deg2rad(-value)), 0.0)
-    along_y = np.where(both, slope(np.deg2rad(second)), np.where(names == "shear_y", slope(np.deg2rad(value)), 0.0))
-    shear[:, 0, 1], shear[:, 1, 0] = along_x, along_y
-    shear[:, 1, 1] = 1.0 + along_x * along_y  # y' = y + k' x' of the already sheared x'
+    along_x = np.where(np.isin(names, ("shear_x", "shear_xy", "shear_both")), value, 0.0)
+    along_y = np.where(np.isin(names, ("shear_y", "shear_both")), value, np.where(names == "shear_xy", second, 0.0))
+    shear = _shear(affine.slope, np.deg2rad(along_x), np.deg2rad(along_y))
     if affine.shear_center:
         shear = _about(shear, size / 2.0)
     return shear @ _about(rotation, size / 2.0) @ matrix

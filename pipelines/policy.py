@@ -36,7 +36,8 @@ AFFINE_OPS = (
     "rotate",  # degrees clockwise, about the centre
     "shear_x",  # degrees
     "shear_y",
-    "shear_xy",  # degrees, x then y, each drawn on its own
+    "shear_xy",  # degrees, both axes, each drawn on its own
+    "shear_both",  # degrees, one angle for both axes
 )
 
 
@@ -135,7 +136,7 @@ class Affine:
     `in_box_ops` inside one box drawn uniformly, which moves pixels and not boxes (STAC)."""
 
     ops: dict[str, Range]
-    slope: str = "tanh"  # shear factor from the angle: tanh or tan
+    slope: str = "tanh"  # shear factor from the angle: tanh or tan; scikit_image: that library's form, which shrinks
     shear_center: bool = False  # shear about the centre instead of the origin
     nearest: float = 0.0  # probability of nearest-neighbour interpolation
     in_box_ops: dict[str, Range] = dataclasses.field(default_factory=dict)
@@ -236,8 +237,8 @@ def _affine(where: str, config: Any) -> Affine:
         _ops(f"{where}.in_box", in_box, AFFINE_OPS) if in_box else {},
         float(keys.get("in_box_probability", 0.0)),
     )
-    if affine.slope not in ("tanh", "tan"):
-        raise _error(f"{where}.slope", "must be tanh or tan")
+    if affine.slope not in ("tanh", "tan", "scikit_image"):
+        raise _error(f"{where}.slope", "must be tanh, tan or scikit_image")
     if (affine.in_box_probability > 0) != bool(affine.in_box_ops):
         raise _error(where, "in_box and in_box_probability go together")
     return affine

@@ -11,6 +11,7 @@ import pytest
 
 from harness import config, offline
 from harness.cli import main
+from harness.optim import learning_rate_factor
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -119,7 +120,9 @@ def test_stage_one_of_the_paper_preset_is_stacs_own() -> None:
     paper = ["method=stac", "preset=paper", "data=coco", "split.percent=10", "run_dir=x"]
     stage = config.stage_one(config.load(paper))
     assert (stage.method.name, stage.augment.name, stage.detector.style) == ("supervised", "stac", "tensorpack")
-    assert (stage.schedule.warmup_steps, stage.schedule.warmup_factor) == (1000, 0.0033)
+    assert (stage.schedule.warmup_steps, stage.schedule.warmup_factor) == (1000, 0.33)
+    rate = stage.schedule.optimizer.lr * learning_rate_factor(0, stage.schedule)
+    assert rate == pytest.approx(0.0033)
     assert not stage.schedule.optimizer.decay_norm_and_bias
     given = config.stage_one(config.load([*paper, "detector_style=detectron", "schedule.warmup_steps=7"]))
     assert (given.detector.style, given.schedule.warmup_steps, given.augment.name) == ("detectron", 7, "stac")

@@ -22,6 +22,7 @@ AFFINES: dict[str, Any] = {
     "shear_x": [-30, 30],
     "shear_y": [-30, 30],
     "shear_xy": [-30, 30],
+    "shear_both": [-30, 30],
 }
 ZOOM = {"range": [0.6, 1.6], "log": True}
 # name -> (view, policy keys)
@@ -38,6 +39,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "all, one warp": ({"resize": SHORT, "flip": 0.5, "affine": {"one_of": AFFINES}}, {"color_at": "source"}),
     "all, two warps": ({"resize": SHORT, "flip": 0.5, "affine": {"one_of": AFFINES, "nearest": 0.5}}, {}),
     **{name: ({"affine": {"one_of": {name: draw}, "slope": "tan"}}, {}) for name, draw in AFFINES.items()},
+    "shear as scikit-image": ({"affine": {"one_of": {"shear_both": [-20, 20]}, "slope": "scikit_image"}}, {}),
     "shear about the center": ({"affine": {"one_of": {"shear_xy": [-20, 20]}, "shear_center": True}}, {}),
 }
 

@@ -51,6 +51,46 @@ def test_flip_maps_x_to_width_minus_x(policy_config: Config) -> None:
     np.testing.assert_allclose(right_edge, [0, 0, 1], atol=1e-9)
 
 
+def scikit_image(rotation: float = 0.0, shear: float = 0.0) -> np.ndarray:
+    """Its AffineTransform (before version 0.19) without scale and translation."""
+    cos, sin = np.cos(rotation), np.sin(rotation)
+    return np.array([[cos, -np.sin(rotation + shear), 0], [sin, np.cos(rotation + shear), 0], [0, 0, 1]])
+
+
+def imgaug_shear(angle: float, height: int, width: int) -> np.ndarray:
+    """The matrix of imgaug 0.4's Affine(shear=(low, high)): one angle, y in a turned frame, then x, about centre."""
+    to_center = np.array([[1, 0, width / 2], [0, 1, height / 2], [0, 0, 1]])
+    turn, turn_back = scikit_image(rotation=-np.pi / 2), scikit_image(rotation=np.pi / 2)
+    shear = scikit_image(shear=angle)
+    return to_center @ shear @ turn_back @ shear @ turn @ np.linalg.inv(to_center)
+
+
+def test_stac_shears_as_imgaug_does(policy_config: Config) -> None:
+    plan = plans(policy_config("stac"))["strong"]
+    linear = plan.affine[:, :2, :2]
+    determinant = np.linalg.det(linear)
+    sheared = np.flatnonzero(plan.has_affine & ~np.isclose(determinant, 1))
+    angles = np.arcsin(-linear[sheared, 0, 1])
+    assert len(sheared) > 200
+    assert np.radians(29.5) < np.abs(angles).max() <= np.radians(30)
+    for row, angle in zip(sheared, angles, strict=True):
+        np.testing.assert_allclose(plan.affine[row], imgaug_shear(angle, *plan.sizes[row]), atol=1e-9)
+    np.testing.assert_allclose(determinant[sheared], np.cos(angles) ** 2)  # down to 0.75
+    inside = np.flatnonzero(plan.has_region & ~np.isclose(np.linalg.det(plan.region_affine[:, :2, :2]), 1))
+    assert len(inside) > 200
+    for row in inside:
+        angle = np.arcsin(-plan.region_affine[row, 0, 1])
+        left, top, right, bottom = plan.regions[row]
+        expected = imgaug_shear(angle, bottom - top, right - left)
+        np.testing.assert_allclose(plan.region_affine[row], expected, atol=1e-9)
+        assert abs(angle) <= np.radians(10)
+
+
+def test_stac_sides(policy_config: Config) -> None:
+    policy = Policy.from_config(policy_config("stac"))
+    assert [policy.views[name].resize.max for name in ("labeled", "strong", "test")] == [1344] * 3
+
+
 def test_soft_teacher_chances(policy_config: Config) -> None:
     """How often each operation is drawn, and the ranges of what is drawn."""
     plan = plans(policy_config("soft_teacher"))["strong"]
