@@ -6,6 +6,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
 import torchvision.models.resnet as resnet
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -14,6 +16,8 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from detectors.weights import CAFFE, RGB, first_weights, load_backbone
 from harness.types import Normalize, UserError
+
+_GROUPS = 32  # of GroupNorm
 
 
 def _downsampling_block(channels_in: int, channels_out: int) -> BasicBlock:
@@ -53,13 +57,39 @@ class SmallBackbone(nn.Module):
         return [c1, c2, self.l3(c2)]
 
 
+class FrozenStatistics(nn.Module):
+    """BatchNorm whose statistics are constants, and whose scale and shift are trained without weight decay.
+
+    That is how STAC's backbone is trained (tensorpack's `FreezeBN`). Parameters and buffers have BatchNorm's names.
+
+    Args:
+        channels: of the maps (B, channels, h, w).
+    """
+
+    no_weight_decay = True  # see `harness.optim`
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training=False)
+
+
 def group_norm(channels: int) -> nn.GroupNorm:
     """The normalisation that trains from scratch with few images at a time."""
-    return nn.GroupNorm(32, channels)
+    return nn.GroupNorm(_GROUPS, channels)
 
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "frozen": FrozenBatchNorm2d,
+    "frozen_statistics": FrozenStatistics,
     "batch": nn.BatchNorm2d,
     "group": group_norm,
 }
@@ -147,6 +177,22 @@ class Pyramid(nn.Module):
         return list(self.fpn(OrderedDict((str(i), level) for i, level in enumerate(levels))).values())
 
 
+def pyramid_norm(weights: str, norm: str | None, channels: int) -> Callable[[int], nn.Module] | None:
+    """Normalisation of a ResNet's pyramid: GroupNorm where everything is trained from scratch, else none.
+
+    Raises:
+        UserError: the channels do not fall into groups.
+    """
+    if weights != "scratch" or norm not in (None, "group"):
+        return None
+    if channels % _GROUPS:
+        raise UserError(
+            f"detector.pyramid_channels={channels} must be a multiple of {_GROUPS} with detector.weights=scratch, "
+            "whose GroupNorm has so many groups"
+        )
+    return group_norm
+
+
 def build_resnet(
     depth: int, weights: str, norm: str | None, frozen_stages: int | None, caffe: bool | None, cache_dir: str | Path
 ) -> tuple[ResNetBackbone, Normalize, str]:
@@ -155,7 +201,7 @@ def build_resnet(
     Args:
         depth: 18, 50 or 101.
         weights: `torchvision`, `scratch`, or the path of a file; see `detectors.weights`.
-        norm: `frozen`, `batch` or `group`; None: group from scratch, frozen otherwise.
+        norm: `frozen`, `frozen_statistics`, `batch` or `group`; None: group from scratch, frozen otherwise.
         frozen_stages: None: 2 (stem and layer1), but 0 from scratch.
         caffe: see `first_weights`.
         cache_dir: for downloads.
@@ -168,8 +214,10 @@ def build_resnet(
     if norm is not None and norm not in NORMS:
         raise UserError(f"detector.norm={norm} is unknown: choose one of {', '.join(NORMS)}")
     scratch = weights == "scratch"
-    if scratch and norm == "frozen":
-        raise UserError("detector.norm=frozen needs pre-trained weights: take detector.norm=group with weights=scratch")
+    if scratch and norm in ("frozen", "frozen_statistics"):
+        raise UserError(
+            f"detector.norm={norm} needs pre-trained weights: take detector.norm=group with weights=scratch"
+        )
     if not scratch and norm == "group":
         raise UserError(f"detector.norm=group does not fit detector.weights={weights}: those weights have BatchNorm")
     if scratch and frozen_stages:

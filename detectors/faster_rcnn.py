@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from detectors.backbones import NORMS, Pyramid, SmallBackbone, build_resnet
+from detectors.backbones import Pyramid, ResNetBackbone, SmallBackbone, build_resnet, pyramid_norm
 from detectors.detector import Detector
 from detectors.padded import PaddedTargets
 from detectors.roi import RoiSettings, RoiStage
@@ -21,19 +21,29 @@ from harness import pretrain
 from harness.types import Normalize, UserError, View
 
 # Where the codebases differ. Methods are compared on equal detectors, so the style is the detector's, not the method's.
-STYLES: dict[str, dict[str, dict[str, Any]]] = {
-    "torchvision": {"rpn": {}, "roi": {}},
+# `norm`: of a pre-trained ResNet.
+STYLES: dict[str, dict[str, Any]] = {
+    "torchvision": {"norm": "frozen", "rpn": {}, "roi": {}},
     "detectron": {  # detectron2 as Unbiased Teacher configures it
+        "norm": "frozen",
         "rpn": {"beta": 0.0, "fixed_normalizer": True, "positive_fraction": 0.25, "train_proposals": (2000, 1000)},
         "roi": {"beta": 0.0, "aligned": True, "sampling_ratio": 0},
     },
     "mmdetection": {  # mmdetection 2.16 as Soft Teacher configures it
-        "rpn": {"beta": 0.0, "train_proposals": (2000, 1000)},
+        "norm": "frozen",
+        "rpn": {"beta": 0.0, "train_proposals": (2000, 1000), "low_quality_iou": 0.3, "candidates": "padded"},
         "roi": {"beta": 0.0, "aligned": True, "sampling_ratio": 0},
     },
     "tensorpack": {  # as STAC configures it
-        "rpn": {"fixed_normalizer": True, "train_proposals": (2000, 2000)},
-        "roi": {"beta": 0.0, "aligned": True, "sampling_ratio": 0, "batch": 64},
+        "norm": "frozen_statistics",
+        "rpn": {
+            "fixed_normalizer": True,
+            "train_proposals": (2000, 2000),
+            "low_quality_iou": 0.3,
+            "low_quality_of": "anchor",
+            "candidates": "inside",
+        },
+        "roi": {"beta": 0.0, "aligned": True, "sampling_ratio": 2, "batch": 64},
     },
 }
 
@@ -102,7 +112,7 @@ class FasterRcnn(Detector):
             focal_gamma: of the RoI classification, see `losses.cross_entropy`.
         """
         output = self.rpn(features, view.images.shape[-2:])
-        result = self.rpn.losses(output, targets, keys, boxes)
+        result = self.rpn.losses(output, targets, view.sizes, keys, boxes)
         proposals = self.rpn.proposals(output, view.sizes, training=True)
         rois, count = self.roi.sample(proposals, targets, keys)
         logits, deltas = self.roi(features, rois.boxes, rois.images)
@@ -129,10 +139,20 @@ class FasterRcnn(Detector):
         return self.roi.detections(logits, deltas, proposals, view.sizes, score_threshold)
 
 
-def _settings(kind: type, style: str, part: str, given: Mapping[str, Any] | None) -> Any:
-    """A settings dataclass: its defaults, then the style's numbers, then those that the user gave."""
+def _check_style(style: str) -> None:
     if style not in STYLES:
         raise UserError(f"detector.style={style} is unknown: choose one of {', '.join(STYLES)}")
+
+
+def _anchors(style: str, sizes: Sequence[float], ratios: Sequence[float], strides: Sequence[int]) -> Anchors:
+    """One size per level; whole pixels, at distances that depend on the image, in torchvision's style alone."""
+    like_torchvision = style == "torchvision"
+    levels = [[float(size)] for size in sizes]
+    return Anchors(levels, ratios, rounded=like_torchvision, strides=None if like_torchvision else strides)
+
+
+def _settings(kind: type, style: str, part: str, given: Mapping[str, Any] | None) -> Any:
+    """A settings dataclass: its defaults, then the style's numbers, then those that the user gave."""
     chosen = {key: value for key, value in (given or {}).items() if value is not None}
     known = [f.name for f in fields(kind)]
     for key in chosen:
@@ -172,6 +192,7 @@ def small_faster_rcnn(
     Raises:
         UserError: a file is missing or does not fit, or a key is unknown.
     """
+    _check_style(style)
     width = tuple(int(c) for c in channels)
     if len(width) != 4:
         raise UserError(f"detector.channels={list(channels)} must be four numbers")
@@ -194,7 +215,7 @@ def small_faster_rcnn(
         num_classes=num_classes,
         name=name,
         backbone=Pyramid(body, pyramid_channels, norm=nn.BatchNorm2d),
-        anchors=Anchors([[float(size)] for size in anchor_sizes], anchor_ratios, rounded=style == "torchvision"),
+        anchors=_anchors(style, anchor_sizes, anchor_ratios, SmallBackbone.strides),
         rpn=_settings(RpnSettings, style, "rpn", rpn),
         roi=_settings(RoiSettings, style, "roi", roi),
         normal_init=style != "torchvision",
@@ -224,25 +245,30 @@ def faster_rcnn(
 
     Args:
         num_classes, name: see `Detector`.
-        cache_dir, depth, weights, norm, frozen_stages, caffe: see `build_resnet`.
+        cache_dir, depth, weights, frozen_stages, caffe: see `build_resnet`.
+        norm: see `build_resnet`; None: group from scratch, the style's otherwise.
         pyramid_channels: of every pyramid level.
         anchor_sizes: one for each of the five levels, in pixels.
         anchor_ratios: height / width.
-        style: key of `STYLES`: RoIAlign, box losses, normalisers, proposal counts, first weights of the heads.
+        style: key of `STYLES`: candidate anchors and their matching, box losses, normalisers, proposal counts,
+            RoIAlign, normalisation of the backbone, first weights of the heads.
         rpn, roi: numbers that differ from the style's.
 
     Raises:
         UserError: see `build_resnet`; an unknown key.
     """
+    _check_style(style)
     if len(anchor_sizes) != 5:
         raise UserError(f"detector.anchor_sizes={list(anchor_sizes)} must be five numbers, one per pyramid level")
+    if norm is None and weights != "scratch":
+        norm = STYLES[style]["norm"]
     body, normalize, pretraining = build_resnet(depth, weights, norm, frozen_stages, caffe, cache_dir)
-    pyramid_norm = NORMS["group"] if weights == "scratch" and norm in (None, "group") else None
+    after = pyramid_norm(weights, norm, pyramid_channels)
     return FasterRcnn(
         num_classes=num_classes,
         name=name,
-        backbone=Pyramid(body, pyramid_channels, norm=pyramid_norm, extra=LastLevelMaxPool()),
-        anchors=Anchors([[float(size)] for size in anchor_sizes], anchor_ratios, rounded=style == "torchvision"),
+        backbone=Pyramid(body, pyramid_channels, norm=after, extra=LastLevelMaxPool()),
+        anchors=_anchors(style, anchor_sizes, anchor_ratios, (*ResNetBackbone.strides, 64)),
         rpn=_settings(RpnSettings, style, "rpn", rpn),
         roi=_settings(RoiSettings, style, "roi", roi),
         normal_init=style != "torchvision",

@@ -16,7 +16,7 @@ from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from detectors import losses
-from detectors.backbones import NORMS, Pyramid, build_resnet
+from detectors.backbones import Pyramid, build_resnet, pyramid_norm
 from detectors.detector import Detector
 from detectors.matching import match
 from detectors.padded import PaddedTargets, gather, scatter_by_image
@@ -25,6 +25,7 @@ from harness import boxes as box_ops
 from harness.types import Normalize, UserError, View
 
 _CODER = (1.0, 1.0, 1.0, 1.0)
+_STRIDES = (8, 16, 32, 64, 128)  # of the five levels
 
 
 @dataclass
@@ -246,7 +247,7 @@ def _pyramid(
 ) -> tuple[Pyramid, Normalize, str]:
     """Levels at strides 8 to 128."""
     body, normalize, pretraining = build_resnet(depth, weights, norm, frozen_stages, caffe, cache_dir)
-    after = NORMS["group"] if weights == "scratch" and norm in (None, "group") else None
+    after = pyramid_norm(weights, norm, channels)
     return Pyramid(body, channels, 1, after, LastLevelP6P7(channels, channels)), normalize, pretraining
 
 
@@ -296,7 +297,9 @@ def retinanet(
         num_classes=num_classes,
         name=name,
         backbone=backbone,
-        anchors=Anchors(sizes, (0.5, 1.0, 2.0), rounded=like_torchvision),
+        anchors=Anchors(
+            sizes, (0.5, 1.0, 2.0), rounded=like_torchvision, strides=None if like_torchvision else _STRIDES
+        ),
         per_image_normalizer=like_torchvision,
         beta=0.0,
         normalize=normalize,
@@ -329,14 +332,18 @@ def fcos(
     Raises:
         UserError: see `build_resnet`; an unknown style.
     """
-    sizes = (8.0, 16.0, 32.0, 64.0, 128.0)  # the strides: a cell is its own anchor
-    _check_style(style, sizes)
+    _check_style(style, _STRIDES)
     backbone, normalize, pretraining = _pyramid(depth, weights, norm, frozen_stages, caffe, pyramid_channels, cache_dir)
     return Fcos(
         num_classes=num_classes,
         name=name,
         backbone=backbone,
-        anchors=Anchors([[size] for size in sizes], (1.0,), rounded=True),
+        anchors=Anchors(  # a cell is its own anchor
+            [[float(stride)] for stride in _STRIDES],
+            (1.0,),
+            rounded=True,
+            strides=None if style == "torchvision" else _STRIDES,
+        ),
         center=0.0 if style == "torchvision" else 0.5,
         normalize=normalize,
         pretraining=pretraining,

@@ -141,14 +141,13 @@ class RoiStage(nn.Module):
         matches.negative &= usable
         samples = sample(matches, s.batch, s.positive_fraction, keys, stream)
         count = samples.valid.sum().clamp(min=1).float()
+        if positives_only:
+            samples = samples.head()
         boxes = gather(candidates, samples.index)
         labels = gather(targets.labels, gather(matches.target, samples.index)) * samples.positive
         wanted = matched_boxes(samples, matches, targets, boxes)
         images = torch.arange(len(boxes), device=boxes.device)[:, None].expand_as(labels)
         used = samples.positive if positives_only else samples.valid
-        if positives_only:  # they come first
-            room = max(1, int(samples.index.shape[1] * s.positive_fraction))
-            boxes, labels, wanted, images, used = (t[:, :room] for t in (boxes, labels, wanted, images, used))
         rois = Rois(
             boxes.reshape(-1, 4),
             images.reshape(-1),

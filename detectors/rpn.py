@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +13,11 @@ from detectors import losses
 from detectors.matching import match, matched_boxes, sample
 from detectors.padded import PaddedTargets, gather, scatter_by_image
 from harness import boxes as box_ops
+from harness.types import UserError
 
 _CODER = (1.0, 1.0, 1.0, 1.0)
 _SMALLEST_PROPOSAL = 1e-3  # px
+_PAD = 32  # px; mmdetection pads each image to a multiple of it, before images are padded to the size of the batch
 
 
 @dataclass
@@ -58,11 +60,21 @@ class Anchors(nn.Module):
         sizes: of each level, in pixels.
         ratios: height / width, of all levels.
         rounded: see `base_anchors`.
+        strides: of each level in pixels; None divides the image's size by that of the level's map, as torchvision does,
+            whose anchors of the coarsest level therefore depend on the size that a batch is padded to.
     """
 
-    def __init__(self, sizes: Sequence[Sequence[float]], ratios: Sequence[float], rounded: bool) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[Sequence[float]],
+        ratios: Sequence[float],
+        rounded: bool,
+        strides: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
+        assert strides is None or len(strides) == len(sizes), "one stride per level"
         self.bases = [base_anchors(level, ratios, rounded) for level in sizes]
+        self.strides = strides
         self._grids: dict[tuple, Tensor] = {}
 
     def forward(self, features: list[Tensor], image_shape: tuple[int, int]) -> tuple[Tensor, list[int]]:
@@ -74,16 +86,21 @@ class Anchors(nn.Module):
             if len(self._grids) > 64:  # many image shapes: what was cached is cheap to make again
                 self._grids.clear()
             device = features[0].device
-            grids = [
-                self._grid(base.to(device), shape, image_shape) for base, shape in zip(self.bases, shapes, strict=True)
-            ]
-            self._grids[key] = torch.cat(grids)
+            steps = self._steps(shapes, image_shape)
+            levels = zip(self.bases, shapes, steps, strict=True)
+            self._grids[key] = torch.cat([self._grid(base.to(device), shape, step) for base, shape, step in levels])
         return self._grids[key], [len(b) * h * w for b, (h, w) in zip(self.bases, shapes, strict=True)]
 
+    def _steps(self, shapes: list[tuple[int, ...]], image_shape: tuple[int, int]) -> list[tuple[int, int]]:
+        """Distance of neighbouring cells of each level, vertical and horizontal, in pixels."""
+        if self.strides is not None:
+            return [(stride, stride) for stride in self.strides]
+        return [(image_shape[0] // shape[0], image_shape[1] // shape[1]) for shape in shapes]
+
     @staticmethod
-    def _grid(base: Tensor, shape: tuple[int, ...], image_shape: tuple[int, int]) -> Tensor:
-        y = torch.arange(shape[0], device=base.device) * (image_shape[0] // shape[0])
-        x = torch.arange(shape[1], device=base.device) * (image_shape[1] // shape[1])
+    def _grid(base: Tensor, shape: tuple[int, ...], step: tuple[int, int]) -> Tensor:
+        y = torch.arange(shape[0], device=base.device) * step[0]
+        x = torch.arange(shape[1], device=base.device) * step[1]
         y, x = torch.meshgrid(y, x, indexing="ij")
         return (torch.stack([x, y, x, y], -1).view(-1, 1, 4) + base).view(-1, 4)
 
@@ -96,11 +113,40 @@ class RpnSettings:
     positive_fraction: float = 0.5
     positive_iou: float = 0.7
     negative_iou: float = 0.3
+    low_quality_iou: float = 0.0  # see `match`
+    low_quality_of: str = "box"  # or anchor, see `match`
+    candidates: str = "all"  # or padded, inside: key of `CANDIDATES`
     beta: float = 1 / 9  # of the box loss, see losses.box_regression
     fixed_normalizer: bool = False  # divide by batch * images, or by the number of anchors that were sampled
     nms_iou: float = 0.7
     train_proposals: tuple[int, int] = (2000, 2000)  # per level before NMS, per image after
     test_proposals: tuple[int, int] = (1000, 1000)
+
+    def __post_init__(self) -> None:
+        for key, known in (("low_quality_of", ("box", "anchor")), ("candidates", tuple(CANDIDATES))):
+            value = getattr(self, key)
+            if value not in known:
+                raise UserError(f"detector.rpn.{key}={value} is unknown: choose {', '.join(known)}")
+
+
+def _within_padding(anchors: Tensor, sizes: Tensor) -> Tensor:
+    """Anchors of the cells within each image as padded on its own (mmdetection's valid_flags)."""
+    cells = ((anchors[:, :2] + anchors[:, 2:]) / 2).round()  # corners of the cells, on which the anchors are centred
+    padded = (sizes + _PAD - 1).div(_PAD, rounding_mode="floor") * _PAD
+    return (cells < padded.flip(1)[:, None]).all(-1)
+
+
+def _within_image(anchors: Tensor, sizes: Tensor) -> Tensor:
+    """Anchors that lie inside each image entirely (tensorpack's filter_boxes_inside_shape)."""
+    return (anchors[:, :2] >= 0).all(-1) & (anchors[:, 2:] <= sizes.flip(1)[:, None]).all(-1)
+
+
+# Which of the anchors (A, 4) images of the sizes (B, 2) learn from: (B, A) bool. None: all of the batch's area.
+CANDIDATES: dict[str, Callable[[Tensor, Tensor], Tensor] | None] = {
+    "all": None,
+    "padded": _within_padding,
+    "inside": _within_image,
+}
 
 
 class Rpn(nn.Module):
@@ -131,19 +177,36 @@ class Rpn(nn.Module):
         )
 
     def losses(
-        self, output: RpnOutput, targets: PaddedTargets, keys: Tensor, boxes: bool = True, stream: str = "rpn"
+        self,
+        output: RpnOutput,
+        targets: PaddedTargets,
+        sizes: Tensor,
+        keys: Tensor,
+        boxes: bool = True,
+        stream: str = "rpn",
     ) -> dict[str, Tensor]:
         """`rpn_class` and, if `boxes`, `rpn_box`.
 
         Args:
             output: of the B images.
             targets: what lies in them; an image without boxes has only negatives.
+            sizes: (B, 2) valid sizes.
             keys: (B,).
             boxes: False leaves the box loss out.
             stream: name of the random draw.
         """
         s = self.settings
-        matches = match(output.anchors, targets, s.positive_iou, s.negative_iou, low_quality=True)
+        within = CANDIDATES[s.candidates]
+        matches = match(
+            output.anchors,
+            targets,
+            s.positive_iou,
+            s.negative_iou,
+            low_quality=True,
+            low_quality_iou=s.low_quality_iou,
+            low_quality_of=s.low_quality_of,
+            usable=None if within is None else within(output.anchors, sizes),
+        )
         samples = sample(matches, s.batch, s.positive_fraction, keys, stream)
         if s.fixed_normalizer:
             count = output.objectness.new_tensor(float(s.batch * len(keys)), dtype=torch.float32)
@@ -153,8 +216,7 @@ class Rpn(nn.Module):
         classification = losses.binary_cross_entropy(logits, samples.positive.float(), samples.valid)
         result = {"rpn_class": classification / count}
         if boxes:
-            room = max(1, int(samples.index.shape[1] * s.positive_fraction))  # positives come first
-            head = type(samples)(samples.index[:, :room], samples.valid[:, :room], samples.positive[:, :room])
+            head = samples.head()
             anchors = output.anchors[head.index]
             wanted = box_ops.encode(matched_boxes(head, matches, targets, anchors), anchors, _CODER)
             deltas = gather(output.deltas, head.index)

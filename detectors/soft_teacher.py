@@ -145,7 +145,7 @@ class SoftTeacher(Method):
         self._labels = {"classification": for_class, "rpn": for_rpn, "box": for_box}
 
         output = rpn(features, strong.images.shape[-2:])
-        result = rpn.losses(output, for_rpn, keys)
+        result = rpn.losses(output, for_rpn, strong.sizes, keys)
         if self.use_teacher_proposals:
             proposals = map_proposals(teacher_proposals, weak, strong)
         else:

@@ -15,16 +15,18 @@ _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 def build_optimizer(module: nn.Module, options: DictConfig) -> torch.optim.Optimizer:
     """SGD or AdamW over the trainable parameters.
 
-    With `decay_norm_and_bias: false`, weight decay spares biases and normalisation layers (STAC decays weights only).
+    With `decay_norm_and_bias: false`, weight decay spares biases and normalisation layers (STAC decays weights only);
+    modules that say `no_weight_decay = True` it always spares.
     """
     spared = {
         id(p)
         for m in module.modules()
         for name, p in m.named_parameters(recurse=False)
-        if isinstance(m, _NORMS) or name == "bias"
+        if getattr(m, "no_weight_decay", False)
+        or (not options.decay_norm_and_bias and (isinstance(m, _NORMS) or name == "bias"))
     }
     everything = [p for p in module.parameters() if p.requires_grad]
-    if options.decay_norm_and_bias:
+    if not spared:
         groups = [{"params": everything, "weight_decay": options.weight_decay}]
     else:
         groups = [

@@ -4,11 +4,15 @@ import copy
 
 import pytest
 import torch
+from omegaconf import OmegaConf
+from torchvision.models import resnet18
+from torchvision.ops import FrozenBatchNorm2d
 
-from detectors.backbones import ResNetBackbone
+from detectors.backbones import FrozenStatistics, ResNetBackbone
 from detectors.detector import join_views, targets_of
-from detectors.faster_rcnn import STYLES
+from detectors.faster_rcnn import STYLES, faster_rcnn
 from detectors.method import student_features
+from harness.optim import build_optimizer
 from harness.types import View
 
 
@@ -102,6 +106,57 @@ def test_anchors_of_the_small_detector_follow_the_style(make_small, style):
     bases = make_small(style=style, anchor_sizes=[9, 21, 36]).rpn.anchors.bases
     sides = [float(base[0, 2] - base[0, 0]) for base in bases]
     assert sides == ([8, 20, 36] if style == "torchvision" else [9, 21, 36])
+
+
+def test_frozen_statistics_with_a_trained_scale_and_shift():
+    """STAC's backbone: stem and first stage frozen, scale and shift of the others trained, statistics constants."""
+    body = ResNetBackbone(18, "frozen_statistics", 2)
+    norms = {name: m for name, m in body.named_modules() if isinstance(m, FrozenStatistics)}
+    assert len(norms) == 20
+    assert not any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in body.modules())
+    generator = torch.Generator().manual_seed(0)
+    for norm in norms.values():
+        norm.running_mean.copy_(torch.randn(len(norm.bias), generator=generator) * 0.1)
+        norm.running_var.copy_(torch.rand(len(norm.bias), generator=generator) + 0.5)
+    frozen = ResNetBackbone(18, "frozen", 2)
+    frozen.load_state_dict(body.state_dict())
+    images = torch.randn(2, 3, 64, 64, generator=generator)
+    before = {name: buffer.clone() for name, buffer in body.named_buffers()}
+    features = body.train()(images)
+    for own, other in zip(features, frozen(images), strict=True):
+        torch.testing.assert_close(own, other, atol=1e-4, rtol=1e-4)
+    sum(level.square().mean() for level in features).backward()
+    for name, norm in norms.items():
+        trained = name.startswith(("layer2", "layer3", "layer4"))
+        assert (norm.weight.grad is not None and bool(norm.weight.grad.any())) == trained, name
+        assert (norm.bias.grad is not None) == trained, name
+    assert all(torch.equal(buffer, before[name]) for name, buffer in body.named_buffers())
+
+
+@pytest.mark.parametrize(
+    ("style", "given", "kind"),
+    [
+        ("tensorpack", None, FrozenStatistics),
+        ("tensorpack", "frozen", FrozenBatchNorm2d),
+        ("tensorpack", "batch", torch.nn.BatchNorm2d),
+        ("mmdetection", None, FrozenBatchNorm2d),
+        ("mmdetection", "frozen_statistics", FrozenStatistics),
+    ],
+)
+def test_norm_of_the_style(style, given, kind, tmp_path):
+    torch.save(resnet18().state_dict(), tmp_path / "weights.pth")
+    detector = faster_rcnn(
+        num_classes=3, name="x", cache_dir=tmp_path, depth=18, weights=str(tmp_path / "weights.pth"), norm=given,
+        pyramid_channels=32, style=style,
+    )  # fmt: skip
+    assert type(detector.backbone.body.layer3[0].bn1) is kind
+    options = {"name": "sgd", "lr": 0.1, "weight_decay": 0.5, "decay_norm_and_bias": True}
+    groups = build_optimizer(detector, OmegaConf.create(options)).param_groups
+    spared = {id(p) for group in groups if group["weight_decay"] == 0 for p in group["params"]}
+    own = {id(p) for m in detector.modules() if isinstance(m, FrozenStatistics) for p in m.parameters()}
+    trained = {id(p) for p in detector.parameters() if p.requires_grad}
+    assert spared == own & trained
+    assert bool(spared) == (kind is FrozenStatistics)
 
 
 @pytest.mark.parametrize("stages", [0, 2, 5])

@@ -44,16 +44,55 @@ def test_match_agrees_with_torchvision_image_by_image(low_quality, seed):
 def test_large_tables_are_split_by_image(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     anchors, targets = some_boxes(generator, 50), pad(make_targets(generator, (3, 0, 6, 2, 1)))
-    whole = match(anchors, targets, 0.5, 0.3, low_quality=True)
+    usable = torch.rand(5, 50, generator=generator) < 0.7
+    rules = {"low_quality": True, "low_quality_iou": 0.2, "low_quality_of": "anchor", "usable": usable}
+    whole = match(anchors, targets, 0.5, 0.3, **rules)
     own = match(anchors.expand(5, -1, -1), targets, 0.5, 0.3)
     monkeypatch.setattr(matching, "_LARGEST_TABLE", 400)
     for expected, found in (
-        (whole, match(anchors, targets, 0.5, 0.3, low_quality=True)),
+        (whole, match(anchors, targets, 0.5, 0.3, **rules)),
         (own, match(anchors.expand(5, -1, -1), targets, 0.5, 0.3)),
     ):
         assert torch.equal(expected.target, found.target)
         assert torch.equal(expected.positive, found.positive)
         assert torch.equal(expected.negative, found.negative)
+
+
+@pytest.mark.parametrize("of", ["box", "anchor"])
+def test_low_quality_matches_need_some_overlap(of):
+    """mmdetection's and tensorpack's rules, written as their code has them."""
+    seen = set()
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        anchors, (target,) = some_boxes(generator, 40), make_targets(generator, (6,))
+        found = match(anchors, pad([target]), 0.7, 0.3, True, 0.3, of)
+        overlap = box_iou(target.boxes, anchors)
+        label = torch.full((40,), -1)
+        forced = [torch.nonzero(row == row.max())[:, 0] for row in overlap]
+        if of == "box":  # assign_wrt_overlaps of MaxIoUAssigner
+            label[overlap.max(0).values < 0.3] = 0
+            label[overlap.max(0).values >= 0.7] = 1
+            for row, index in zip(overlap, forced, strict=True):
+                if row.max() >= 0.3:
+                    label[index] = 1
+        else:  # get_anchor_labels
+            label[torch.cat(forced)] = 1
+            label[overlap.max(0).values >= 0.7] = 1
+            label[overlap.max(0).values < 0.3] = 0
+        assert torch.equal(found.positive[0], label == 1)
+        assert torch.equal(found.negative[0], label == 0)
+        any_overlap = match(anchors, pad([target]), 0.7, 0.3, True)
+        seen.add(torch.equal(found.positive, any_overlap.positive))
+    assert False in seen
+
+
+def test_a_box_claims_among_the_usable_candidates():
+    anchors = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 8], [0, 0, 10, 6], [50, 50, 60, 60]])
+    box = pad([Target(torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([1]), torch.ones(1))] * 2)
+    usable = torch.tensor([[False, True, True, False], [True, False, True, True]])
+    found = match(anchors, box, 0.9, 0.3, low_quality=True, low_quality_iou=0.3, usable=usable)
+    assert found.positive.tolist() == [[False, True, False, False], [True, False, False, False]]
+    assert found.negative.tolist() == [[False] * 4, [False, False, False, True]]
 
 
 def test_image_without_boxes_has_only_negatives():
@@ -71,24 +110,37 @@ def test_a_box_that_no_anchor_touches_forces_nothing():
     assert found.negative.all()
 
 
-@pytest.mark.parametrize(("count", "fraction"), [(16, 0.5), (64, 0.25), (500, 0.5)])
+@pytest.mark.parametrize(("count", "fraction"), [(16, 0.5), (64, 0.25), (500, 0.5), (130, 0.1)])
 def test_sample_respects_counts(count, fraction):
     generator = torch.Generator().manual_seed(1)
     anchors = some_boxes(generator, 120)
     matches = match(anchors, pad(make_targets(generator, (5, 0, 2))), 0.4, 0.3, low_quality=True)
     samples = sample(matches, count, fraction, keys_of(3), "rpn")
-    count = min(count, 120)
+    room, count = int(count * fraction), min(count, 120)
+    assert samples.room == min(room, 120)
+    head = samples.head()
+    assert torch.equal(head.positive.sum(1), samples.positive.sum(1))
+    assert torch.equal(head.index, samples.index[:, : samples.room])
     for image in range(3):
         index, valid = samples.index[image], samples.valid[image]
         positive = samples.positive[image]
         assert len(set(index[valid].tolist())) == int(valid.sum())
         assert matches.positive[image][index[positive]].all()
         assert matches.negative[image][index[valid & ~positive]].all()
-        expected = min(int(matches.positive[image].sum()), int(count * fraction))
+        expected = min(int(matches.positive[image].sum()), room)
         assert int(positive.sum()) == expected
         negatives = min(int(matches.negative[image].sum()), count - expected)
         assert int(valid.sum()) == expected + negatives
         assert positive.tolist() == sorted(positive.tolist(), reverse=True)
+
+
+def test_fewer_candidates_are_no_fewer_positives():
+    """20 candidates for 64 places of which 16 may be positive: all 12 positive ones are taken, not a quarter of 20."""
+    positive = torch.arange(20)[None] < 12
+    matches = matching.Matches(torch.zeros(1, 20, dtype=torch.int64), positive, ~positive)
+    samples = sample(matches, 64, 0.25, keys_of(1), "roi")
+    assert int(samples.positive.sum()) == 12
+    assert int(samples.valid.sum()) == 20
 
 
 def test_sample_takes_the_candidates_with_the_largest_draws():

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.ops import box_iou
 
 from detectors import losses
 from detectors.padded import pad
@@ -77,6 +78,22 @@ def test_samples(make_small, counts):
     assert float(same) == float(count)
     assert torch.equal(positives.boxes, rois.boxes[rois.labels > 0])
     assert torch.equal(positives.wanted, rois.wanted[rois.labels > 0])
+
+
+@pytest.mark.parametrize("positives_only", [False, True])
+def test_positives_of_few_candidates(make_small, positives_only):
+    """45 candidates for 512 places: 128 may be positive, and so all 20 boxes and what overlaps them are."""
+    roi = make_small(roi={"batch": 512, "positive_fraction": 0.25}).roi
+    proposals, _, _ = head_inputs(batch=1)
+    corner = torch.rand(20, 2, generator=torch.Generator().manual_seed(7)) * 45
+    boxes = torch.cat([corner, corner + 12], 1)
+    target = Target(boxes, torch.ones(20, dtype=torch.int64), torch.ones(20))
+    rois, _ = roi.sample(proposals, pad([target]), torch.tensor([5]), positives_only=positives_only)
+    candidates = torch.cat([proposals.boxes[0], boxes])
+    positive = int((box_iou(candidates, boxes).amax(1) >= 0.5).sum())
+    assert positive > 20
+    assert int((rois.labels > 0).sum()) == positive
+    assert len(rois) == (positive if positives_only else 45)
 
 
 def test_padding_has_no_weight_where_it_is_kept(make_small, monkeypatch):

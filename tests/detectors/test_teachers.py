@@ -289,7 +289,7 @@ def test_unlabelled_terms_of_unbiased_teacher(make_small, make_batch, monkeypatc
         total += (1 - p) ** gamma * -math.log(p)
     assert (rois.labels > 0).any()
     assert losses["unlabeled_roi_class"].item() == pytest.approx(weight * total / float(count), rel=1e-5)
-    rpn = student.rpn.losses(output, pseudo, keys, boxes=False)["rpn_class"].item()
+    rpn = student.rpn.losses(output, pseudo, strong.sizes, keys, boxes=False)["rpn_class"].item()
     assert losses["unlabeled_rpn_class"].item() == pytest.approx(weight * rpn, rel=1e-5)
 
 

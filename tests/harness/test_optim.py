@@ -57,6 +57,27 @@ def test_weight_decay_spares_norms_and_biases_when_told() -> None:
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.5, 0.0]
 
 
+class _Undecayed(nn.Module):
+    no_weight_decay = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+
+
+@pytest.mark.parametrize("decay_norm_and_bias", [False, True])
+def test_weight_decay_always_spares_modules_that_say_so(decay_norm_and_bias: bool) -> None:
+    net = nn.Sequential(nn.Linear(3, 2), _Undecayed())
+    options = {"name": "sgd", "lr": 0.1, "weight_decay": 0.5, "decay_norm_and_bias": decay_norm_and_bias}
+    decays = {
+        id(p): group["weight_decay"]
+        for group in build_optimizer(net, OmegaConf.create(options)).param_groups
+        for p in group["params"]
+    }
+    own = (net[0].weight, net[0].bias, net[1].scale)
+    assert [decays[id(p)] for p in own] == [0.5, 0.5 if decay_norm_and_bias else 0.0, 0.0]
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_flat_gradients_equal_torchs_own(channels_last: bool, micro_batches: int) -> None:
