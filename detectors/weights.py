@@ -1,7 +1,8 @@
 """First weights of ResNets: downloaded or from a local file, in the words a record needs. Never a silent fall-back.
 
 Layouts of a local file, told apart by their names: torchvision's (`layer1.0.conv1.weight`; mmdetection's conversion of
-the MSRA weights too), detectron2's (`res2.0.conv1.norm.weight`) and caffe2's (`res2_0_branch2a_bn_s`).
+the MSRA weights too), detectron2's (`res2.0.conv1.norm.weight`) and caffe2's (`res2_0_branch2a_bn_s`). Names do not say
+what pixels a network wants; where the values say that they are not RGB ones, the user is asked.
 """
 
 from __future__ import annotations
@@ -41,12 +42,13 @@ def first_weights(depth: int, weights: str, caffe: bool | None, cache_dir: Path)
     Args:
         depth: 18, 50 or 101.
         weights: `torchvision` (downloaded once into the cache), `scratch`, or the path of a file.
-        caffe: whether the file wants BGR and has its strides in the 1x1 convolutions; None asks the layout, which
-            knows it for caffe2 alone and otherwise says no.
+        caffe: whether the file wants BGR and has its strides in the 1x1 convolutions; None: yes for caffe2's layout, no
+            for the others, unless `raw_pixels` doubts it.
         cache_dir: downloads go to its sub-folder `weights`.
 
     Raises:
-        UserError: there is no such file, its layout is unknown, or the download fails.
+        UserError: there is no such file, its layout is unknown, the download fails, or `caffe` is None and the file
+            looks as if it wanted raw pixels.
     """
     if weights == "scratch":
         return FirstWeights(None, bool(caffe), f"ResNet-{depth} from scratch, nothing pre-trained")
@@ -60,8 +62,48 @@ def first_weights(depth: int, weights: str, caffe: bool | None, cache_dir: Path)
         )
     path = Path(weights)
     state, layout = to_torchvision_names(_read(path), path)
-    caffe = layout == "caffe2" if caffe is None else caffe
+    if caffe is None:
+        caffe = layout == "caffe2"
+        reason = None if caffe else raw_pixels(state)
+        if reason:
+            raise UserError(
+                f"detector.weights={path} looks like caffe weights (MSRA's), {reason}: set detector.caffe=true (BGR "
+                "pixels of 0 to 255, strides in the 1x1 convolutions), or detector.caffe=false if the file wants "
+                "normalised RGB"
+            )
     return FirstWeights(state, caffe, f"ResNet-{depth} from the file {path.name} ({layout} layout)")
+
+
+_PLAIN_VARIANCE = 60.0  # geometric mean of 1, of normalised pixels, and 58^2, of pixels of 0 to 255
+_SMALL_GAIN = (
+    0.03  # an eighth of what a trained first layer makes of normalised pixels, which is 58 times that of raw ones
+)
+
+
+def raw_pixels(state: Mapping[str, Tensor]) -> str | None:
+    """Why these weights look as if they wanted raw pixels, as caffe's do; None if they do not.
+
+    Pixels of 0 to 255 have a standard deviation of about 58, normalised ones of 1. The first layer shows which of them
+    it was trained on: its running variance divided by the sum of its squared weights is about the variance of the
+    pixels, and its scale makes up for their size. MSRA's statistics are folded into that scale: a mean of 0 and one
+    variance for all channels is what no trained network has.
+
+    Args:
+        state: by torchvision's names.
+    """
+    names = ("conv1.weight", "bn1.weight", "bn1.running_mean", "bn1.running_var")
+    if any(name not in state for name in names):
+        return None  # `load_backbone` will say so
+    weight, scale, mean, variance = (state[name].double() for name in names)
+    norm, scale = weight.flatten(1).norm(dim=1), scale.abs()
+    if not bool(mean.any()) and bool((variance == variance[0]).all()) and bool((scale != 1).any()):
+        return "since its statistics are folded into scale and shift"
+    live = scale > 1e-3 * scale.max()  # some channels die in training
+    if float((variance / norm.square().clamp(min=1e-12))[live].median()) > _PLAIN_VARIANCE:
+        return "since its first layer saw a variance far above that of normalised pixels"
+    if float((scale * norm / variance.clamp(min=_EPS).sqrt())[live].median()) < _SMALL_GAIN:
+        return "since its first layer scales pixels down as raw ones need it"
+    return None
 
 
 def load_backbone(backbone: nn.Module, state: Mapping[str, Tensor], weights: str) -> None:

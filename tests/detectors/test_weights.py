@@ -111,6 +111,60 @@ def test_caffe_can_be_said(tmp_path):
     assert body.layer2[0].conv1.stride == (2, 2)
 
 
+def trained_on(pixels: float, folded: bool) -> nn.Module:
+    """A ResNet-18 whose first layer has the statistics and scales of one trained on pixels of that deviation."""
+    network = random_resnet()
+    generator = torch.Generator().manual_seed(3)
+    weight = network.conv1.weight.data.normal_(0, 0.1, generator=generator)
+    response = torch.exp(torch.randn(64, generator=generator)) * pixels**2  # eigenvalues of image patches, spread
+    variance = weight.flatten(1).square().sum(1) * response
+    scale = 0.25 * torch.exp(0.3 * torch.randn(64, generator=generator))
+    scale[:10] = 1e-8  # dead channels, as trained networks have them
+    mean = torch.randn(64, generator=generator) * variance.sqrt() * 0.1
+    network.bn1.weight.data, network.bn1.running_mean, network.bn1.running_var = scale, mean, variance
+    if folded:
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.data = module.weight / (module.running_var + 1e-5).sqrt()
+                module.bias.data = module.bias - module.running_mean * module.weight
+                module.running_mean.zero_()
+                module.running_var.fill_(1.0)
+    return network
+
+
+@pytest.mark.parametrize("layout", ["torchvision", "mmdetection", "detectron2"])
+@pytest.mark.parametrize("folded", [False, True])
+def test_weights_for_raw_pixels_are_never_taken_for_rgb(layout, folded, tmp_path):
+    path = write(layout, trained_on(58.0, folded), tmp_path)
+    with pytest.raises(UserError, match=r"looks like caffe weights.*detector\.caffe=true.*detector\.caffe=false"):
+        build_resnet(18, str(path), None, None, None, tmp_path)
+    for caffe in (False, True):
+        assert build_resnet(18, str(path), None, None, caffe, tmp_path)[1].bgr == caffe
+
+
+@pytest.mark.parametrize("pixels", [0.25, 1.0])
+def test_weights_for_normalised_pixels_are_taken_as_they_are(pixels, tmp_path):
+    """Of unit deviation, or of 0 to 1."""
+    path = write("torchvision", trained_on(pixels, folded=False), tmp_path)
+    assert build_resnet(18, str(path), None, None, None, tmp_path)[1] == Normalize()
+
+
+@pytest.mark.parametrize(
+    ("name", "shrink", "reason"),
+    [("conv1.weight", 58.0, "variance"), ("bn1.weight", 58.0, "scales pixels down")],
+)
+def test_each_sign_of_raw_pixels_is_enough(name, shrink, reason):
+    state = {k: v.clone() for k, v in trained_on(1.0, folded=False).state_dict().items()}
+    assert weights.raw_pixels(state) is None
+    state[name] /= shrink
+    assert reason in (weights.raw_pixels(state) or "")
+
+
+def test_untrained_weights_are_no_caffe_weights():
+    assert weights.raw_pixels(resnet50().state_dict()) is None
+    assert weights.raw_pixels({}) is None
+
+
 def test_frozen_stages(tmp_path):
     path = write("torchvision", random_resnet(), tmp_path)
     body, _, _ = build_resnet(18, str(path), None, None, None, tmp_path)
@@ -188,6 +242,8 @@ def test_a_file_of_another_depth(tmp_path):
         ({"depth": 34}, "depth"),
         ({"norm": "layer"}, "norm"),
         ({"weights": "scratch", "norm": "frozen"}, "frozen"),
+        ({"weights": "scratch", "norm": "frozen_statistics"}, "frozen_statistics"),
+        ({"weights": "scratch", "pyramid_channels": 48}, "pyramid_channels"),
         ({"weights": "scratch", "frozen_stages": 2}, "frozen_stages"),
         ({"norm": "group"}, "norm"),
         ({"caffe": True}, "caffe"),
