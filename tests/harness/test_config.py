@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from harness import build, cli, config, score
+from harness import build, cli, config, files
 from harness.types import UserError, Views
 
 
@@ -161,9 +161,9 @@ def test_evaluate_makes_the_folder_of_out_or_tells_before_scoring(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "missing" / "x.json"
-    score._check_writable(out)
+    files.require_writable(out, "out")
     assert not out.parent.exists()
-    score._write(out, {"networks": {}})
+    files.write_atomically(out, b'{"networks": {}}')
     assert json.loads(out.read_text()) == {"networks": {}}
     (tmp_path / "config.yaml").write_text("")
     for wrong, words in ((tmp_path, "is a folder: give a file name"), (out / "y.json", "cannot be written")):

@@ -85,7 +85,7 @@ def bench(tmp_path, monkeypatch, capsys):
     script.write_text(textwrap.dedent(FAKE_TRAIN))
     monkeypatch.setattr(jobs, "train_command", lambda: [sys.executable, str(script), str(tmp_path / "state")])
     monkeypatch.setattr(config, "load", load_once)
-    monkeypatch.setattr("harness.plots.draw", lambda _: {})
+    monkeypatch.setattr("harness.plots.draw", lambda *_: {})
     monkeypatch.chdir(tmp_path)
     prepared = []
     monkeypatch.setattr(suite, "prepare", lambda cfg, _: prepared.append(cfg))
