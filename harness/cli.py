@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("ssodbench: interrupted", file=sys.stderr)
         return 130
     except OSError as error:
-        return _end_output(error) if _output_is_lost() else _tell(refusal(error, places))
+        return _end_output(error) if _is_of_output(error) else _tell(refusal(error, places))
 
 
 def _tell(error: UserError | RunError) -> int:
@@ -153,18 +153,15 @@ def _flush_output() -> None:
         sys.stdout.flush()
 
 
-def _output_is_lost() -> bool:
-    """Whether it is the standard output that cannot be written."""
-    try:
-        _flush_output()
-    except OSError:
-        return True
-    return False
+def _is_of_output(error: OSError) -> bool:
+    """Whether it is the standard output that cannot be written, the one file that is written without being named."""
+    return error.filename is None and error.errno in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def _end_output(error: OSError) -> int:
     """Ends a command whose output cannot be written; in silence where its reader has gone (`... | head`)."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
     if isinstance(error, BrokenPipeError):
         return 0
     cause = error.strerror or str(error)
