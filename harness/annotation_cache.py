@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
@@ -24,6 +24,7 @@ import numpy as np
 
 from harness.annotations import CleanAnnotations, Finding
 from harness.cache import build_once, cached_folder, is_whole
+from harness.files import open_to_read, require_regular, write_atomically
 from harness.types import UserError
 
 # The code that decides what is stored: a change to it makes every cached copy stale.
@@ -51,8 +52,8 @@ def load(
         The arrays, and the sha256 of the files' content.
     """
     root = Path(cache_dir) / "annotations"
-    paths = [str(file.resolve()) for file in files]
-    key = hashlib.sha256(json.dumps([paths, parameters]).encode()).hexdigest()[:32]
+    paths = [str(file) for file in files]
+    key = hashlib.sha256(json.dumps([[os.path.realpath(path) for path in paths], parameters]).encode()).hexdigest()[:32]
     stamp = root / "stamps" / f"{key}.json"
     with _readable():
         state = _state(paths)
@@ -67,7 +68,9 @@ def load(
         with _readable():
             unchanged = _state(paths) == state
         if unchanged:
-            _write(stamp, {"state": state["digest"], "sha256": sha256, "read": began})
+            content = {"state": state["digest"], "sha256": sha256, "read": began}
+            with suppress(OSError):  # where the cache can only be read, the next start hashes again
+                write_atomically(stamp, json.dumps(content).encode(), durable=False)
     else:
         folder = cached_folder(root, _parameters(sha256, parameters))
     return read(folder), sha256
@@ -98,12 +101,13 @@ def _no_collection() -> Iterator[None]:
 def _read_and_hash(path: str) -> tuple[Content, str]:
     """A file's bytes and their sha256; of a large file, hashed by a second thread while this one reads on."""
     if os.stat(path).st_size <= _BLOCK:
-        small = Path(path).read_bytes()
+        with open_to_read(path) as file:
+            small = file.read()
         return small, hashlib.sha256(small).hexdigest()
-    with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
-        content = bytearray(os.fstat(file.fileno()).st_size)
+    with open(path, "rb", buffering=0) as whole, ThreadPoolExecutor(1) as pool:
+        content = bytearray(os.fstat(whole.fileno()).st_size)
         sha256, view, filled = hashlib.sha256(), memoryview(content), 0
-        while read := file.readinto(view[filled : filled + _BLOCK]):
+        while read := whole.readinto(view[filled : filled + _BLOCK]):
             pool.submit(sha256.update, view[filled : filled + read])
             filled += read
     return content if filled == len(content) else content[:filled], sha256.hexdigest()
@@ -131,7 +135,7 @@ def code_sha256() -> str:
 
 def _state(paths: list[str]) -> dict[str, Any]:
     """What the file system says about the files: a digest, and the newest time in it."""
-    stats = [os.stat(path) for path in paths]
+    stats = [require_regular(path) for path in paths]
     rows = [(s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns) for s in stats]
     newest = max(max(row[2:]) for row in rows)
     return {"digest": hashlib.sha256(json.dumps(rows).encode()).hexdigest(), "newest": newest}
@@ -146,14 +150,6 @@ def _trusted(stamp: Path, state: dict[str, Any]) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     return None
-
-
-def _write(path: Path, data: dict[str, Any]) -> None:
-    """Writes JSON in one move, so that a concurrent reader sees the old or the new file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(data))
-    os.replace(partial, path)
 
 
 def save(folder: Path, annotations: CleanAnnotations) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from detectors.detector import Detector
 from detectors.method import Method
-from harness import config_checks, prepare
+from harness import config, config_checks, prepare
 from harness.datasets import Dataset
 from harness.dist import World
 from harness.optim import build_optimizer
@@ -91,6 +92,14 @@ def pipeline(
     )
 
 
+def refuse_no_unlabeled(cfg: DictConfig) -> NoReturn:
+    """Raises UserError: a method that needs unlabelled images has none."""
+    raise UserError(
+        f"method={cfg.method.name} needs unlabelled images and split.percent={cfg.split.percent:g} leaves none: "
+        "lower split.percent, or take method=supervised"
+    )
+
+
 def sampler(
     cfg: DictConfig, views: Views, unlabeled_from: int, labeled: int, unlabeled: int, world: World
 ) -> BatchSampler:
@@ -101,10 +110,7 @@ def sampler(
     """
     images = int(cfg.batch.unlabeled) if views.unlabeled else 0
     if views.unlabeled and not unlabeled:
-        raise UserError(
-            f"method={cfg.method.name} needs unlabelled images and split.percent={cfg.split.percent:g} leaves none: "
-            "lower split.percent, or take method=supervised"
-        )
+        refuse_no_unlabeled(cfg)
     if views.unlabeled and not images:
         raise UserError(f"method={cfg.method.name} needs unlabelled images: batch.unlabeled must be at least 1")
     total, micro = int(cfg.batch.labeled) + images, cfg.batch.micro
@@ -193,10 +199,40 @@ def experiment(cfg: DictConfig, world: World, data: Data) -> Experiment:
     return Experiment(cfg, world, data, trained, optimizer, drawn, feed)
 
 
-def prepare_caches(cfg: DictConfig) -> None:
-    """Makes what all runs share: the dataset, and the backbone's first weights."""
-    opened = dataset(cfg)
-    detector(cfg, len(opened.train.category_ids))
+def prepare_caches(cfgs: Sequence[DictConfig]) -> None:
+    """Makes what all runs share, the datasets and the backbone's first weights, and looks at the data of each.
+
+    Raises:
+        UserError: as `data` would in one of the runs.
+    """
+    opened: dict[str, Dataset] = {}
+    for cfg in cfgs:
+        key = OmegaConf.to_yaml(cfg.data, resolve=True)
+        if key not in opened:
+            opened[key] = dataset(cfg)
+        check_split(cfg, opened[key])
+    unlabeled = any(prepare.needs_unlabeled(cfg.split) for cfg in cfgs)
+    for one in opened.values():
+        prepare.check(one, unlabeled=unlabeled)
+    detector(cfgs[0], len(next(iter(opened.values())).train.category_ids))
+
+
+def check_split(cfg: DictConfig, opened: Dataset) -> None:
+    """Checks, without looking at pictures, that a run would find its images in a dataset.
+
+    Raises:
+        UserError: naming the cell of the run; there is no such split, or no unlabelled image for the method.
+    """
+    try:
+        split = prepare.resolve_split(opened, cfg.split)
+        _, unlabeled = prepare.sources(opened, split, cfg.split)
+        if config_checks.draws_unlabeled(cfg) and not unlabeled:
+            refuse_no_unlabeled(cfg)
+    except UserError as error:
+        raise UserError(
+            f"the cell {config.cell_name(cfg)} cannot be run: {error}; suite.methods, suite.percents and suite.folds "
+            "say which cells there are"
+        ) from error
 
 
 def weights_sha256(network: torch.nn.Module) -> str:

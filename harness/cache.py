@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -12,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from harness.types import UserError
+from harness import files
 
 _MANIFEST = "manifest.json"
 
@@ -30,7 +29,7 @@ def is_whole(folder: Path) -> bool:
     a half-deleted or truncated cache, and a matter of milliseconds.
     """
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
+        manifest = json.loads(files.read_bytes(folder / _MANIFEST))
         return bool(manifest["contents"] == _contents(folder))
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -51,22 +50,31 @@ def build_once(root: Path, parameters: dict[str, Any], build: Callable[[Path], N
         The whole folder.
 
     Raises:
-        UserError: if `root` cannot be written.
+        UserError: if the folder is not there and `root` cannot be written, or has no locks.
+        RunError: the disk is full, or fails.
     """
     folder = cached_folder(root, parameters)
     if is_whole(folder):
         return folder
-    with _locked(folder.with_suffix(".lock")):
-        if not is_whole(folder):
-            partial = folder.with_suffix(".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            build(partial)
-            manifest = {"parameters": parameters, "contents": _contents(partial)}
-            (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1))
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
+    try:
+        with _locked(folder.with_suffix(".lock")):
+            if not is_whole(folder):
+                _build(folder, parameters, build)
+    except OSError as error:
+        raise files.refusal(error, {"cache_dir": root}) from error
     return folder
+
+
+def _build(folder: Path, parameters: dict[str, Any], build: Callable[[Path], None]) -> None:
+    partial = folder.with_suffix(".partial")
+    with files.naming(folder):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        build(partial)
+        manifest = {"parameters": parameters, "contents": _contents(partial)}
+        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
 
 
 def _contents(folder: Path) -> dict[str, Any]:
@@ -86,11 +94,6 @@ def _contents(folder: Path) -> dict[str, Any]:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Holds an exclusive lock; the system frees it when the process ends, however it ends."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
-    except OSError as error:
-        raise UserError(f"cannot write to the cache folder {path.parent} ({error.strerror}); set cache_dir") from error
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with files.open_to_append(path) as file:
+        files.take_lock(file, wait=True)
         yield

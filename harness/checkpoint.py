@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import os
 import socket
-import tempfile
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 import torch
 
-from harness.train import RunError
-from harness.types import UserError
+from harness import files
+from harness.types import RunError, UserError
 
 
 class RunLock:
@@ -25,47 +24,60 @@ class RunLock:
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / "lock"
-        self._file: IO[str] | None = None
+        self._file: BinaryIO | None = None
         self.created = not run_dir.exists()
 
     def acquire(self) -> RunLock:
         """Takes the lock.
 
         Raises:
-            UserError: naming the process that holds it.
+            UserError: naming the process that holds it, or why the folder cannot be written or locked.
+            RunError: the disk is full, or fails.
         """
+        folder = self.path.parent
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = files.open_to_append(self.path)
         except OSError as error:
-            raise UserError(
-                f"cannot make the run folder {self.path.parent}: {error.strerror}; set run_dir=DIR"
-            ) from error
-        self._file = self.path.open("a+")
+            raise files.refusal(error, {"run_dir": folder}) from error
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
-            self._file.close()
-            self._file = None
+            files.take_lock(file, wait=False)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            file.flush()
+        except BlockingIOError as error:
+            file.close()
             raise UserError(
-                f"the run folder {self.path.parent} is held by {holder}: wait for it to end, or set another run_dir=DIR"
+                f"the run folder {folder} is held by {self.holder()}: wait for it to end, or set another run_dir=DIR"
             ) from error
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._file.flush()
+        except OSError as error:
+            _drop(file)
+            raise files.refusal(error, {"run_dir": folder}) from error
+        self._file = file
         return self
+
+    def holder(self) -> str:
+        """Who holds the folder, as it says itself."""
+        try:
+            return files.read_bytes(self.path).decode(errors="replace").strip() or "another process"
+        except OSError:
+            return "another process"
 
     def release(self, discard: bool = False) -> None:
         """Frees the lock; with `discard`, a folder that the lock made and nothing else was written to goes too."""
         if self._file is None:
             return
         if discard and self.created:
-            self.path.unlink(missing_ok=True)
-            if not any(self.path.parent.iterdir()):
+            with contextlib.suppress(OSError):  # the folder has got content, or has gone: neither is an error
+                self.path.unlink(missing_ok=True)
                 self.path.parent.rmdir()
-        self._file.close()
+        _drop(self._file)
         self._file = None
+
+
+def _drop(file: BinaryIO) -> None:
+    """Closes a file whose content does not matter, also where the disk is too full to take it."""
+    with contextlib.suppress(OSError):
+        file.close()
 
 
 def _step_of(path: Path) -> int:
@@ -88,17 +100,11 @@ def save(run_dir: Path, state: dict[str, Any], keep: int, keep_every: int | None
     folder = run_dir / "checkpoints"
     path = folder / f"step-{state['step']:08d}.pt"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         _remove_temporaries(folder)
-        descriptor, temporary = tempfile.mkstemp(suffix=".tmp", dir=folder)
-        with os.fdopen(descriptor, "wb") as file:
+        with files.replacing(path) as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         # torch reports a full disk as a RuntimeError of its zip writer.
-        _remove_temporaries(folder)
         raise RunError(
             f"cannot write the checkpoint {path} ({error}): free space on that disk and start the same command again, "
             "which continues from the previous checkpoint"
@@ -106,7 +112,8 @@ def save(run_dir: Path, state: dict[str, Any], keep: int, keep_every: int | None
     _sync_folder(folder)
     for old in checkpoints(run_dir)[:-keep]:
         if not keep_every or _step_of(old) % keep_every:
-            old.unlink()
+            with contextlib.suppress(OSError):  # one that stays costs space, not the run
+                old.unlink()
     return path
 
 

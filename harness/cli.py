@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -10,7 +11,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from harness.types import UserError
+from harness.files import open_closed_streams, refusal, require_working_folder
+from harness.types import RunError, UserError
 
 _HELP = """\
 ssodbench COMMAND [--config-dir DIR] [key=value | group=option ...]
@@ -59,7 +61,7 @@ def _report(cfg: DictConfig) -> int:
     from harness.report import run
 
     runs_dir = Path(cfg.runs_dir)
-    print(run(runs_dir, Path(cfg.out) if cfg.out else runs_dir / "report"))
+    _print(run(runs_dir, Path(cfg.out) if cfg.out else runs_dir / "report"))
     return 0
 
 
@@ -79,8 +81,15 @@ def _profile(cfg: DictConfig) -> int:
 def _config(cfg: DictConfig) -> int:
     from omegaconf import OmegaConf
 
-    print(OmegaConf.to_yaml(cfg, resolve=True), end="")
+    _print(OmegaConf.to_yaml(cfg, resolve=True), end="")
     return 0
+
+
+def _print(text: object, end: str = "\n") -> None:
+    """What a command is asked for; an output that the caller has closed cannot take it."""
+    if sys.stdout is None:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF), "the standard output")
+    print(text, end=end)
 
 
 _COMMANDS: dict[str, Callable[[DictConfig], int]] = {
@@ -96,6 +105,7 @@ _COMMANDS: dict[str, Callable[[DictConfig], int]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; gives its exit code."""
+    open_closed_streams()
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="ssodbench", add_help=False)
     parser.add_argument("command", nargs="?")
@@ -106,26 +116,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if known.help or not known.command:
         print(_HELP, end="")
         return 0 if known.help else 2
+    places: dict[str, str] = {}
     try:
+        require_working_folder()
         if unknown:
             raise UserError(
                 f"the option {unknown[0]} is not known: settings are given as key=value, see ssodbench --help"
             )
         if known.command not in _COMMANDS:
             raise UserError(f"the command {known.command} is not known: choose one of {', '.join(_COMMANDS)}")
-        from harness.config import load
+        from harness import config
 
-        return _COMMANDS[known.command](load(known.overrides, known.config_dir))
-    except UserError as error:
-        print(f"ssodbench: {error}", file=sys.stderr)
-        return 2
+        cfg = config.load(known.overrides, known.config_dir)
+        places.update(config.places(cfg))
+        code = _COMMANDS[known.command](cfg)
+        _flush_output()
+        return code
+    except (UserError, RunError) as error:
+        return _tell(error)
     except KeyboardInterrupt:
         print("ssodbench: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader of our output has gone (`ssodbench config | head`): not an error of ours.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        return _end_output(error) if _is_of_output(error) else _tell(refusal(error, places))
+
+
+def _tell(error: UserError | RunError) -> int:
+    """Says an error in one line; gives the exit code."""
+    print(f"ssodbench: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2 if isinstance(error, UserError) else 1
+
+
+def _flush_output() -> None:
+    """Writes what is pending, while it can still be told that it cannot be written."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _is_of_output(error: OSError) -> bool:
+    """Whether it is the standard output that cannot be written, the one file that is written without being named."""
+    return error.filename is None and error.errno in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+def _end_output(error: OSError) -> int:
+    """Ends a command whose output cannot be written; in silence where its reader has gone (`... | head`)."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+    if isinstance(error, BrokenPipeError):
         return 0
+    cause = error.strerror or str(error)
+    return _tell(RunError(f"cannot write the output ({cause}): send it to a file or terminal that can be written"))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,11 @@ per cell, as it does on one machine, and each of them submits its job here.
 
 from __future__ import annotations
 
+import io
 import signal
+import subprocess
 import time
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,8 +18,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from harness.train import RunError
-from harness.types import UserError
+from harness.types import RunError, UserError
 
 _POLL_SECONDS = 5.0  # a Slurm controller does not like to be asked often
 
@@ -70,7 +72,7 @@ def submit(cfg: DictConfig) -> int:
 
     Raises:
         UserError: when submitit or Slurm is not there.
-        RunError: the job ended without a result.
+        RunError: Slurm does not take the job, or it ended without a result.
     """
     try:
         import submitit
@@ -89,10 +91,27 @@ def submit(cfg: DictConfig) -> int:
     job_cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
     job_cfg.launcher = {"name": "local"}
     job_cfg.run_dir = str(Path(cfg.run_dir).absolute())
-    job = executor.submit(TrainJob(OmegaConf.to_container(job_cfg, resolve=False)))
+    job = _put_into_queue(executor, TrainJob(OmegaConf.to_container(job_cfg, resolve=False)))
     console = Console(stderr=True)
     console.print(f"job {job.job_id}, logs in {logs}", highlight=False, soft_wrap=True)
     return _wait(job, _POLL_SECONDS if options.cluster == "slurm" else 0.2) if options.wait else 0
+
+
+def _put_into_queue(executor: Any, job: TrainJob) -> Any:
+    """Submits; what Slurm says to a refusal becomes part of one sentence.
+
+    Raises:
+        RunError: Slurm did not take the job.
+    """
+    try:
+        with redirect_stderr(io.StringIO()):  # submitit prints what its error holds
+            return executor.submit(job)
+    except (RuntimeError, subprocess.SubprocessError, FileNotFoundError) as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise RunError(
+            f"launcher=slurm: Slurm did not take the job ({said}): see with `sinfo` whether its controller answers and "
+            "whether launcher.partition, launcher.account and launcher.parameters fit, or train here by launcher=local"
+        ) from error
 
 
 def _parameters(cfg: DictConfig) -> dict[str, Any]:
@@ -126,7 +145,8 @@ def _wait(job: Any, poll_seconds: float) -> int:
     """
 
     def cancel(number: int, _frame: FrameType | None) -> None:
-        job.cancel(check=False)
+        with suppress(OSError):  # without Slurm's own programs there is nothing to cancel
+            job.cancel(check=False)
         raise SystemExit(128 + number)
 
     for number in (signal.SIGTERM, signal.SIGINT):

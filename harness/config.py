@@ -20,7 +20,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness import config_checks
+from harness import config_checks, files
 from harness.types import UserError
 
 CONF_DIR = Path(__file__).parent / "conf"
@@ -50,7 +50,8 @@ _CIRCUMSTANCES = (
     "check",
     "export_dir",
 )
-_PATH_KEY = re.compile(r"^\+*([\w.]*(root|_dir|_file|checkpoint|weights|out|annotations|images))=(.*)$", re.DOTALL)
+_PATH_KEY = re.compile(r"^\+*([\w.]*(root|_dir|_file|checkpoint|weights|out|annotations|images|logs))=(.*)$", re.DOTALL)
+_PATH_NAME = re.compile(r"(^|_)(root|dir|file|checkpoint|weights|out|annotations|images|logs)$")
 
 
 def quote_path(override: str) -> str:
@@ -81,16 +82,20 @@ def load(overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()) -> Di
     Raises:
         UserError: for an unknown key or option, or values that cannot work.
     """
+    config_dirs = [files.home_path(str(folder), "--config-dir") for folder in config_dirs]
     for folder in config_dirs:
         if not Path(folder).is_dir():
-            raise UserError(f"--config-dir {folder} is not a folder")
+            why = files.trouble(folder)
+            raise UserError(
+                f"--config-dir {folder} is not a folder{f' ({why})' if why else ''}: give one with YAML files"
+            )
     for override in overrides:
         if "=" not in override and not override.startswith("~"):
             raise UserError(f"'{override}' is not of the form key=value")
     given = list(overrides)
     overrides = [quote_path(o) for o in overrides]
     if config_dirs:
-        folders = ", ".join(_quote(f"file://{Path(folder).resolve()}") for folder in config_dirs)
+        folders = ", ".join(_quote(f"file://{os.path.realpath(folder)}") for folder in config_dirs)
         overrides.append(f"hydra.searchpath=[{folders}]")
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
@@ -101,6 +106,7 @@ def load(overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()) -> Di
     cfg.cli = {"overrides": list(given), "config_dirs": [str(folder) for folder in config_dirs]}
     config_checks.check(cfg)
     _fill_defaults(cfg)
+    _expand_home(cfg)
     OmegaConf.set_struct(cfg, True)
     return cfg
 
@@ -190,9 +196,9 @@ def _known_keys() -> Iterator[str]:
 
 def default_cache_dir() -> Path:
     """$SSODBENCH_CACHE, or `ssodbench` in the user's cache folder."""
-    if os.environ.get("SSODBENCH_CACHE"):
-        return Path(os.environ["SSODBENCH_CACHE"]).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    if own := os.environ.get("SSODBENCH_CACHE"):
+        return Path(files.home_path(own, "SSODBENCH_CACHE"))
+    base = os.environ.get("XDG_CACHE_HOME") or files.home_path("~/.cache", "cache_dir")
     return Path(base) / "ssodbench"
 
 
@@ -204,6 +210,32 @@ def _fill_defaults(cfg: DictConfig) -> None:
         cfg.cache_dir = str(default_cache_dir())
     if cfg.run_dir is None:
         cfg.run_dir = str(Path(cfg.runs_dir) / "train" / cell_name(cfg))
+
+
+def places(cfg: DictConfig) -> dict[str, str]:
+    """Dotted key -> path, of every key that names one."""
+    found = {key: value for node, name, key in _path_nodes(cfg) if isinstance(value := node[name], str) and value}
+    root = found.get("data.root", "")
+    return {key: os.path.join(root, path) if key.startswith("data.") else path for key, path in found.items()}
+
+
+def _expand_home(cfg: DictConfig) -> None:
+    """`~` in every key that names a path, wherever it was written; the shell does so in few places."""
+    for node, name, key in _path_nodes(cfg):
+        value = node[name]
+        if isinstance(value, str) and (path := files.home_path(value, key)) != value:
+            node[name] = path
+
+
+def _path_nodes(node: DictConfig, prefix: str = "") -> Iterator[tuple[DictConfig, str, str]]:
+    """(node, its key, the dotted key) of every key that names a path; those of `cli` are the command line as given."""
+    for name in map(str, node):
+        if prefix + name == "cli" or OmegaConf.is_missing(node, name):
+            continue
+        if _PATH_NAME.search(name):
+            yield node, name, prefix + name
+        elif not OmegaConf.is_interpolation(node, name) and isinstance(node[name], DictConfig):
+            yield from _path_nodes(node[name], f"{prefix}{name}.")
 
 
 def group_name(cfg: DictConfig, group: str) -> str:

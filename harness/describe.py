@@ -22,9 +22,9 @@ from rich.table import Table
 from harness import prepare, split_files
 from harness.annotations import Finding
 from harness.datasets import CocoIndex, Dataset
+from harness.files import write_atomically
 from harness.images import ImageCheck
 from harness.prepare import Checks
-from harness.record import write_atomically
 from harness.types import UserError
 
 _PERCENTS, _FOLDS = (1.0, 2.0, 5.0, 10.0), (1, 2, 3, 4, 5)  # of the papers
@@ -59,7 +59,7 @@ def describe(cfg: Any) -> dict[str, Any]:
         found["files"] = _export(dataset, cfg, Path(cfg.export_dir).expanduser())
         for file in found["files"]:
             console.print(f"wrote {file}", markup=False)
-    console.print(f"wrote {_write(cfg, found)}", markup=False)
+    console.print(_write(cfg, found), markup=False)
     configured = (float(cfg.split.percent), int(cfg.split.fold))
     no_split = [
         row["error"] for row in found["splits"] if (row["percent"], row["fold"]) == configured and "error" in row
@@ -145,8 +145,14 @@ def _export(dataset: Dataset, cfg: Any, folder: Path) -> list[str]:
     return [str(path) for path in split_files.export_all(dataset, splits, folder)]
 
 
-def _write(cfg: Any, found: dict[str, Any]) -> Path:
-    """Beside the exported files, or in the cache under the dataset's name and hash."""
+def _write(cfg: Any, found: dict[str, Any]) -> str:
+    """Writes prepared.json beside the exported files, or in the cache under the dataset's name and hash; says where.
+
+    A cache that can only be read is no error.
+
+    Raises:
+        UserError: the exported files' folder cannot be written.
+    """
     folder = OmegaConf.select(cfg, "export_dir")
     if folder:
         path = Path(folder).expanduser() / "prepared.json"
@@ -156,9 +162,12 @@ def _write(cfg: Any, found: dict[str, Any]) -> Path:
     try:
         write_atomically(path, json.dumps(found, indent=1).encode(), durable=False)
     except OSError as error:
-        key = "export_dir" if folder else "cache_dir"
-        raise UserError(f"cannot write {path} ({error.strerror}): set {key} to a folder that can be written") from error
-    return path
+        if not folder:
+            return f"not written to the cache: {path} ({error.strerror})"
+        raise UserError(
+            f"cannot write {path} ({error.strerror}): set export_dir to a folder that can be written"
+        ) from error
+    return f"wrote {path}"
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch import Tensor
 from detectors.detector import Detector
 from harness import dist
 from harness.boxes import transform_boxes
+from harness.files import write_atomically
 from harness.train import Interrupted, StopRequest
 from harness.types import ImageSource, Pipeline, Target, View
 
@@ -140,4 +141,4 @@ def write_predictions(path: Path, rows: np.ndarray) -> None:
         }
         for row in rows
     ]
-    path.write_text(json.dumps(results))
+    write_atomically(path, json.dumps(results).encode())

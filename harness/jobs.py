@@ -20,6 +20,7 @@ import psutil
 import torch
 from omegaconf import DictConfig
 
+from harness.files import open_to_append
 from harness.record import available_cores, read_record, write_record
 from harness.types import RunRecord, UserError
 
@@ -181,8 +182,7 @@ def start(cell: Cell, suite_dir: Path, environment: dict[str, str]) -> subproces
         overrides.append(f"method.offline.checkpoint={cell.needs.run_dir}")
     folders = [word for folder in cell.cfg.cli.config_dirs for word in ("--config-dir", str(folder))]
     log = suite_dir / "logs" / f"{cell.name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as output:
+    with open_to_append(log) as output:
         output.write(b"\n")
         # A session of its own: Ctrl-C reaches the suite alone, which then asks each cell once to save and stop.
         return subprocess.Popen(
@@ -209,8 +209,8 @@ def end_with_suite() -> None:
 
 
 def train_command() -> list[str]:
-    """How a cell is started."""
-    return [sys.executable, "-m", "harness.cli", "train"]
+    """How a cell is started; with -P no file of the working folder is taken for a module, as in the suite itself."""
+    return [sys.executable, "-P", "-m", "harness.cli", "train"]
 
 
 def finish(cell: Cell, code: int, suite_dir: Path, stop: StopSignal) -> None:

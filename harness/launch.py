@@ -5,7 +5,6 @@ Errors are said once, in one sentence where the user can mend them, and become t
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
@@ -18,7 +17,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from harness import cluster, dist
+from harness.config import places
 from harness.dist import World
+from harness.files import refusal
 from harness.run import CONSOLE, say, train_to_record
 from harness.train import Interrupted, RunError, StopRequest
 from harness.types import UserError
@@ -105,12 +106,10 @@ def _explain(cfg: DictConfig, world: World, error: Exception) -> tuple[str, int]
             f"out of memory on {world.device}: lower batch.micro (now {_micro(cfg)}) or evaluation.batch "
             f"(now {cfg.evaluation.batch}), or set precision=bf16"
         ), 1
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (
-            f"cannot write {error.filename or f'to {cfg.run_dir}'} ({error.strerror}): free space on that disk, by "
-            "deleting old runs for instance, and start the same command again, which continues from the newest "
-            "checkpoint"
-        ), 1
+    if isinstance(error, OSError) and error.errno is not None:
+        error.filename = error.filename or cfg.run_dir  # what the libraries write without naming it
+        told = refusal(error, places(cfg))
+        return str(told), 2 if isinstance(told, UserError) else 1
     return None
 
 

@@ -25,8 +25,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 from torch import Tensor
 
+from harness.files import open_to_append, read_bytes, write_atomically
 from harness.loggers import open_logger
-from harness.record import write_atomically
 
 _PLAIN_SECONDS = 30.0
 _PROGRESS_SECONDS = 1.0
@@ -66,7 +66,7 @@ class RunLog:
         path = run_dir / "metrics.jsonl"
         # Scores of the end are written before the record: a run killed in between scores again, and says it once.
         self._evaluated = cut_lines(path, start_step)
-        self._file = path.open("ab")
+        self._file = open_to_append(path)
         self._images, self._data_seconds, self._step_seconds, self._window_steps = 0, 0.0, 0.0, 0
         self._step_time: float | None = None  # smoothed seconds per step, for the ETA
         self._said_step, self._said_time = start_step, time.monotonic()
@@ -206,7 +206,7 @@ def cut_lines(path: Path, start_step: int) -> set[tuple[int, str]]:
     if not path.exists():
         return set()
     kept, evaluated = [], set()
-    for line in path.read_bytes().splitlines(keepends=True):
+    for line in read_bytes(path).splitlines(keepends=True):
         content = _parse(line)
         if content.get("step", start_step) < start_step:
             kept.append(line)

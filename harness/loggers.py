@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from harness.record import write_atomically
+from harness.files import write_atomically
 from harness.types import UserError
 
 

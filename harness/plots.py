@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
+
+from harness.files import read_bytes, refusal
 
 if TYPE_CHECKING:
     from harness.tables import Row, Run, Section
@@ -45,9 +48,20 @@ _RC: Any = {
 }
 
 
-def draw(section: Section) -> dict[str, str]:
-    """Figures of a section, name -> SVG; a figure that would be empty is left out."""
-    curves: Curves = {run.folder: read_metrics(run.folder) for run in section.runs if run.folder is not None}
+def draw(section: Section, problems: list[str] | None = None) -> dict[str, str]:
+    """Figures of a section, name -> SVG; a figure that would be empty is left out.
+
+    A run whose metrics cannot be read has no curve, and a sentence about it goes to `problems`.
+    """
+    curves: Curves = {}
+    for run in section.runs:
+        try:
+            if run.folder is not None:
+                curves[run.folder] = read_metrics(run.folder)
+        except OSError as error:
+            curves[run.folder] = []
+            if problems is not None:
+                problems.append(f"{refusal(error)}; the run's curves are left out")
     figures = {
         "ap_by_ratio": _ap_by_ratio(section),
         "learning_curves": _learning_curves(section, curves),
@@ -57,10 +71,14 @@ def draw(section: Section) -> dict[str, str]:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Lines of a run's metrics.jsonl; torn ones, which a killed run may leave, are passed over."""
+    """Lines of a run's metrics.jsonl; torn ones, which a killed run may leave, are passed over.
+
+    Raises:
+        OSError: the file is there and cannot be read.
+    """
     path = folder / "metrics.jsonl"
     lines = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
+    for line in read_bytes(path).splitlines() if os.path.lexists(path) else []:
         try:
             lines.append(msgspec.json.decode(line))
         except msgspec.DecodeError:

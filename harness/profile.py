@@ -25,6 +25,7 @@ from rich.table import Table
 
 from harness import build
 from harness.dist import join, resolve_device
+from harness.files import require_writable, write_atomically
 from harness.sampling import BatchSampler, MicroBatch
 from harness.types import ImageSource, Normalize, Pipeline, UserError, Views
 from pipelines.policy import Policy
@@ -152,6 +153,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     for name in names:
         if name not in known:
             raise UserError(f"profile.pipelines names {name!r}, which is none of {', '.join(known)}")
+    if cfg.out:
+        require_writable(Path(cfg.out), "out")
     from pipelines.dali import DecodeOnly
 
     torch.set_num_threads(1)
@@ -194,11 +197,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         "device": str(world.device),
         "cpus": os.cpu_count(),
     }
+    if cfg.out:
+        write_atomically(Path(cfg.out), json.dumps(result, indent=1).encode() + b"\n")
     console = Console()
     console.print(_table(f"{policy.name}, views {', '.join(result['views'])}, batch {batch}", result["pipelines"]))
     console.print(_table("ceilings", result["ceilings"]))
-    if cfg.out:
-        path = Path(cfg.out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
     return result

@@ -15,31 +15,13 @@ import msgspec
 import psutil
 import torch
 
+from harness.files import read_bytes, write_atomically
 from harness.types import RunRecord, UserError
 
 SCHEMA_VERSION = 1
 STATUSES = ("running", "ok", "failed", "interrupted")
 _PACKAGES = ("torch", "torchvision", "numpy", "numba", "pycocotools", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
 _FIELDS = {field.name for field in dataclasses.fields(RunRecord)}
-
-
-def write_atomically(path: Path, content: bytes, durable: bool = True) -> None:
-    """Replaces `path` by `content`, so that a reader (or a crash) sees the old file or the new one, never a part.
-
-    With `durable` false the content is not forced to the disk: enough for what only live readers need.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_record(path: Path, record: RunRecord) -> None:
@@ -55,7 +37,7 @@ def read_record(path: Path) -> RunRecord:
         UserError: the file is missing, damaged, not a record, or was written by a newer ssodbench.
     """
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): give the folder of a run.") from error
     remedy = "delete it (or its folder) and run the cell again"

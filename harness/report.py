@@ -15,10 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from harness import formatting, plots
+from harness.files import refusal, require_writable, write_atomically
 from harness.formatting import cell_text
-from harness.record import write_atomically
 from harness.tables import BASELINE, Section, load, method_label
-from harness.types import UserError
 
 TEMPLATES = Path(__file__).parent / "templates"
 PUBLISHED = Path(__file__).parent.parent / "results" / "published.csv"
@@ -53,11 +52,12 @@ def run(folder: Path, out: Path | None = None) -> Path:
 
     Raises:
         UserError: there is no record, or `out` cannot be written.
+        RunError: the disk is full, or fails.
     """
     out = folder / "report" if out is None else out
     sections, problems = load(folder)
     for section in sections:
-        section.plots = plots.draw(section)
+        section.plots = plots.draw(section, problems)
     content = {
         "sections": sections,
         "problems": problems,
@@ -67,6 +67,7 @@ def run(folder: Path, out: Path | None = None) -> Path:
         "published_percents": ("1", "2", "5", "10", "full"),
     }
     environment = _templates()
+    require_writable(out, "out", folder=True)
     try:
         for name in ("report.html", "report.md", "report.tex"):
             text = environment.get_template(f"{name}.j2").render(content)
@@ -76,7 +77,7 @@ def run(folder: Path, out: Path | None = None) -> Path:
             for name, svg in section.plots.items():
                 write_atomically(out / f"{number}_{name}.svg", svg.encode())
     except OSError as error:
-        raise UserError(f"the report cannot be written to {out} ({error.strerror}): set out=DIR") from error
+        raise refusal(error, {"out": out}) from error
     return out / "report.html"
 
 

@@ -24,8 +24,9 @@ from harness.build import Experiment
 from harness.checkpoint import RunLock
 from harness.dist import World
 from harness.evaluate import METRICS, evaluate, write_predictions
+from harness.files import write_atomically
 from harness.log import RunLog
-from harness.record import environment, read_record, write_atomically, write_record
+from harness.record import environment, read_record, write_record
 from harness.train import Counters, Interrupted, StopRequest, train
 from harness.types import RunRecord, UserError
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
@@ -14,7 +12,7 @@ from rich.table import Table
 
 from harness import build, checkpoint, dist
 from harness.evaluate import METRICS, evaluate
-from harness.record import write_atomically
+from harness.files import require_regular, require_writable, trouble, write_atomically
 from harness.types import UserError
 
 
@@ -29,11 +27,12 @@ def run(cfg: DictConfig) -> int:
     """
     run_dir = Path(cfg.run_dir)
     path = run_dir / "config.yaml"
-    if not path.exists():
-        raise UserError(f"there is no run in {run_dir}: set run_dir to the folder of a run")
+    if why := trouble(path):
+        raise UserError(f"there is no run in {run_dir} ({path.name}: {why}): set run_dir to the folder of a run")
+    require_regular(path)
     threshold = float(cfg.evaluation.score_threshold)
-    out = Path(cfg.out).expanduser() if cfg.out else run_dir / f"evaluation_{threshold:g}.json"
-    _check_writable(out)
+    out = Path(cfg.out) if cfg.out else run_dir / f"evaluation_{threshold:g}.json"
+    require_writable(out, "out")
     trained = OmegaConf.load(path)
     assert isinstance(trained, DictConfig)
     trained.evaluation, trained.cache_dir = cfg.evaluation, cfg.cache_dir
@@ -60,6 +59,8 @@ def run(cfg: DictConfig) -> int:
         }
     finally:
         pipeline.close()
+    content = msgspec.json.encode({"score_threshold": threshold, "networks": scores})
+    write_atomically(out, msgspec.json.format(content))
     table = Table(title=f"{file}, scores above {threshold:g}", title_justify="left")
     for heading in ("network", *METRICS):
         table.add_column(heading, justify="left" if heading == "network" else "right")
@@ -67,21 +68,4 @@ def run(cfg: DictConfig) -> int:
         shown = [f"{metrics[m]:.1f}" if metrics[m] is not None else "-" for m in METRICS]
         table.add_row(name + (" (reported)" if name == method.reported else ""), *shown)
     Console().print(table)
-    _write(out, {"score_threshold": threshold, "networks": scores})
     return 0
-
-
-def _write(out: Path, content: dict[str, Any]) -> None:
-    try:
-        write_atomically(out, msgspec.json.format(msgspec.json.encode(content)))
-    except OSError as error:
-        raise UserError(f"cannot write {out} ({error.strerror}): set out=FILE to a file that can be written") from error
-
-
-def _check_writable(out: Path) -> None:
-    """Raises UserError, before anything is scored, where the result could not be written; makes no folder yet."""
-    if out.is_dir():
-        raise UserError(f"out={out} is a folder: give a file name, such as out={out / 'evaluation.json'}")
-    existing = next(folder for folder in out.absolute().parents if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"out={out} cannot be written, {existing} is no folder that can be: set out=FILE elsewhere")

@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 
 from harness.datasets import CocoIndex, Dataset
+from harness.files import make_folder, read_bytes
 from harness.types import Split, UserError
 
 _MARK = "split exported by ssodbench"
@@ -52,7 +53,7 @@ def export_all(dataset: Dataset, splits: Sequence[Split], folder: Path) -> list[
     try:
         for path in parts:
             _check_free(path, dataset)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for path, (index, ids) in parts.items():
             partials[path].write_bytes(_encode(index, ids))
         for path, partial in partials.items():
@@ -175,7 +176,7 @@ def _text(path: Path, content: bytes) -> list[int]:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bytes(path)
     except OSError as error:
         raise UserError(f"cannot read split.index_file={path} ({error.strerror}): give an existing file") from error
 

@@ -10,7 +10,7 @@ import copy
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ from rich.console import Console
 
 from harness import config, config_checks, report
 from harness.checkpoint import RunLock
+from harness.files import refusal, write_atomically
 from harness.jobs import Cell, default_jobs, environments, execute, stop_signals
-from harness.record import read_record, write_atomically
+from harness.record import read_record
 from harness.suite_view import View
 from harness.tables import BASELINE
-from harness.types import UserError
+from harness.types import RunError, UserError
 
 _OWN_KEYS = {
     "method": "suite.methods=[...]",
@@ -62,18 +63,56 @@ def run(cfg: DictConfig) -> int:
             highlight=False,
         )
         if missing:
-            prepare(missing[0].cfg, console)
+            prepare(missing, console)
             write_plan(suite_dir, cfg, cells)
         with stop_signals() as stop:
             if missing:
                 execute(cells, suite_dir, environments(cfg, jobs), stop, View(cells, console))
-        write_plan(suite_dir, cfg, cells)
-        html = report.run(suite_dir, suite_dir / "report")
-        report.show(suite_dir, console)
-        console.print(f"report: {html}", soft_wrap=True, highlight=False)
+        told = conclude(suite_dir, cfg, cells, console)
     if stop.number:
         return 128 + stop.number
-    return 0 if all(cell.state == "ok" for cell in cells) else 1
+    return 0 if told and all(cell.state == "ok" for cell in cells) else 1
+
+
+def conclude(suite_dir: Path, cfg: DictConfig, cells: list[Cell], console: Console) -> bool:
+    """Writes how every cell ended and the report, and prints the table; an error of one stops none of the others.
+
+    Returns:
+        Whether all of that could be done. What could not is told; the records are whole in any case.
+    """
+    steps: list[Callable[[], Any]] = [lambda: write_plan(suite_dir, cfg, cells)]
+    if any((cell.run_dir / "record.json").exists() for cell in cells):
+        html = suite_dir / "report" / "report.html"
+        steps += [lambda: report.run(suite_dir, html.parent), lambda: report.show(suite_dir, console)]
+        steps += [lambda: console.print(f"report: {html}", soft_wrap=True, highlight=False, markup=False)]
+    else:
+        steps += [lambda: console.print(_no_record(cells), soft_wrap=True, highlight=False, markup=False)]
+    done = [_done(step, suite_dir) for step in steps]
+    return all(done)
+
+
+def _done(step: Callable[[], Any], suite_dir: Path) -> bool:
+    """Does one step; says its error in one sentence."""
+    try:
+        step()
+    except Exception as error:  # of any kind: hours of training must not end in a traceback of their table
+        why = refusal(error) if isinstance(error, OSError) else error
+        what = f"{why}" if isinstance(why, UserError | RunError) else f"{type(error).__name__}: {error}"
+        with suppress(OSError):
+            Console(stderr=True).print(
+                f"ssodbench: the suite has ended, but not its report ({' '.join(what.split())}): the records in "
+                f"{suite_dir} are whole, `ssodbench report runs_dir={suite_dir}` makes the report of them",
+                soft_wrap=True,
+                highlight=False,
+                markup=False,
+            )
+        return False
+    return True
+
+
+def _no_record(cells: list[Cell]) -> str:
+    reasons = [cell.reason for cell in cells if cell.reason]
+    return f"there is nothing to report, no cell has left a record{f': {reasons[0]}' if reasons else ''}"
 
 
 def plan(cfg: DictConfig) -> list[Cell]:
@@ -178,18 +217,15 @@ def held(suite_dir: Path) -> Iterator[None]:
     Raises:
         UserError: a live process works on the same suite, or the folder cannot be written.
     """
+    lock = RunLock(suite_dir)
     try:
-        lock = RunLock(suite_dir)
         lock.acquire()
-    except OSError as error:
-        raise UserError(_cannot_write(suite_dir, error)) from error
-    except UserError as error:
+    except (UserError, RunError) as error:
         cause = error.__cause__
         if isinstance(cause, OSError) and not isinstance(cause, BlockingIOError):  # that one says: held by another
-            raise UserError(_cannot_write(suite_dir, cause)) from error
-        holder = lock.path.read_text().strip() or "another process"
+            raise type(error)(_cannot_write(suite_dir, cause)) from error
         raise UserError(
-            f"the suite in {suite_dir} is being run by {holder}: wait for it to end, or set another runs_dir=DIR"
+            f"the suite in {suite_dir} is being run by {lock.holder()}: wait for it to end, or set another runs_dir=DIR"
         ) from error
     try:
         yield
@@ -209,18 +245,20 @@ def _cannot_write(suite_dir: Path, error: OSError) -> str:
     )
 
 
-def prepare(cfg: DictConfig, console: Console) -> None:
-    """Makes what all cells share, once, instead of letting the first cells wait for each other."""
+def prepare(cells: list[Cell], console: Console) -> None:
+    """Makes what the cells share, once, instead of letting the first ones wait for each other, and looks at their data.
+
+    Raises:
+        UserError: the data cannot be used, or has not got the split of a cell.
+    """
     from harness.build import prepare_caches
 
     begin = time.monotonic()
     message = "preparing the dataset and the backbone's first weights (once per machine) ..."
-    if console.is_terminal:
-        with console.status(message):
-            prepare_caches(cfg)
-    else:
+    if not console.is_terminal:
         console.print(message)
-        prepare_caches(cfg)
+    with console.status(message) if console.is_terminal else nullcontext():
+        prepare_caches([cell.cfg for cell in cells])
     console.print(f"prepared in {time.monotonic() - begin:.1f} s", highlight=False)
 
 

@@ -10,6 +10,7 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from harness.files import read_bytes
 from harness.jobs import Cell, tail
 from harness.log import EtaColumn, duration
 from harness.record import read_record
@@ -90,7 +91,7 @@ class View:
 def read_progress(run_dir: Path) -> dict[str, Any]:
     """progress.json of a run, empty while there is none."""
     try:
-        found = msgspec.json.decode((run_dir / "progress.json").read_bytes())
+        found = msgspec.json.decode(read_bytes(run_dir / "progress.json"))
     except (OSError, msgspec.DecodeError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -18,6 +18,7 @@ import msgspec
 import pandas as pd
 
 from harness import config
+from harness.files import read_bytes, refusal, trouble
 from harness.record import read_record
 from harness.types import RunRecord, UserError
 
@@ -154,9 +155,13 @@ def load(folder: Path) -> tuple[list[Section], list[str]]:
         UserError: there is no record.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder: give runs_dir=DIR with the records of runs")
-    runs, problems = [], []
-    for path in find_records(folder):
+        why = trouble(folder)
+        raise UserError(
+            f"{folder} is not a folder{f' ({why})' if why else ''}: give runs_dir=DIR with the records of runs"
+        )
+    runs: list[Run] = []
+    problems: list[str] = []
+    for path in find_records(folder, problems):
         try:
             runs.append(Run(read_record(path), path.parent))
         except UserError as error:
@@ -172,9 +177,17 @@ def load(folder: Path) -> tuple[list[Section], list[str]]:
     return [_section(by_table[key]) for key in sorted(by_table)], problems
 
 
-def find_records(folder: Path) -> Iterator[Path]:
-    """Every record.json below a folder; not those of a run's own first stage, which lie inside that run's folder."""
-    for parent, folders, files in os.walk(folder):
+def find_records(folder: Path, problems: list[str] | None = None) -> Iterator[Path]:
+    """Every record.json below a folder; not those of a run's own first stage, which lie inside that run's folder.
+
+    A sentence about each folder that cannot be read goes to `problems`.
+    """
+
+    def note(error: OSError) -> None:
+        if problems is not None:
+            problems.append(f"{refusal(error)}; what lies in it is left out")
+
+    for parent, folders, files in os.walk(folder, onerror=note):
         folders.sort()
         if "record.json" in files:
             yield Path(parent) / "record.json"
@@ -187,7 +200,7 @@ def planned_without_record(folder: Path, runs: list[Run]) -> list[Run]:
     found = []
     for path in sorted(folder.rglob("suite.json")):
         try:
-            plan = msgspec.json.decode(path.read_bytes())
+            plan = msgspec.json.decode(read_bytes(path))
         except (OSError, msgspec.DecodeError):
             continue
         for cell in plan["cells"]:

@@ -30,16 +30,12 @@ from harness.config import evaluation_interval
 from harness.dist import FlatGradients, average_buffers, average_values, on_all_ranks
 from harness.log import RunLog
 from harness.optim import learning_rate_factor, set_learning_rate
-from harness.types import Batch
+from harness.types import Batch, RunError
 
 logger = logging.getLogger(__name__)
 
 REPEAT_SECONDS = 2.0  # within which a launcher passes on a signal that its workers may have got as well
 FEW = 0.1  # pseudo labels per image, as a share of the labelled images' boxes, below which a warning is given
-
-
-class RunError(Exception):
-    """A run that cannot go on, for a reason that one sentence tells; the record is written, exit code 1."""
 
 
 class Interrupted(Exception):  # noqa: N818  not an error

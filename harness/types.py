@@ -22,6 +22,10 @@ class UserError(Exception):
     """A mistake in what the user gave: one sentence that names the thing and the remedy; exit code 2, no traceback."""
 
 
+class RunError(Exception):
+    """What a command cannot go on from, though nothing was wrong with what was given; exit code 1, no traceback."""
+
+
 @dataclass
 class Target:
     """Boxes of one image."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from harness.files import require_shared_memory
 from harness.types import Normalize
 from pipelines.base import BadImageError, BasePipeline, Job, canvas
 from pipelines.plan import IN_BOX, KINDS, NEAREST, NOTHING, ViewPlan, from_shrunk, noise_patch
@@ -217,6 +220,11 @@ class LoaderPipeline(BasePipeline):
                 waiting.append(job)
                 yield self._task(job)
 
+        first = next(jobs, None)
+        if first is None:
+            return
+        self._require_shared_memory(first)
+        jobs = itertools.chain((first,), jobs)
         loader: DataLoader[Any] = DataLoader(
             self._renderer,
             sampler=tasks(),
@@ -230,6 +238,13 @@ class LoaderPipeline(BasePipeline):
         for batches in loader:
             job = waiting.pop(0)
             yield batches if isinstance(batches, Exception) else self._normalized(job, batches)
+
+    def _require_shared_memory(self, job: Job) -> None:
+        """Workers that find too little of it are killed, or never answer."""
+        if self.threads:
+            size = sum(3 * len(job.paths) * math.prod(canvas(plan)) for plan in job.plans)
+            what = f"pipeline.threads={self.threads} of pipeline.prefetch={self.prefetch} batches each"
+            require_shared_memory(self.threads * self.prefetch * size, what, "set pipeline.threads=0")
 
     def _render_now(self, job: Job) -> list[Tensor] | Exception:
         batches = self._renderer[self._task(job)]

@@ -109,6 +109,39 @@ def test_job_parameters_follow_the_configuration() -> None:
     executor.update_parameters(**parameters)  # submitit itself refuses names that it does not know
 
 
-def test_missing_slurm_is_told(tmp_path: Path) -> None:
+def _programs(folder: Path, monkeypatch: pytest.MonkeyPatch, **programs: str) -> None:
+    """Makes these shell scripts all that PATH has of Slurm, whatever the machine has."""
+    folder.mkdir()
+    for name, script in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+
+
+def test_missing_slurm_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _programs(tmp_path / "bin", monkeypatch)
     with pytest.raises(UserError, match="login node"):
         cluster.submit(config.load(["launcher=slurm", f"run_dir={tmp_path}"]))
+
+
+@pytest.mark.parametrize(
+    ("programs", "words"),
+    [
+        ({"srun": "", "sbatch": "echo 'sbatch: error: Unable to contact slurm controller' >&2; exit 1"}, "controller"),
+        ({"srun": "", "sbatch": "echo no number"}, "no number"),
+        ({"srun": ""}, "sbatch"),
+    ],
+)
+def test_slurm_that_takes_no_job_is_told_in_one_sentence(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    programs: dict[str, str],
+    words: str,
+) -> None:
+    _programs(tmp_path / "bin", monkeypatch, **programs)
+    assert main(["train", "launcher=slurm", f"run_dir={tmp_path / 'run'}"]) == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("ssodbench: launcher=slurm: Slurm did not take the job (")
+    assert words in line
+    assert "sinfo" in line

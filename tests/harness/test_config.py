@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from harness import build, cli, config, score
+from harness import build, cli, config, files
 from harness.types import UserError, Views
 
 
@@ -161,9 +161,9 @@ def test_evaluate_makes_the_folder_of_out_or_tells_before_scoring(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "missing" / "x.json"
-    score._check_writable(out)
+    files.require_writable(out, "out")
     assert not out.parent.exists()
-    score._write(out, {"networks": {}})
+    files.write_atomically(out, b'{"networks": {}}')
     assert json.loads(out.read_text()) == {"networks": {}}
     (tmp_path / "config.yaml").write_text("")
     for wrong, words in ((tmp_path, "is a folder: give a file name"), (out / "y.json", "cannot be written")):
@@ -205,3 +205,26 @@ def test_user_yaml_is_found_in_a_config_dir(tmp_path: Path) -> None:
 def test_cell_names_are_safe() -> None:
     cfg = config.load(["split.percent=0.5"])
     assert config.cell_name(cfg) == "shapes_supervised_soft_teacher-0.5pct-fold1_seed1"
+
+
+def test_home_is_expanded_in_every_key_that_names_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SSODBENCH_DATA", "~/data")
+    keys = ["runs_dir", "cache_dir", "out", "export_dir", "data.train_annotations", "split.index_file"]
+    keys += ["detector.weights", "method.offline.checkpoint", "launcher.logs"]
+    groups = ["data=coco", "detector=faster_rcnn_r50", "method=stac", "launcher=slurm"]
+    cfg = config.load([*groups, *(f"{key}=~/{key}" for key in keys)])
+    for key in keys:
+        assert OmegaConf.select(cfg, key) == f"{tmp_path}/{key}", key
+    assert cfg.run_dir.startswith(f"{tmp_path}/runs_dir/train/")
+    assert cfg.data.root == f"{tmp_path}/data/coco"  # from the environment, within an interpolation
+    assert cfg.detector.cache_dir == f"{tmp_path}/cache_dir"
+    assert config.places(cfg)["data.train_images"] == f"{tmp_path}/data/coco/train2017"
+    (tmp_path / "conf").mkdir()
+    assert config.load([], ["~/conf"]).cli.config_dirs == [f"{tmp_path}/conf"]
+    assert cli.main(["config", "--config-dir=~/conf", "out=./~x"]) == 0  # a folder of that very name
+    assert "out: ./~x" in capsys.readouterr().out
+    monkeypatch.setenv("SSODBENCH_CACHE", "~/own")
+    assert config.load([]).cache_dir == f"{tmp_path}/own"

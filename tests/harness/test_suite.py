@@ -64,7 +64,7 @@ tell("end")
 """
 
 
-_load = config.load
+_load, prepare = config.load, suite.prepare
 _loaded = {}
 
 
@@ -85,7 +85,7 @@ def bench(tmp_path, monkeypatch, capsys):
     script.write_text(textwrap.dedent(FAKE_TRAIN))
     monkeypatch.setattr(jobs, "train_command", lambda: [sys.executable, str(script), str(tmp_path / "state")])
     monkeypatch.setattr(config, "load", load_once)
-    monkeypatch.setattr("harness.plots.draw", lambda _: {})
+    monkeypatch.setattr("harness.plots.draw", lambda *_: {})
     monkeypatch.chdir(tmp_path)
     prepared = []
     monkeypatch.setattr(suite, "prepare", lambda cfg, _: prepared.append(cfg))
@@ -306,6 +306,60 @@ def test_cells_are_configured_as_their_process_will_be():
         alone = config.load(one.overrides)
         assert config.config_sha256(alone) == config.config_sha256(one.cfg)
         assert alone.run_dir == str(one.run_dir)
+
+
+def test_an_error_of_the_report_stops_nothing(bench, monkeypatch, capsys):
+    """Hours of training do not end in a traceback of their table."""
+
+    def broken(*_):
+        raise ValueError("[/x] closes\nnothing")
+
+    monkeypatch.setattr(suite.report, "show", broken)
+    assert bench.run() == 1
+    out, err = capsys.readouterr()
+    assert (bench.folder / "report/report.html").exists()
+    assert str(bench.folder / "report/report.html") in out
+    (line,) = err.splitlines()
+    assert line.startswith("ssodbench: the suite has ended, but not its report (ValueError: [/x] closes nothing)")
+    assert set(bench.states().values()) == {"ok"}
+
+
+def test_a_full_disk_at_the_end_stops_nothing(bench, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device", "report.html")
+
+    monkeypatch.setattr(suite.report, "run", full)
+    assert bench.run() == 1
+    out, err = capsys.readouterr()
+    assert "50.0 (n=1)" in out
+    assert "report.html (No space left on device): free space" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_suite_without_a_record_says_why(bench, capsys):
+    assert (
+        bench.run("suite.methods=[supervised]", "suite.percents=[5]", behaviour={cell("supervised", 5): "mistake"}) == 1
+    )
+    out, err = capsys.readouterr()
+    assert "no cell has left a record: ssodbench: the images are missing" in out
+    assert not err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["suite.percents=[1,0.1]"], r"0\.1pct.* is less than one: give at least 0\.13; .*suite\.percents"),
+        (["suite.percents=[100]"], r"method=stac needs unlabelled images"),
+        (["split.protocol=unbiased_teacher"], r"needs split\.index_file"),
+        (["data=custom", "data.root=nowhere"], r"nowhere/train\.json .*is not there"),
+    ],
+)
+def test_what_cells_would_refuse_is_told_once_before_any_is_started(bench, monkeypatch, overrides, words):
+    monkeypatch.setattr(suite, "prepare", prepare)
+    with pytest.raises(UserError, match=words):
+        bench.run(*overrides)
+    assert bench.started() == []
+    assert not bench.folder.exists()
 
 
 def test_no_suite():
