@@ -20,7 +20,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness import config_checks
+from harness import config_checks, layouts
 from harness.types import UserError
 
 CONF_DIR = Path(__file__).parent / "conf"
@@ -87,6 +87,7 @@ def load(overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()) -> Di
     for override in overrides:
         if "=" not in override and not override.startswith("~"):
             raise UserError(f"'{override}' is not of the form key=value")
+    layouts.check_option(overrides, config_dirs)
     given = list(overrides)
     overrides = [quote_path(o) for o in overrides]
     if config_dirs:
@@ -150,9 +151,9 @@ def _unknown_option(message: str) -> str:
     name = match.group(1) if match else message.splitlines()[0]
     group, _, option = name.rpartition("/")
     near = difflib.get_close_matches(option, options, 1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = f" (did you mean {near[0]}?)" if near else ""
     return (
-        f"{group}={option} is not known{hint} Choose one of: {', '.join(options)}"
+        f"{group}={option} is not known{hint}: choose one of {', '.join(options)}"
         if options
         else f"{name} is not known"
     )

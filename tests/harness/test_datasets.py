@@ -129,7 +129,10 @@ FATAL = {
         r"\$\.images\[0\]\.width",
     ),
     "text id": (annotations(images=[{"id": "x1", "file_name": "a", "width": 1, "height": 1}]), r"\$\.images\[0\]\.id"),
-    "id beyond 64 bits": (annotations(images=[annotations()["images"][0] | {"id": 2**70}]), "64 bits"),
+    "id beyond 64 bits": (
+        annotations(images=[annotations()["images"][0] | {"id": 2**70}]),
+        r"id of image 'b.jpg' is \d+, beyond 2\*\*53",
+    ),
     "three coordinates": (
         annotations(annotations=[{"image_id": 7, "category_id": 9, "bbox": [1, 2, 3]}]),
         r"\[0\]\.bbox",
