@@ -110,12 +110,12 @@ def _coco(root: Path, names: dict[str, str]) -> str | None:
     if not files and "annotations" in names:
         inner = names["annotations"]
         files = [f"{inner}/{name}" for name in _names(root / inner) if name.lower().endswith(".json")]
-    if not files:
-        return None
     train, val = (_named(files, words) for words in (("train",), ("val", "test")))
+    if not train or not val:
+        return None
     return (
-        f"say data=custom {_at(root)} data.train_annotations={train or 'FILE.json'} data.train_images=FOLDER "
-        f"data.val_annotations={val or 'FILE.json'} data.val_images=FOLDER"
+        f"say data=custom {_at(root)} data.train_annotations={train} data.train_images=FOLDER "
+        f"data.val_annotations={val} data.val_images=FOLDER"
     )
 
 
