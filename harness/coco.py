@@ -118,7 +118,7 @@ def _decode_leniently(content: bytes | bytearray, origin: str, error: msgspec.Va
     """The same by way of plain objects, which is slow: whole numbers may be written as 3.0, and mistakes are named."""
     try:
         plain = msgspec.json.decode(content)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise UserError(_complaint(None, origin, error)) from error
     for part, keys in _WHOLE.items():
         entries = plain.get(part) if isinstance(plain, dict) else None

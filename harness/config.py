@@ -20,7 +20,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness import config_checks, layouts
+from harness import config_checks, layouts, split_files
 from harness.types import UserError
 
 CONF_DIR = Path(__file__).parent / "conf"
@@ -213,14 +213,19 @@ def group_name(cfg: DictConfig, group: str) -> str:
 
 
 def cell_name(cfg: DictConfig) -> str:
-    """A run's name: data, method, protocol, percent, fold and seed, in [A-Za-z0-9_.-] only."""
-    parts = [
-        group_name(cfg, "data"),
-        group_name(cfg, "method"),
-        f"{cfg.split.protocol}-{cfg.split.percent:g}pct-fold{cfg.split.fold}",
-        f"seed{cfg.seed}",
-    ]
+    """A run's name: data, method, split and seed, in [A-Za-z0-9_.-] only."""
+    parts = [group_name(cfg, "data"), group_name(cfg, "method"), _split_name(cfg.split), f"seed{cfg.seed}"]
     return re.sub(r"[^A-Za-z0-9_.-]", "-", "_".join(parts))
+
+
+def _split_name(split: DictConfig) -> str:
+    """Protocol, percent and fold; where the protocol reads neither, it alone, with the name of the list it reads."""
+    if split.protocol in ("annotated", "full"):
+        return str(split.protocol)
+    file = str(split.index_file or "")
+    if split.protocol == "ids" and not split_files.names_percent(file):
+        return f"ids-{split_files.index_path(file, split.percent, split.fold).stem}"
+    return f"{split.protocol}-{split.percent:g}pct-fold{split.fold}"
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
