@@ -120,6 +120,11 @@ def quality(labels: Sequence[Target], truth: Sequence[Target], iou: float = 0.5)
     }
 
 
+def unknown_quality(labels: Sequence[Target]) -> dict[str, float | None]:
+    """`quality` of labels on images whose truth nobody knows: their number alone."""
+    return {"precision": None, "recall": None, "iou": None, "labels": float(sum(map(len, labels))), "boxes": None}
+
+
 def _pairs(found: Target, true: Target, iou: float) -> list[float]:
     if not len(found) or not len(true):
         return []

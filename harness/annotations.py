@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -12,6 +14,10 @@ from harness.types import UserError
 _EXAMPLES = 5  # shown of each finding
 _TABLE = 1 << 22  # largest range of ids that is looked up in a table
 _ROUNDING = 1e-3  # px by which a box may leave its image without being called outside
+_FARTHEST = 1e9  # px; coordinates beyond this are no place in a picture
+_LARGEST_AREA = 1e10  # px; the evaluation counts no box with a larger one, nor with a negative one
+_LARGEST_ID = 2**53 - 1  # pycocotools takes detections as float64, which cannot tell larger whole numbers apart
+_UNPRINTABLE = re.compile("[\0-\x1f\x7f\ud800-\udfff]")  # no file has such a name, and no line of a report holds it
 
 
 @dataclass(frozen=True)
@@ -73,8 +79,9 @@ def clean(raw: RawAnnotations) -> CleanAnnotations:
 
     Raises:
         UserError: for what would make training or evaluation meaningless: no image, duplicate image ids, file names or
-            category ids, images without a size.
+            category ids, ids that the evaluation cannot tell apart, images without a size or a usable name.
     """
+    _check_names(raw)
     _check_images(raw)
     category_ids, category_names, findings = _categories(raw)
     image_rows = positions(raw.image_ids, raw.box_image_ids)
@@ -101,6 +108,8 @@ def clean(raw: RawAnnotations) -> CleanAnnotations:
     x, y, w, h = np.ascontiguousarray(raw.xywh.T)  # columns: short rows are what NumPy is slowest at
     with np.errstate(invalid="ignore", over="ignore"):
         drop(~np.isfinite(x + y + w + h), "boxes with NaN or infinite coordinates, dropped")
+        largest = np.maximum(np.maximum(np.abs(x), np.abs(y)), np.maximum(w, h))
+        drop(largest > _FARTHEST, "boxes with coordinates beyond a billion px, dropped")
     drop((w <= 0) | (h <= 0), "boxes of zero or negative width or height, dropped")
     height, width = (side[np.maximum(image_rows, 0)] for side in raw.sizes.T.astype(np.float64))
     with np.errstate(invalid="ignore"):
@@ -115,7 +124,11 @@ def clean(raw: RawAnnotations) -> CleanAnnotations:
     order = np.flatnonzero(keep)
     order = order[np.argsort(image_rows[order], kind="stable")]
     counts = np.bincount(image_rows[order], minlength=len(raw.image_ids))
-    areas = np.where(np.isfinite(raw.areas), raw.areas, w * h)
+    possible = (raw.areas >= 0) & (raw.areas <= _LARGEST_AREA)
+    impossible = keep & ~possible & ~np.isnan(raw.areas)
+    findings += finding("areas that the evaluation would ignore, taken from the box", impossible, describe)
+    with np.errstate(over="ignore", invalid="ignore"):  # of boxes that were dropped
+        areas = np.where(possible, raw.areas, w * h)
     return CleanAnnotations(
         raw.image_ids,
         raw.file_names,
@@ -147,15 +160,35 @@ def positions(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return np.where(known[rows] == wanted, rows, -1)
 
 
+def whole_numbers(values: Sequence[int], describe: Callable[[int], str], remedy: str = "number from 1") -> np.ndarray:
+    """(K,) int64 of numbers that float64 can hold too.
+
+    Args:
+        values: the numbers.
+        describe: what the number in a row is, and where, for the message.
+        remedy: what to do about one that is too large.
+
+    Raises:
+        UserError: for a number that is too large.
+    """
+    try:
+        array = np.fromiter(values, np.int64, len(values))
+        if not ((array > _LARGEST_ID) | (array < -_LARGEST_ID)).any():
+            return array
+    except OverflowError:
+        pass
+    row = next(row for row, value in enumerate(values) if abs(value) > _LARGEST_ID)
+    raise UserError(
+        f"{describe(row)} is {values[row]}, beyond 2**53, where the evaluation cannot tell numbers apart: {remedy}"
+    )
+
+
 def _check_images(raw: RawAnnotations) -> None:
     if not len(raw.image_ids):
         raise UserError(f"{raw.origin} lists no image: give an annotation file with images")
-    repeated = _repeated([int(i) for i in raw.image_ids])
+    repeated = _repeated(raw.image_ids.tolist())
     if repeated:
         raise UserError(f"{raw.origin} gives {_count(repeated, 'image id')} more than once: number the images apart")
-    repeated = _repeated(raw.file_names)
-    if repeated:
-        raise UserError(f"{raw.origin} lists {_count(repeated, 'file name')} more than once: list every picture once")
     empty = (raw.sizes <= 0).any(1)
     if empty.any():
         row = int(np.flatnonzero(empty)[0])
@@ -163,6 +196,26 @@ def _check_images(raw: RawAnnotations) -> None:
             f"{raw.origin} gives {int(empty.sum())} image(s) a width or height that is not positive, first "
             f"{raw.file_names[row]}: write the size of the stored picture"
         )
+
+
+def _check_names(raw: RawAnnotations) -> None:
+    """Checks file names and class names, all at once; the one to blame is looked for only if there is one."""
+    names, classes = raw.file_names, [name for _, name in raw.categories]
+    joined = "/".join(names)
+    if not all(names) or _UNPRINTABLE.search(joined):
+        row = next(row for row, name in enumerate(names) if not name or _UNPRINTABLE.search(name))
+        raise UserError(
+            f"{raw.origin} gives image {raw.image_ids[row]} the file name {names[row]!a}, which no picture can "
+            "have: write its path below the folder of pictures"
+        )
+    if not all(classes) or _UNPRINTABLE.search("".join(classes)):
+        number, name = next(c for c in raw.categories if not c[1] or _UNPRINTABLE.search(c[1]))
+        raise UserError(f"{raw.origin} gives category {number} the name {name!a}: give it one that can be printed")
+    if "./" in joined or "//" in joined:  # perhaps two ways to write one path
+        names = [os.path.normpath(name) for name in names]
+    repeated = _repeated(names)
+    if repeated:
+        raise UserError(f"{raw.origin} lists {_count(repeated, 'file name')} more than once: list every picture once")
 
 
 def _categories(raw: RawAnnotations) -> tuple[np.ndarray, list[str], list[Finding]]:

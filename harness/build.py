@@ -22,6 +22,7 @@ from harness.datasets import Dataset
 from harness.dist import World
 from harness.optim import build_optimizer
 from harness.sampling import BatchSampler
+from harness.splits import BY_PERCENT
 from harness.types import ImageSource, Normalize, Pipeline, Split, UserError, Views
 from pipelines.policy import Policy
 
@@ -94,9 +95,11 @@ def pipeline(
 
 def refuse_no_unlabeled(cfg: DictConfig) -> NoReturn:
     """Raises UserError: a method that needs unlabelled images has none."""
+    by_percent = cfg.split.protocol in BY_PERCENT
+    what = f"split.percent={cfg.split.percent:g}" if by_percent else f"split.protocol={cfg.split.protocol}"
+    remedy = "lower split.percent" if by_percent else "add images that are not labelled"
     raise UserError(
-        f"method={cfg.method.name} needs unlabelled images and split.percent={cfg.split.percent:g} leaves none: "
-        "lower split.percent, or take method=supervised"
+        f"method={cfg.method.name} needs unlabelled images and {what} leaves none: {remedy}, or take method=supervised"
     )
 
 
@@ -145,9 +148,10 @@ class Data:
     policy: prepare.Policy
     labeled: ImageSource
     unlabeled: ImageSource | None  # without boxes, or with the pseudo labels that were made offline
-    hidden: ImageSource | None  # ground truth of the unlabelled images, to measure pseudo labels; no method sees it
+    hidden: ImageSource | None  # ground truth of unlabelled images, as far as it is known; no method sees it
     val: ImageSource
     bad_images: int = 0  # training pictures that the check before training found unusable and left out
+    warnings: tuple[str, ...] = ()  # what was found that does not keep a run from being trained
 
 
 @dataclass
@@ -172,14 +176,23 @@ def data(cfg: DictConfig) -> Data:
     config_checks.check_devices(cfg)
     opened = dataset(cfg)
     split = prepare.resolve_split(opened, cfg.split)
-    checks = prepare.check(opened, unlabeled=prepare.needs_unlabeled(cfg.split))
+    needs_unlabeled = prepare.needs_unlabeled(cfg.split)
+    checks = prepare.check(opened, unlabeled=needs_unlabeled)
     labeled, unlabeled = prepare.sources(opened, split, cfg.split, checks)
-    hidden = None
-    if unlabeled is not None:
-        index = prepare.unlabeled_index(opened, split)
-        hidden = index.source(unlabeled.ids) if len(index.boxes) else None
-    val = opened.val.source()
-    return Data(opened, split, prepare.policy(cfg.split), labeled, unlabeled, hidden, val, checks.bad_images)
+    hidden = None if unlabeled is None else prepare.known_truth(opened, split, cfg.split, unlabeled)
+    warnings = prepare.found_in_files(prepare.parts(opened, needs_unlabeled), checks)
+    warnings += prepare.about_split(opened, split, cfg.split, labeled)
+    return Data(
+        opened,
+        split,
+        prepare.policy(cfg.split),
+        labeled,
+        unlabeled,
+        hidden,
+        opened.val.source(),
+        checks.bad_images,
+        tuple(warnings),
+    )
 
 
 def experiment(cfg: DictConfig, world: World, data: Data) -> Experiment:

@@ -20,7 +20,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness import config_checks, files
+from harness import config_checks, files, layouts, split_files
 from harness.types import UserError
 
 CONF_DIR = Path(__file__).parent / "conf"
@@ -92,6 +92,7 @@ def load(overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()) -> Di
     for override in overrides:
         if "=" not in override and not override.startswith("~"):
             raise UserError(f"'{override}' is not of the form key=value")
+    layouts.check_option(overrides, config_dirs)
     given = list(overrides)
     overrides = [quote_path(o) for o in overrides]
     if config_dirs:
@@ -156,9 +157,9 @@ def _unknown_option(message: str) -> str:
     name = match.group(1) if match else message.splitlines()[0]
     group, _, option = name.rpartition("/")
     near = difflib.get_close_matches(option, options, 1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = f" (did you mean {near[0]}?)" if near else ""
     return (
-        f"{group}={option} is not known{hint} Choose one of: {', '.join(options)}"
+        f"{group}={option} is not known{hint}: choose one of {', '.join(options)}"
         if options
         else f"{name} is not known"
     )
@@ -244,14 +245,19 @@ def group_name(cfg: DictConfig, group: str) -> str:
 
 
 def cell_name(cfg: DictConfig) -> str:
-    """A run's name: data, method, protocol, percent, fold and seed, in [A-Za-z0-9_.-] only."""
-    parts = [
-        group_name(cfg, "data"),
-        group_name(cfg, "method"),
-        f"{cfg.split.protocol}-{cfg.split.percent:g}pct-fold{cfg.split.fold}",
-        f"seed{cfg.seed}",
-    ]
+    """A run's name: data, method, split and seed, in [A-Za-z0-9_.-] only."""
+    parts = [group_name(cfg, "data"), group_name(cfg, "method"), _split_name(cfg.split), f"seed{cfg.seed}"]
     return re.sub(r"[^A-Za-z0-9_.-]", "-", "_".join(parts))
+
+
+def _split_name(split: DictConfig) -> str:
+    """Protocol, percent and fold; where the protocol reads neither, it alone, with the name of the list it reads."""
+    if split.protocol in ("annotated", "full"):
+        return str(split.protocol)
+    file = str(split.index_file or "")
+    if split.protocol == "ids" and not split_files.names_percent(file):
+        return f"ids-{split_files.index_path(file, split.percent, split.fold).stem}"
+    return f"{split.protocol}-{split.percent:g}pct-fold{split.fold}"
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:

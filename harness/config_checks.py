@@ -84,7 +84,7 @@ _CHOICES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("precision", ("fp32", "bf16")),
     ("evaluation.between", ("all", "reported")),
     ("batch.ratio", ("exact", "bernoulli")),
-    ("split.protocol", ("stac", "soft_teacher", "unbiased_teacher", "ids", "full")),
+    ("split.protocol", ("stac", "soft_teacher", "unbiased_teacher", "ids", "annotated", "full")),
     ("split.empty_images", (None, "keep", "drop", "drop_unannotated")),
     ("split.crowd_boxes", (None, "keep", "drop")),
     ("check", ("quick", "headers", "full")),

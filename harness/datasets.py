@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -12,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from harness import annotation_cache, coco
+from harness import annotation_cache, coco, layouts
 from harness.annotations import CleanAnnotations, RawAnnotations, clean, finding
 from harness.cache import build_once
 from harness.images import list_pictures, read_sizes
@@ -75,6 +77,9 @@ def folder_index(folder: Path, cache_dir: Path, threads: int = 8) -> CocoIndex:
     def build(to: Path) -> None:
         seen = read_sizes([str(folder / name) for name in names], threads)
         usable = [row for row, size in enumerate(seen) if not isinstance(size, str)]
+        if not usable:
+            first = f" that can be read (first {names[0]}: {seen[0]})" if names else ""
+            raise UserError(f"{folder} holds no picture{first}: set data.unlabeled_images to a folder of pictures")
         bad = np.array([isinstance(size, str) for size in seen], bool)
         annotations = clean(_without_boxes(folder, [names[row] for row in usable], [seen[row] for row in usable]))
         annotations.findings += tuple(
@@ -132,23 +137,28 @@ def coco_dataset(
         UserError: if a file is missing, cannot be used, or the classes of the parts differ.
     """
     root, cache = Path(root).expanduser(), Path(cache_dir)
-    for part, file in (("train_annotations", train_annotations), ("val_annotations", val_annotations)):
-        require(root / file, name, part, download)
-    for part, folder in (("train_images", train_images), ("val_images", val_images)):
-        require(root / folder, name, part, download)
-    train = coco_index(root / train_annotations, root / train_images, cache)
-    val = coco_index(root / val_annotations, root / val_images, cache)
+    train_file, val_file = (root / Path(file).expanduser() for file in (train_annotations, val_annotations))
+    train_folder, val_folder = (root / Path(folder).expanduser() for folder in (train_images, val_images))
+    layout = ("coco", root, download)
+    require(train_file, name, "train_annotations", layout)
+    require(val_file, name, "val_annotations", layout)
+    require(train_folder, name, "train_images", layout, folder=True)
+    require(val_folder, name, "val_images", layout, folder=True)
+    train, val = coco_index(train_file, train_folder, cache), coco_index(val_file, val_folder, cache)
     check_same_classes(train, val)
-    files = tuple(root / file for file in (train_annotations, val_annotations, unlabeled_annotations) if file)
-    missing = [root / file for file in (unlabeled_annotations, unlabeled_images) if file and not (root / file).exists()]
-    if missing or not unlabeled_images:
+    more_file, pictures = (
+        root / Path(entry).expanduser() if entry else None for entry in (unlabeled_annotations, unlabeled_images)
+    )
+    files = tuple(file for file in (train_file, val_file, more_file) if file)
+    missing = [entry for entry in (more_file, pictures) if entry and not entry.exists()]
+    if missing or not pictures:
         why = f"{missing[0]} is not there" if missing else "data.unlabeled_images names none"
         return Dataset(name, train, val, None, why, files)
-    pictures = root / unlabeled_images
 
     def open_unlabeled() -> CocoIndex:
-        if unlabeled_annotations:
-            more = coco_index(root / unlabeled_annotations, pictures, cache, labeled=False)
+        assert pictures is not None
+        if more_file:
+            more = coco_index(more_file, pictures, cache, labeled=False)
         else:
             more = _others(folder_index(pictures, cache), (train, val))
         return as_unlabeled(more, train)
@@ -160,6 +170,11 @@ def _others(index: CocoIndex, known: tuple[CocoIndex, ...]) -> CocoIndex:
     """The pictures of a folder without those that other parts list; the folder's have no boxes."""
     listed = {path for part in known for path in part.real_paths()}
     new = np.array([path not in listed for path in index.real_paths()], bool)
+    if not new.any():
+        raise UserError(
+            f"every picture in {index.image_dir} is in the training or the evaluation part already: set "
+            "data.unlabeled_images to a folder with others"
+        )
     left_out = finding("pictures that train or val lists, left out", ~new, lambda row: index.file_names[row])
     return replace(
         index,
@@ -180,11 +195,36 @@ def as_unlabeled(index: CocoIndex, train: CocoIndex) -> CocoIndex:
     return with_ids_from(index, int(train.image_ids.max()) + 1) if clash else index
 
 
-def require(path: Path, dataset: str, key: str, download: str = "") -> None:
-    """Raises UserError, with the remedy, if a file or folder of a dataset is missing."""
-    if not path.exists():
+def require(path: Path, dataset: str, key: str, layout: tuple[str, Path, str], folder: bool = False) -> None:
+    """Checks that a file or folder of a dataset is there.
+
+    Args:
+        path: which.
+        dataset: how reports call the dataset.
+        key: the key under `data` that names it.
+        layout: the dataset's form ("coco" or "voc"), its root, and where to get it ("" if nobody offers it).
+        folder: whether it must be a folder.
+
+    Raises:
+        UserError: it is missing, or no folder; with the settings that would read what lies in the root instead.
+    """
+    form, root, download = layout
+    begin = f"data={dataset} needs {path} ({key}), which"
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
         remedy = f"{download}, or set data.root" if download else f"set data.root or data.{key}"
-        raise UserError(f"data={dataset} needs {path} ({key}), which is not there: {remedy}")
+        if root.is_dir():
+            but = "" if form == "coco" and key.endswith("annotations") else form
+            remedy = layouts.suggestion(root, but, tried=dataset) or remedy
+        elif root.is_file():
+            remedy = f"{root} is a file: set data.root to the folder that holds it"
+        raise UserError(f"{begin} is not there: {remedy}") from error
+    except (OSError, ValueError) as error:
+        why = os.strerror(error.errno or 0) if isinstance(error, OSError) else str(error)
+        raise UserError(f"{begin} cannot be read ({why}): set data.root or data.{key}") from error
+    if folder and not stat.S_ISDIR(mode):
+        raise UserError(f"{begin} is no folder: set data.{key} to the folder of the pictures")
 
 
 def check_same_classes(first: CocoIndex, second: CocoIndex) -> None:

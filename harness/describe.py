@@ -20,11 +20,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from harness import prepare, split_files
-from harness.annotations import Finding
 from harness.datasets import CocoIndex, Dataset
 from harness.files import write_atomically
 from harness.images import ImageCheck
 from harness.prepare import Checks
+from harness.splits import BY_PERCENT
 from harness.types import UserError
 
 _PERCENTS, _FOLDS = (1.0, 2.0, 5.0, 10.0), (1, 2, 3, 4, 5)  # of the papers
@@ -45,26 +45,28 @@ def describe(cfg: Any) -> dict[str, Any]:
     indices = prepare.parts(dataset, unlabeled)
     with _progress(console, sum(map(len, indices.values())), level) as advance:
         checks = prepare.inspect(dataset, level, len(os.sched_getaffinity(0)), advance, unlabeled)
+    keys = _rows(cfg)
     found: dict[str, Any] = {
         "dataset": dataset.name,
         "classes": list(dataset.train.category_names),
         "parts": {part: _part(index, checks.pictures[part], level) for part, index in indices.items()},
         "findings": [asdict(finding) for finding in checks.findings],
+        "warnings": prepare.found_in_files(indices, checks),
         "fatal": checks.fatal,
-        "splits": [_split(dataset, cfg.split, *key, checks) for key in _rows(cfg)],
+        "splits": [_split(dataset, cfg.split, *key, checks) for key in keys],
         "files": [],
     }
+    configured = (float(cfg.split.percent), int(cfg.split.fold))
+    chosen = found["splits"][keys.index(configured)] if configured in keys else {}
     _print(console, found)
+    for line in chosen.get("warnings", ()):
+        console.print(line, markup=False)
     if checks.fatal is None and OmegaConf.select(cfg, "export_dir"):
         found["files"] = _export(dataset, cfg, Path(cfg.export_dir).expanduser())
         for file in found["files"]:
             console.print(f"wrote {file}", markup=False)
     console.print(_write(cfg, found), markup=False)
-    configured = (float(cfg.split.percent), int(cfg.split.fold))
-    no_split = [
-        row["error"] for row in found["splits"] if (row["percent"], row["fold"]) == configured and "error" in row
-    ]
-    for message in (checks.fatal, *no_split):
+    for message in (checks.fatal, chosen.get("error")):
         if message:
             raise UserError(message)
     return found
@@ -72,7 +74,7 @@ def describe(cfg: Any) -> dict[str, Any]:
 
 def _rows(cfg: Any) -> list[tuple[float, int]]:
     """(percent, fold) of every split to describe."""
-    if cfg.split.protocol in ("full", "ids"):
+    if cfg.split.protocol not in BY_PERCENT:
         return _keys(cfg, [cfg.split.percent], [cfg.split.fold])
     return _keys(cfg, (*_PERCENTS, cfg.split.percent), (*_FOLDS, cfg.split.fold))
 
@@ -124,6 +126,7 @@ def _split(dataset: Dataset, config: Mapping[str, Any], percent: float, fold: in
     counts = np.bincount(labeled.labels - 1, minlength=dataset.train.num_classes)
     return {
         **row,
+        "percent": split.percent,
         "sha256": split.sha256,
         **asdict(prepare.policy(wanted)),
         "labeled_ids": len(split.labeled_ids),
@@ -135,6 +138,7 @@ def _split(dataset: Dataset, config: Mapping[str, Any], percent: float, fold: in
         "classes_without_labeled_box": [
             name for name, count in zip(dataset.train.category_names, counts, strict=True) if not count
         ],
+        "warnings": prepare.about_split(dataset, split, wanted, labeled),
     }
 
 
@@ -228,14 +232,8 @@ def _print_classes(console: Console, found: dict[str, Any]) -> None:
 
 
 def _print_findings(console: Console, found: dict[str, Any]) -> None:
-    lines = [(f"{part}: ", finding) for part, entry in found["parts"].items() for finding in entry["findings"]]
-    for part, entry in found["parts"].items():
-        lines += [(f"{part}: ", finding) for finding in entry["pictures"]["findings"]]
-    lines += [("", finding) for finding in found["findings"]]
-    for part, finding in lines:
-        console.print(f"{part}{Finding(**finding)}", markup=False)
-    if not lines:
-        console.print("nothing wrong was found")
+    for line in found["warnings"] or ["nothing wrong was found in the files"]:
+        console.print(line, markup=False)
 
 
 def _print_splits(console: Console, found: dict[str, Any]) -> None:

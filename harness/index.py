@@ -78,6 +78,10 @@ class CocoIndex:
         first = np.cumsum(counts) - counts
         return np.arange(len(owner)) - first[owner] + self.offsets[images][owner], owner
 
+    def annotated(self) -> np.ndarray:
+        """(N,) bool, the images with an annotation, be it a crowd."""
+        return np.diff(self.offsets) > 0
+
     def nonempty_ids(self) -> np.ndarray:
         """(K,) ids of the images with at least one box that is not a crowd, in file order."""
         return self.image_ids[self._counts(~self.crowd) > 0]
@@ -116,8 +120,8 @@ class CocoIndex:
         images = np.arange(len(self)) if ids is None else self.positions(ids)
         shown = np.ones(len(self.crowd), bool) if crowd == "keep" else ~self.crowd
         if empty != "keep":
-            counts = np.diff(self.offsets) if empty == "drop_unannotated" else self._counts(shown)
-            images = images[counts[images] > 0]
+            kept = self.annotated() if empty == "drop_unannotated" else self._counts(shown) > 0
+            images = images[kept[images]]
         images = images[self.sizes[images].min(1) >= min_side] if min_side else images
         rows, owner = self.box_rows(images)
         visible = shown[rows] if boxes else np.zeros(len(rows), bool)

@@ -6,7 +6,8 @@ Everywhere here `step` is the number of a student step, from 0. metrics.jsonl ha
   "gpu_memory_mb"}` every `every` steps. Losses and metrics are those of that step, so that a resumed run writes the
   same lines as an uninterrupted one; speed and data-wait (0..1) are means since the line before.
 - `{"kind": "eval", "step", "network", "metrics"}`: scores of a network after that step.
-- `{"kind": "pseudo", "step", "quality"}`: threshold set -> precision, recall, IoU of the pseudo labels.
+- `{"kind": "pseudo", "step", "quality"}`: threshold set -> precision, recall, IoU of the pseudo labels on the images of
+  the batch whose truth is known, the counts of both there; null is unknown.
 """
 
 from __future__ import annotations
@@ -136,10 +137,11 @@ class RunLog:
         shown = "  ".join(f"{name.upper()} {value:.1f}" for name, value in metrics.items() if value is not None)
         self.say(f"{self.title}  step {step + 1}/{self.steps}  {network}  {shown}")
 
-    def pseudo(self, step: int, quality: Mapping[str, Mapping[str, float]]) -> None:
-        """Notes the quality (0..1) of the pseudo labels, threshold set -> precision, recall, iou."""
+    def pseudo(self, step: int, quality: Mapping[str, Mapping[str, float | None]]) -> None:
+        """Notes the quality (0..1) of the pseudo labels, threshold set -> precision, recall, iou; None is unknown."""
         self._write({"kind": "pseudo", "step": step, "quality": {k: dict(v) for k, v in quality.items()}})
-        self._to_loggers(step, {f"pseudo/{name}/{k}": v for name, part in quality.items() for k, v in part.items()})
+        values = {f"pseudo/{name}/{k}": v for name, part in quality.items() for k, v in part.items()}
+        self._to_loggers(step, {name: value for name, value in values.items() if value is not None})
 
     def say(self, text: str) -> None:
         """Prints one line, above the bar where there is one."""

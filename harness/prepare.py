@@ -15,9 +15,14 @@ from harness import split_files
 from harness.annotations import Finding, finding
 from harness.datasets import CocoIndex, Dataset
 from harness.images import LEVELS, ImageCheck, check_images
-from harness.splits import make_split
+from harness.splits import BY_PERCENT, make_split
 from harness.types import ImageSource, Split, UserError
 
+_SHOWN = 5  # classes named in a warning
+_ANNOTATED = (
+    "if nobody has labelled the images without a box, say split.protocol=annotated (labelled: the images with a box, "
+    "unlabelled: the rest)"
+)
 _MOST_BAD = 0.1  # of the training pictures; more than that is a wrong folder rather than a few bad files
 
 
@@ -33,12 +38,13 @@ class Policy:
 # What the papers' code does. STAC leaves out labelled images without a box that is not a crowd. Soft Teacher, through
 # mmdetection, leaves out those without any annotation, so that images with crowds alone stay, and tiny images. Unbiased
 # Teacher's list has no image without a box in the first place. None shows a crowd box. `full` follows Soft Teacher, and
-# explicit ids mean what they say.
+# explicit ids mean what they say, as annotations do.
 POLICIES = {
     "stac": Policy("drop", "drop"),
     "soft_teacher": Policy("drop_unannotated", "drop", 32),
     "unbiased_teacher": Policy("drop", "drop"),
     "ids": Policy("keep", "drop"),
+    "annotated": Policy("keep", "drop"),
     "full": Policy("drop_unannotated", "drop", 32),
 }
 
@@ -68,12 +74,18 @@ def resolve_split(dataset: Dataset, split_config: Mapping[str, Any]) -> Split:
     """
     protocol, train = split_config["protocol"], dataset.train
     percent, fold = float(split_config.get("percent", 10)), int(split_config.get("fold", 1))
+    named: float | None = percent
     index = unlabeled_ids = None
     file = split_config.get("index_file")
     if file and protocol == "unbiased_teacher":
         index = split_files.read_index(split_files.index_path(file, percent, fold))
     elif file and protocol == "ids":
         index, unlabeled_ids = split_files.read_ids(split_files.index_path(file, percent, fold), percent, fold)
+        named = percent if split_files.names_percent(file) else None
+    elif protocol == "annotated":
+        index, named = train.image_ids[train.annotated()], None
+        if not len(index):
+            raise UserError(_no_box(train))
     elif needs_unlabeled(split_config):
         if dataset.unlabeled is None:
             raise UserError(
@@ -84,15 +96,38 @@ def resolve_split(dataset: Dataset, split_config: Mapping[str, Any]) -> Split:
     _refuse_unread(split_config)
     ids = train.nonempty_ids() if protocol == "unbiased_teacher" else train.image_ids
     offset = int(split_config.get("offset") or 0)
-    split = make_split(ids, percent, fold, protocol, offset=offset, index=index, unlabeled_ids=unlabeled_ids)
+    split = make_split(ids, named, fold, protocol, offset=offset, index=index, unlabeled_ids=unlabeled_ids)
     if not len(labeled_source(dataset, split, split_config).boxes):
-        p = policy(split_config)
-        raise UserError(
-            f"the {len(split.labeled_ids)} labelled image(s) of split.percent={split.percent:g} "
-            f"split.fold={split.fold} show no box (split.crowd_boxes={p.crowd_boxes}, split.min_side={p.min_side}): "
-            "give a larger percent or another fold"
-        )
+        raise UserError(_no_labeled_box(dataset, split, split_config))
     return split
+
+
+def _no_labeled_box(dataset: Dataset, split: Split, split_config: Mapping[str, Any]) -> str:
+    """One sentence on why the labelled part shows no box."""
+    p, train = policy(split_config), dataset.train
+    if not len(train.boxes):
+        return _no_box(train)
+    which = f"the {len(split.labeled_ids)} labelled image(s) of split."
+    kept = f"show no box (split.crowd_boxes={p.crowd_boxes}, split.min_side={p.min_side})"
+    if split.protocol not in BY_PERCENT:
+        return f"{which}protocol={split.protocol} {kept}: label images with a box that is kept"
+    return (
+        f"{which}percent={split.percent:g} split.fold={split.fold} {kept}: give a larger percent or another fold"
+        f"{'' if train.annotated().all() else ', or split.protocol=annotated to label the images with a box alone'}"
+    )
+
+
+def _no_box(train: CocoIndex) -> str:
+    return (
+        f"{train.name} has no box that can be trained on{_dropped(train)}: correct the annotations, or set "
+        "data.train_annotations (for Pascal VOC data.train and data.classes)"
+    )
+
+
+def _dropped(index: CocoIndex) -> str:
+    """What happened to the boxes of an index, in brackets; nothing if nothing did."""
+    reasons = [str(finding) for finding in index.findings if finding.what.endswith("dropped")]
+    return f" ({'; '.join(reasons)})" if reasons else ""
 
 
 def _refuse_unread(split_config: Mapping[str, Any]) -> None:
@@ -145,6 +180,23 @@ def sources(
         return labeled, None
     index = unlabeled_index(dataset, split)
     return labeled, index.source(ids, min_side=policy(split_config).min_side, boxes=False)
+
+
+def known_truth(
+    dataset: Dataset, split: Split, split_config: Mapping[str, Any], unlabeled: ImageSource
+) -> ImageSource | None:
+    """Ground truth of those unlabelled images whose truth is known, to measure pseudo labels; None if there are none.
+
+    The truth of an image with an annotation is known. One without any may show nothing or may never have been labelled,
+    so that its truth is unknown unless split.empty_images=keep says that such images show nothing; even then nothing is
+    known of a part without a single annotation.
+    """
+    index = unlabeled_index(dataset, split)
+    annotated = index.annotated()[index.positions(unlabeled.ids)]
+    if not annotated.any():
+        return None
+    all_known = split_config.get("empty_images") == "keep"
+    return index.source(unlabeled.ids if all_known else unlabeled.ids[annotated])
 
 
 def _without(ids: np.ndarray, checks: Checks | None, part: str) -> np.ndarray:
@@ -210,6 +262,58 @@ def check(dataset: Dataset, level: str = "quick", threads: int = 1, unlabeled: b
     return checks
 
 
+def found_in_files(indices: Mapping[str, CocoIndex], checks: Checks) -> list[str]:
+    """One line for everything odd in annotations and pictures."""
+    lines = [f"{part}: {found}" for part, index in indices.items() for found in index.findings]
+    lines += [f"{part}: {found}" for part in indices for found in checks.pictures[part].findings]
+    return lines + [str(found) for found in checks.findings]
+
+
+def about_split(dataset: Dataset, split: Split, split_config: Mapping[str, Any], labeled: ImageSource) -> list[str]:
+    """What a user should know of a split before training: images without any box, classes without a labelled one.
+
+    Args:
+        dataset: what was split.
+        split: from `resolve_split`.
+        split_config: for its policy.
+        labeled: from `sources`.
+    """
+    lines = []
+    train = dataset.train
+    empty = int((~train.annotated()).sum())
+    if empty:
+        what = _about_empty(train, split, policy(split_config).empty_images)
+        lines.append(f"{empty:,} of the {len(train):,} training images have no box at all{what}")
+    counts = np.bincount(labeled.labels - 1, minlength=train.num_classes)
+    names = [name for name, count in zip(train.category_names, counts, strict=True) if not count]
+    if names:
+        shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+        drawn = split.protocol in BY_PERCENT
+        remedy = "a larger split.percent or another split.fold may have some" if drawn else "label some"
+        lines.append(
+            f"no labelled box shows {len(names)} of the {train.num_classes} classes ({shown}), which nothing can be "
+            f"learnt of: {remedy}"
+        )
+    return lines
+
+
+def _about_empty(train: CocoIndex, split: Split, policy_of_empty: str) -> str:
+    """What the split does with training images that have no annotation."""
+    if split.protocol == "annotated":
+        return f" and are the unlabelled part, the other {len(split.labeled_ids):,} the labelled one"
+    if split.protocol == "unbiased_teacher":
+        return f": split.protocol=unbiased_teacher takes none of them, neither labelled nor unlabelled; {_ANNOTATED}"
+    without = int((~train.annotated()[train.positions(split.labeled_ids)]).sum())
+    if not without:
+        return f": split.protocol={split.protocol} takes none of them as labelled"
+    fate = "shown as images without objects" if policy_of_empty == "keep" else "left out"
+    rest = "" if split.protocol == "full" else ", the others are unlabelled images like any"
+    return (
+        f": split.protocol={split.protocol} chose {without:,} of them among its {len(split.labeled_ids):,} labelled "
+        f"images, which are {fate} (split.empty_images={policy_of_empty}){rest}; {_ANNOTATED}"
+    )
+
+
 def _fatal(indices: dict[str, CocoIndex], pictures: dict[str, ImageCheck]) -> str | None:
     for part, index in indices.items():
         bad = pictures[part].bad
@@ -223,7 +327,10 @@ def _fatal(indices: dict[str, CocoIndex], pictures: dict[str, ImageCheck]) -> st
                 f"first is {name} ({reason}): put the files there, or take them off the annotations"
             )
     if indices["val"].crowd.all():
-        return f"{indices['val'].name} has no box to score against: give evaluation images with boxes"
+        return (
+            f"{indices['val'].name} has no box to score against{_dropped(indices['val'])}: give evaluation images with "
+            "boxes"
+        )
     return None
 
 

@@ -52,7 +52,10 @@ def train_to_record(cfg: DictConfig, world: World, stop: StopRequest) -> int:
                 f"the run in {run_dir} is finished: see {run_dir / 'record.json'}; delete the folder to run it anew",
             )
             return 0
-        data, extra = offline.label(cfg, dist.on_every_rank(world, lambda: build.data(cfg)), world, stop)
+        data = dist.on_every_rank(world, lambda: build.data(cfg))
+        for warning in data.warnings:
+            say(world, f"warning: {warning}")
+        data, extra = offline.label(cfg, data, world, stop)
         experiment = dist.on_every_rank(world, lambda: build.experiment(cfg, world, data))
         begun = True
         try:

@@ -25,6 +25,8 @@ def file_names(train: str, split: Split) -> tuple[str, str]:
     """Names of the labelled and the unlabelled file of a split, as Soft Teacher's configurations expect them."""
     if split.protocol == "full":
         return f"{train}.json", "instances_unlabeled2017.json"
+    if split.protocol == "annotated":
+        return f"{train}.annotated.json", f"{train}.annotated-unlabeled.json"
     stem = f"{train}.{split.fold}@{split.percent:g}"
     return f"{stem}.json", f"{stem}-unlabeled.json"
 
@@ -110,6 +112,11 @@ def _check_free(path: Path, dataset: Dataset) -> None:
 def index_path(pattern: str, percent: float, fold: int) -> Path:
     """A file name in which {percent} and {fold} stand for the split's; other braces are left alone."""
     return Path(pattern.replace("{percent}", f"{percent:g}").replace("{fold}", str(fold))).expanduser()
+
+
+def names_percent(pattern: str) -> bool:
+    """Whether a file name says which percentage it is made for: by {percent}, or as Soft Teacher's files do."""
+    return "{percent}" in pattern or bool(_NAME.search(Path(pattern).stem))
 
 
 def read_index(path: Path) -> Any:

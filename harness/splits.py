@@ -11,6 +11,7 @@
 * `unbiased_teacher`: Unbiased Teacher ships a file of positions in the list of images that have a box which is not a
   crowd, sorted by image id (117,266 of COCO's).
 * `ids`: the labelled ids are given, and the rest is unlabelled unless that is given too.
+* `annotated`: images with an annotation are labelled, the rest is unlabelled: for datasets that are labelled in part.
 * `full`: all of one dataset is labelled, another one is unlabelled.
 """
 
@@ -25,14 +26,15 @@ import numpy as np
 
 from harness.types import Split, UserError
 
-PROTOCOLS = ("stac", "soft_teacher", "unbiased_teacher", "ids", "full")
+PROTOCOLS = ("stac", "soft_teacher", "unbiased_teacher", "ids", "annotated", "full")
+BY_PERCENT = ("stac", "soft_teacher", "unbiased_teacher")  # the others take the images that they are given
 
 Ids = np.ndarray | Sequence[int]
 
 
 def make_split(
     image_ids: Ids,
-    percent: float = 10,
+    percent: float | None = 10,
     fold: int = 1,
     protocol: str = "stac",
     *,
@@ -45,11 +47,12 @@ def make_split(
     Args:
         image_ids: (N,) distinct ids in the order of the annotation file; for `unbiased_teacher`, of the images that
             have a box which is not a crowd.
-        percent: 0.01 to 100. At 100 every image is labelled, without a draw or an index file.
+        percent: 0.01 to 100. At 100 every image is labelled, without a draw or an index file. For `ids` and
+            `annotated`, which draw nothing, what the list was made for, or None: the share of the images that it has.
         fold: 1 to 10; for `unbiased_teacher`, one that the index file has.
         protocol: one of PROTOCOLS.
         offset: `soft_teacher`: added to the fold to give the seed.
-        index: `unbiased_teacher`: the parsed file, {percent: {fold: [positions]}}; `ids`: the labelled ids.
+        index: `unbiased_teacher`: the parsed file, {percent: {fold: [positions]}}; `ids`, `annotated`: labelled ids.
         unlabeled_ids: `full`: ids of the other dataset; `ids`: the unlabelled ids, default all others.
 
     Returns:
@@ -64,8 +67,9 @@ def make_split(
         if unlabeled_ids is None:
             raise UserError("split.protocol=full needs unlabelled images: name them in the dataset's YAML")
         return _split(ids, np.asarray(unlabeled_ids, np.int64), 100.0, fold, protocol)
-    if protocol == "ids":
-        return _given(ids, index, unlabeled_ids, percent, fold)
+    if protocol in ("ids", "annotated"):
+        return _given(ids, index, unlabeled_ids, percent, fold, protocol)
+    assert percent is not None
     if protocol == "unbiased_teacher":
         ids = np.sort(ids)
     if percent == 100:
@@ -84,10 +88,10 @@ def labeled_count(total: int, percent: float) -> int:
     return int(percent / 100.0 * total)
 
 
-def _check(ids: np.ndarray, percent: float, fold: int, protocol: str) -> None:
+def _check(ids: np.ndarray, percent: float | None, fold: int, protocol: str) -> None:
     if protocol not in PROTOCOLS:
         raise UserError(f"split.protocol={protocol} is not one of {', '.join(PROTOCOLS)}")
-    if not 0.01 <= percent <= 100:
+    if percent is not None and not 0.01 <= percent <= 100:
         raise UserError(f"split.percent={percent:g} is not between 0.01 and 100")
     if protocol in ("stac", "soft_teacher") and not 1 <= fold <= 10:
         raise UserError(f"split.fold={fold} is not between 1 and 10")
@@ -167,7 +171,7 @@ def _integers(values: Any, what: str) -> np.ndarray:
         raise UserError(f"{what} must list whole numbers, not {json.dumps(values, default=str)[:60]}") from error
 
 
-def _given(ids: np.ndarray, labeled: Any, unlabeled: Any, percent: float, fold: int) -> Split:
+def _given(ids: np.ndarray, labeled: Any, unlabeled: Any, percent: float | None, fold: int, protocol: str) -> Split:
     if labeled is None:
         raise UserError("split.protocol=ids needs split.index_file with the ids of the labelled images")
     labeled = _integers(labeled, "the labelled ids")
@@ -187,4 +191,5 @@ def _given(ids: np.ndarray, labeled: Any, unlabeled: Any, percent: float, fold: 
         )
     if not len(labeled):
         raise UserError("the list of labelled image ids is empty: give at least one")
-    return _split(ids[is_labeled], ids[np.isin(ids, rest)], percent, fold, "ids")
+    share = 100 * float(is_labeled.mean()) if percent is None else percent
+    return _split(ids[is_labeled], ids[np.isin(ids, rest)], share, fold, protocol)

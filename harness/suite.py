@@ -153,8 +153,21 @@ def plan(cfg: DictConfig) -> list[Cell]:
         cost = float((suite.get("cost") or {}).get(method, 1.0))
         given = [*extra[method], *own, f"run_dir={run_dir}"]
         cells.append(Cell(name, method, percent, fold, number, run_dir, given, cell_cfg, cost=cost))
+    _check_apart(cells)
     _link(cells)
     return cells
+
+
+def _check_apart(cells: list[Cell]) -> None:
+    """Raises UserError where a split does not read what tells two cells apart."""
+    names = [cell.name for cell in cells]
+    for row, name in enumerate(names):
+        if name in names[:row]:
+            raise UserError(
+                f"the suite has the cell {name} more than once, since split.protocol={cells[row].cfg.split.protocol} "
+                "does not read split.percent or split.fold: give one value in suite.percents and suite.folds, without "
+                "suite.reference, or for split.protocol=ids write {percent} and {fold} in split.index_file"
+            )
 
 
 def _with_place(composed: DictConfig, percent: float, fold: int, seed: int) -> DictConfig:

@@ -20,10 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from detectors.pseudo_labels import quality
+from detectors.pseudo_labels import quality, unknown_quality
 from harness.boxes import transform_source
 from harness.build import Experiment
 from harness.config import evaluation_interval
@@ -345,11 +346,17 @@ def warn_of_few_pseudo_labels(run: Experiment, step: int, metrics: dict[str, Ten
 
 @torch.no_grad()
 def measure_pseudo_labels(run: Experiment, batch: Batch, step: int, counters: Counters, log: RunLog) -> None:
-    """Compares the last pseudo labels with the ground truth that was hidden from the method."""
-    if run.data.hidden is None or not run.method.pseudo_labels or batch.strong is None:
+    """Compares the last pseudo labels with the ground truth that was hidden from the method, where it is known."""
+    found, hidden = run.method.pseudo_labels, run.data.hidden
+    if not found or batch.strong is None:
         return
-    truth = transform_source(run.data.hidden, batch.unlabeled_ids, batch.strong)
-    measured = {name: quality(labels, truth) for name, labels in run.method.pseudo_labels.items()}
+    known = np.isin(batch.unlabeled_ids.numpy(), [] if hidden is None else hidden.ids)
+    if hidden is None or not known.any():
+        log.pseudo(step, {name: unknown_quality(labels) for name, labels in found.items()})
+        return
+    rows = torch.from_numpy(np.flatnonzero(known))
+    truth = transform_source(hidden, batch.unlabeled_ids[rows], batch.strong.rows(rows))
+    measured = {name: quality([labels[row] for row in rows.tolist()], truth) for name, labels in found.items()}
     log.pseudo(step, measured)
     first = next(iter(measured.values()))
     if step >= 0.9 * run.cfg.schedule.steps and first:

@@ -57,6 +57,11 @@ class View:
     def __len__(self) -> int:
         return len(self.images)
 
+    def rows(self, index: Tensor) -> View:
+        """Some of the images (K,), without targets."""
+        images, sizes, to_view = (part[index.to(part.device)] for part in (self.images, self.sizes, self.to_view))
+        return View(images, sizes, to_view)
+
 
 @dataclass(frozen=True)
 class Normalize:

@@ -63,7 +63,7 @@ def voc_dataset(
     classes = [str(name) for name in classes] if classes else None  # YAML reads names such as 7 or no as other things
     for key, lists in (("train", train), ("val", val)):
         for file in lists:
-            require(base / file, name, key, download)
+            require(base / file, name, key, ("voc", base, download))
 
     def open_part(lists: Sequence[str], known: Sequence[str] | None) -> CocoIndex:
         return voc_index(base, lists, Path(cache_dir), known, difficult)
@@ -137,10 +137,9 @@ def _read_list(root: Path, file: str) -> list[tuple[str, str]]:
     folder = os.path.normpath(os.path.join(file, "..", "..", ".."))
     try:
         lines = (root / file).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{root / file} is not a UTF-8 text file: give a list with one picture name per line"
-        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        why = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else "is not a UTF-8 text file"
+        raise UserError(f"{root / file} {why}: give a list with one picture name per line") from error
     found = []
     for line in filter(None, map(str.strip, lines)):
         name, _, flag = line.rpartition(" ")
@@ -173,7 +172,8 @@ def _raw(
     number_of = {name: label for label, name in enumerate([*used, *others], 1)}
     flags = np.array([flag for _, _, flag in objects], bool)
     corners = np.array([box for _, box, _ in objects], np.float64).reshape(-1, 4)
-    extent = corners[:, 2:] - corners[:, :2]
+    with np.errstate(invalid="ignore", over="ignore"):  # "nan" and "inf" are numbers too; such boxes are dropped
+        extent = corners[:, 2:] - corners[:, :2]
     extent = np.where(extent > 0, extent + 1, extent)  # both corners on one pixel: a click, not an object; dropped
     return RawAnnotations(
         origin,
@@ -195,15 +195,32 @@ def _parse(content: Content, file: Path) -> tuple[str, tuple[int, int], list[_Ob
     try:
         tree = ElementTree.fromstring(content)
         suffix = os.path.splitext(tree.findtext("filename") or "")[1] or ".jpg"
-        size = (int(_text(tree, "size/height")), int(_text(tree, "size/width")))
-        return suffix, size, [_object(node) for node in tree.iter("object")]
-    except (ElementTree.ParseError, ValueError) as error:
+        size = (_side(tree, "height"), _side(tree, "width"))
+        objects = [_object(node, number) for number, node in enumerate(tree.iter("object"), 1)]
+        return suffix, size, objects
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # the last: an encoding that nobody knows
         raise UserError(f"{file} is not a VOC annotation ({error}): correct that file") from error
 
 
-def _object(node: ElementTree.Element) -> _Object:
-    box = tuple(float(_text(node, f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax"))
-    return _text(node, "name").strip(), box, (node.findtext("difficult") or "0").strip() == "1"  # type: ignore[return-value]
+def _side(tree: ElementTree.Element, name: str) -> int:
+    """Height or width in pixels; some tools write 500.0."""
+    text = _text(tree, f"size/{name}")
+    side = float(text)
+    if not 0 <= side < 2**31 or not side.is_integer():
+        raise ValueError(f"<size><{name}> is {text}, not a whole number of pixels")
+    return int(side)
+
+
+def _object(node: ElementTree.Element, number: int) -> _Object:
+    """An object; `number` counts those of a file, for messages."""
+    try:
+        name = _text(node, "name").strip()
+        if not name:
+            raise ValueError("<name> is empty")
+        box = tuple(float(_text(node, f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax"))
+    except ValueError as error:
+        raise ValueError(f"object {number}: {error}") from error
+    return name, box, (node.findtext("difficult") or "0").strip() == "1"  # type: ignore[return-value]
 
 
 def _text(node: ElementTree.Element, path: str) -> str:

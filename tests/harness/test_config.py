@@ -7,6 +7,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -200,6 +201,25 @@ def test_user_yaml_is_found_in_a_config_dir(tmp_path: Path) -> None:
     assert config.load(["schedule=mine"], [tmp_path / "my conf"]).schedule.steps == 77
     with pytest.raises(UserError, match="not a folder"):
         config.load([], [tmp_path / "missing"])
+
+
+@pytest.mark.parametrize(
+    ("split", "name"),
+    [
+        ({"protocol": "stac", "percent": 0.5, "fold": 2}, "stac-0.5pct-fold2"),
+        ({"protocol": "unbiased_teacher", "index_file": "x.txt"}, "unbiased_teacher-10pct-fold1"),
+        ({"protocol": "ids", "index_file": "lists/mine.json"}, "ids-mine"),
+        ({"protocol": "ids", "index_file": "lists/my list of {fold}.json", "fold": 3}, "ids-my-list-of-3"),
+        ({"protocol": "ids", "index_file": "lists/{percent}/{fold}.json", "percent": 5, "fold": 2}, "ids-5pct-fold2"),
+        ({"protocol": "ids", "index_file": "instances_train2017.1@10.json"}, "ids-10pct-fold1"),
+        ({"protocol": "ids"}, "ids-"),
+        ({"protocol": "annotated", "fold": 4}, "annotated"),
+        ({"protocol": "full"}, "full"),
+    ],
+)
+def test_cell_name_says_what_is_labelled(split: dict[str, Any], name: str) -> None:
+    cfg = config.load([f"split.{key}={value}" for key, value in split.items()] + ["seed=1"])
+    assert config.cell_name(cfg) == f"shapes_supervised_{name}_seed1"
 
 
 def test_cell_names_are_safe() -> None:

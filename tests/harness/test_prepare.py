@@ -222,6 +222,107 @@ def test_full(tmp_path: Path) -> None:
         )
 
 
+def labelled_in_part(folder: Path, every: int = 4) -> Dataset:
+    """Images 10, 14, 18, ... of 20 have boxes, one of them crowds alone; nobody labelled the others."""
+
+    def change(content: dict[str, Any]) -> None:
+        content["annotations"] = [a for a in content["annotations"] if (a["image_id"] - 10) % every == 0]
+        for row in content["annotations"]:
+            row["iscrowd"] = int(row["image_id"] == 14)
+
+    return make_dataset(folder, change=change)
+
+
+def test_annotated(tmp_path: Path) -> None:
+    dataset = labelled_in_part(tmp_path)
+    wanted = config("annotated")
+    split = prepare.resolve_split(dataset, wanted)
+    labeled, unlabeled = prepare.sources(dataset, split, wanted)
+    assert unlabeled is not None
+    assert labeled.ids.tolist() == [10, 14, 18, 22, 26]
+    assert unlabeled.ids.tolist() == [i for i in range(10, 30) if i not in (10, 14, 18, 22, 26)]
+    assert split.percent == 25
+    assert prepare.known_truth(dataset, split, wanted, unlabeled) is None
+    assert prepare.known_truth(dataset, split, wanted | {"empty_images": "keep"}, unlabeled) is None
+    names = [path.name for path in split_files.export(dataset, split, tmp_path / "out")]
+    assert names == ["train.annotated.json", "train.annotated-unlabeled.json"]
+
+
+def test_share_of_a_list(tmp_path: Path) -> None:
+    """20 % of the images is 20 %, whatever split.percent says; a name that gives a percentage is believed."""
+    dataset = make_dataset(tmp_path)
+    for name, percent in (("ids.json", 20), ("train.1@10.json", 10)):
+        (tmp_path / name).write_text(json.dumps({"images": [{"id": i} for i in (10, 12, 14, 16)]}))
+        split = prepare.resolve_split(dataset, config("ids", index_file=str(tmp_path / name)))
+        assert (len(split.labeled_ids), split.percent) == (4, percent)
+
+
+@pytest.mark.parametrize(
+    ("empty_images", "known"), [(None, [18, 22, 26]), ("drop", [18, 22, 26]), ("keep", list(range(15, 30)))]
+)
+def test_truth_of_images_without_boxes_is_unknown(tmp_path: Path, empty_images: str | None, known: list[int]) -> None:
+    """Unless the user says that they show nothing. A crowd counts as an annotation, here of a labelled image."""
+    dataset = labelled_in_part(tmp_path)
+    (tmp_path / "ids.json").write_text(json.dumps(list(range(10, 15))))
+    wanted = config("ids", index_file=str(tmp_path / "ids.json"), empty_images=empty_images)
+    split = prepare.resolve_split(dataset, wanted)
+    _, unlabeled = prepare.sources(dataset, split, wanted)
+    assert unlabeled is not None
+    truth = prepare.known_truth(dataset, split, wanted, unlabeled)
+    assert truth is not None
+    assert truth.ids.tolist() == known
+    assert len(truth.boxes) == 6
+
+
+def test_truth_of_a_folder_is_unknown(tmp_path: Path) -> None:
+    dataset = with_more_pictures(tmp_path)
+    split = prepare.resolve_split(dataset, config("full"))
+    _, unlabeled = prepare.sources(dataset, split, config("full"))
+    assert unlabeled is not None
+    assert prepare.known_truth(dataset, split, config("full", empty_images="keep"), unlabeled) is None
+
+
+# Protocol, then what is said of the 15 images without a box, 5 of whose 20 are labelled.
+SAID = {
+    "soft_teacher": r"chose \d+ of them among its 10 labelled images, which are left out \(split.empty_images=drop_un",
+    "stac": r"which are left out \(split.empty_images=drop\), the others are unlabelled.* say split.protocol=annotated",
+    "annotated": "no box at all and are the unlabelled part, the other 5 the labelled one",
+    "full": r"chose 15 of them among its 20 labelled images, which are left out",
+    "ids": r"chose 2 of them among its 3 labelled images, which are shown as images without objects",
+}
+
+
+@pytest.mark.parametrize("protocol", SAID)
+def test_images_without_a_box_are_told(tmp_path: Path, protocol: str) -> None:
+    labelled_in_part(tmp_path)
+    (tmp_path / "more").mkdir()
+    picture(64, 48).save(tmp_path / "more" / "x.jpg")
+    (tmp_path / "ids.json").write_text("[10, 11, 12]")
+    dataset = open_dataset(tmp_path, unlabeled_images="more")
+    wanted = config(protocol, 50, index_file=str(tmp_path / "ids.json") if protocol == "ids" else None)
+    split = prepare.resolve_split(dataset, wanted)
+    labeled, _ = prepare.sources(dataset, split, wanted)
+    first, *others = prepare.about_split(dataset, split, wanted, labeled)
+    assert first.startswith("15 of the 20 training images have no box at all")
+    assert re.search(SAID[protocol], first)
+    assert others == []
+
+
+def test_whole_dataset_gives_no_warning(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path)
+    split = prepare.resolve_split(dataset, config(percent=50))
+    labeled, _ = prepare.sources(dataset, split, config(percent=50))
+    assert prepare.about_split(dataset, split, config(percent=50), labeled) == []
+
+
+def test_classes_without_a_labelled_box_are_told(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, boxes=1)
+    split = prepare.resolve_split(dataset, config(percent=50))
+    labeled, _ = prepare.sources(dataset, split, config(percent=50))
+    (line,) = prepare.about_split(dataset, split, config(percent=50), labeled)
+    assert line.startswith("no labelled box shows 1 of the 2 classes (dog)")
+
+
 # Checks before a training.
 
 
@@ -496,6 +597,27 @@ def test_command_names_classes_without_a_labelled_box(tmp_path: Path, capsys: py
     assert "less than one" in rows[1.0]["error"]
     assert rows[10.0]["classes_without_labeled_box"] == ["dog"]
     assert "no split: split.percent=1 of 20 images is less than one" in capsys.readouterr().out
+
+
+def test_training_says_what_prepare_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Odd boxes, images without any, classes without a labelled box; here a run that cannot begin follows."""
+
+    def change(content: dict[str, Any]) -> None:
+        content["annotations"] = [row for row in content["annotations"] if row["image_id"] > 12]
+        content["annotations"][0]["bbox"] = [1, 1, 0, 5]
+
+    make_dataset(tmp_path, boxes=1, change=change)
+    train = ["train", "data=custom", f"data.root={tmp_path}", f"run_dir={tmp_path}/run", f"cache_dir={tmp_path}/cache"]
+    own = ["split.percent=100", "method=soft_teacher", "detector.weights=scratch", "device=cpu"]
+    assert cli.main([*train, *own]) == 2
+    told = capsys.readouterr().err.splitlines()
+    for words in (
+        "warning: train: boxes of zero or negative width or height, dropped: 1 (3.jpg [1, 1, 0, 5])",
+        "warning: 4 of the 20 training images have no box at all: ",
+        "warning: no labelled box shows 1 of the 2 classes (dog)",
+        "ssodbench: method=soft_teacher needs unlabelled images and split.percent=100 leaves none",
+    ):
+        assert any(line.startswith(words) for line in told), (words, told)
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,17 @@ def test_every_image_is_in_exactly_one_part(options: dict[str, Any]) -> None:
     assert (split.protocol, split.percent, split.fold) == (options["protocol"], options["percent"], options["fold"])
 
 
+@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from(["ids", "annotated"]))
+def test_share_of_a_list_is_what_it_has(total: int, count: int, protocol: str) -> None:
+    """Where no percentage is asked for, the split says which one the list gives; the fold changes nothing."""
+    ids = list(range(7, 7 + total))
+    listed = ids[: min(count, total)]
+    split = make_split(ids, None, 1, protocol, index=listed)
+    assert split.percent == pytest.approx(100 * len(listed) / total)
+    assert (split.labeled_ids.tolist(), split.unlabeled_ids.tolist()) == (listed, ids[len(listed) :])
+    assert make_split(ids, None, 4, protocol, index=listed).sha256 == split.sha256
+
+
 def test_hash_names_the_two_sets() -> None:
     ids = list(range(100, 200))
     drawn = make_split(ids, 10, 1, "soft_teacher")

@@ -9,18 +9,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from harness.train import (
+    Counters,
     MicroBatchTaken,
     RunError,
     StepFlags,
     StepTaken,
     StopRequest,
+    measure_pseudo_labels,
     warn_of_few_pseudo_labels,
 )
-from harness.types import Batch
+from harness.types import Batch, ImageSource, Target, View
 
 STOP, NOT_FINITE = 0, 1
 
@@ -75,6 +78,51 @@ def test_gradient_that_is_not_finite_is_told_though_the_losses_are(run: Any, lat
     flags.read(_taken(2), at_once=False)
     with pytest.raises(RunError, match="gradient is not finite at step 3, though"):
         flags.read(_taken(3, norm=norm), at_once=True)
+
+
+def _measured(hidden: ImageSource | None, ids: list[int], boxes: list[list[float]]) -> tuple[dict[str, Any], Counters]:
+    """What is noted of pseudo labels, one box for each image, at the last step of a schedule."""
+    notes: list[Any] = []
+    empty, count = torch.zeros(0, dtype=torch.int64), len(ids)
+    view = View(torch.zeros(count, 3, 32, 32), torch.full((count, 2), 32), torch.eye(3).repeat(count, 1, 1))
+    batch = Batch({}, {"strong": view}, empty, torch.tensor(ids), empty, torch.tensor(ids))
+    labels = [Target(torch.tensor([box]), torch.tensor([1]), torch.tensor([0.9])) for box in boxes]
+    run: Any = SimpleNamespace(
+        data=SimpleNamespace(hidden=hidden),
+        method=SimpleNamespace(pseudo_labels={"all": labels}),
+        cfg=SimpleNamespace(schedule=SimpleNamespace(steps=10)),
+    )
+    log: Any = SimpleNamespace(pseudo=lambda _, quality: notes.append(quality["all"]))
+    counters = Counters()
+    measure_pseudo_labels(run, batch, 9, counters, log)
+    return notes[0], counters
+
+
+def _truth(ids: list[int]) -> ImageSource:
+    """One box [0, 0, 10, 10] of class 1 in each image."""
+    count = len(ids)
+    boxes = np.tile(np.array([[0, 0, 10, 10]], np.float32), (count, 1))
+    sizes, ones = np.full((count, 2), 32), np.ones(count, np.int64)
+    paths = [f"{i}.jpg" for i in ids]
+    return ImageSource(paths, np.array(ids), sizes, boxes, ones, ones.astype(np.float32), np.arange(count + 1))
+
+
+RIGHT, WRONG = [0.0, 0.0, 10.0, 10.0], [20.0, 20.0, 30.0, 30.0]
+
+
+@pytest.mark.parametrize("known", [None, [8, 9]])
+def test_pseudo_labels_on_images_of_unknown_truth_are_not_measured(known: list[int] | None) -> None:
+    """Unknown is not zero, neither in the line nor in the mean that the record gets."""
+    noted, counters = _measured(_truth(known) if known else None, [1, 2], [RIGHT, WRONG])
+    assert noted == {"precision": None, "recall": None, "iou": None, "labels": 2.0, "boxes": None}
+    assert counters.pseudo_count == 0
+
+
+def test_pseudo_labels_are_measured_where_the_truth_is_known() -> None:
+    """Of images 1 to 4 the truth of 2 and 3 is known: of their labels one is right; the others do not count."""
+    noted, counters = _measured(_truth([3, 7, 2]), [1, 2, 3, 4], [WRONG, RIGHT, WRONG, WRONG])
+    assert noted == {"precision": 0.5, "recall": 0.5, "iou": 1.0, "labels": 2.0, "boxes": 2.0}
+    assert (counters.pseudo, counters.pseudo_count) == ([0.5, 0.5, 1.0], 1)
 
 
 @pytest.mark.parametrize(("passed_on", "received"), [(True, 1), (False, 2)])
