@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from omegaconf import DictConfig
 
@@ -30,8 +32,16 @@ groups    data, method, detector, augment, pipeline, schedule, preset, suite
 keys      split.percent split.fold split.protocol  batch.labeled batch.unlabeled  schedule.steps  seed
           devices device threads  runs_dir run_dir cache_dir  evaluation.every checkpointing.every  ...
           `ssodbench config` lists them all with their values.
+          ssodbench --version says which one this is.
 exit code 0 ok, 1 failed, 2 a mistake in what was given, 130 and 143 interrupted (start again to continue)
 """
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells mistakes as the rest of the program does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}: see ssodbench --help")
 
 
 def _prepare(cfg: DictConfig) -> int:
@@ -42,6 +52,9 @@ def _prepare(cfg: DictConfig) -> int:
 
 
 def _train(cfg: DictConfig) -> int:
+    from harness.config_checks import check_extras
+
+    check_extras(cfg, logs=True)
     from harness.jobs import end_with_suite
     from harness.launch import run
 
@@ -50,6 +63,9 @@ def _train(cfg: DictConfig) -> int:
 
 
 def _suite(cfg: DictConfig) -> int:
+    from harness.config_checks import check_extras
+
+    check_extras(cfg, logs=True)
     from harness.suite import run
 
     return run(cfg)
@@ -70,6 +86,9 @@ def _evaluate(cfg: DictConfig) -> int:
 
 
 def _profile(cfg: DictConfig) -> int:
+    from harness.config_checks import check_extras
+
+    check_extras(cfg, pipelines=[*cfg.profile.pipelines, "dali"])  # whose decoder gives the ceiling
     from harness.profile import run
 
     run(cfg)
@@ -94,28 +113,45 @@ _COMMANDS: dict[str, Callable[[DictConfig], int]] = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; gives its exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(prog="ssodbench", add_help=False)
+def _run(given: list[str]) -> int:
+    """`main` without its errors.
+
+    Raises:
+        UserError: a mistake in what was given.
+    """
+    parser = _Parser(prog="ssodbench", add_help=False)
     parser.add_argument("command", nargs="?")
     parser.add_argument("--config-dir", action="append", default=[])
     parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--version", action="store_true")
     parser.add_argument("overrides", nargs="*")
     known, unknown = parser.parse_known_intermixed_args(given)
-    if known.help or not known.command:
+    if known.version:
+        print(f"ssodbench {importlib.metadata.version('ssodbench')}")
+        return 0
+    if known.help or not (known.command or unknown):
         print(_HELP, end="")
         return 0 if known.help else 2
-    try:
-        if unknown:
-            raise UserError(
-                f"the option {unknown[0]} is not known: settings are given as key=value, see ssodbench --help"
-            )
-        if known.command not in _COMMANDS:
-            raise UserError(f"the command {known.command} is not known: choose one of {', '.join(_COMMANDS)}")
-        from harness.config import load
+    from harness.validate import near
 
-        return _COMMANDS[known.command](load(known.overrides, known.config_dir))
+    if unknown:
+        hint = near(unknown[0].split("=")[0], ("--config-dir", "--help", "--version"))
+        raise UserError(
+            f"the option {unknown[0]} is not known{hint}: settings are given as key=value, see ssodbench --help"
+        )
+    if known.command not in _COMMANDS:
+        hint = near(known.command, _COMMANDS) or f": choose one of {', '.join(_COMMANDS)}"
+        raise UserError(f"the command {known.command} is not known{hint}")
+    from harness.config import load
+
+    return _COMMANDS[known.command](load(known.overrides, known.config_dir))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; gives its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(given)
     except UserError as error:
         print(f"ssodbench: {error}", file=sys.stderr)
         return 2
