@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from detectors.weights import CAFFE, RGB, first_weights, load_backbone
 from harness.types import Normalize, UserError
+from harness.validate import Limits
 
 _GROUPS = 32  # of GroupNorm
 
@@ -93,6 +95,10 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
     "batch": nn.BatchNorm2d,
     "group": group_norm,
 }
+# What a configuration may say.
+Depth = Literal[18, 50, 101]
+Norm = Annotated[str, Limits(one_of=tuple(NORMS))]
+Stages = Annotated[int, Limits(ge=0, le=5)]  # frozen ones, the stem counted
 
 
 class ResNetBackbone(nn.Module):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from detectors.backbones import Pyramid, ResNetBackbone, SmallBackbone, build_resnet, pyramid_norm
+from detectors.backbones import Depth, Norm, Pyramid, ResNetBackbone, SmallBackbone, Stages, build_resnet, pyramid_norm
 from detectors.detector import Detector
 from detectors.padded import PaddedTargets
 from detectors.roi import RoiSettings, RoiStage
@@ -19,6 +19,7 @@ from detectors.rpn import Anchors, Proposals, Rpn, RpnSettings
 from detectors.weights import load_backbone
 from harness import pretrain
 from harness.types import Normalize, UserError, View
+from harness.validate import Channels, Limits, Pixels, Positive, keys_of
 
 # Where the codebases differ. Methods are compared on equal detectors, so the style is the detector's, not the method's.
 # `norm`: of a pre-trained ResNet.
@@ -139,6 +140,9 @@ class FasterRcnn(Detector):
         return self.roi.detections(logits, deltas, proposals, view.sizes, score_threshold)
 
 
+Style = Annotated[str, Limits(one_of=tuple(STYLES))]
+
+
 def _check_style(style: str) -> None:
     if style not in STYLES:
         raise UserError(f"detector.style={style} is unknown: choose one of {', '.join(STYLES)}")
@@ -168,13 +172,13 @@ def small_faster_rcnn(
     name: str,
     cache_dir: str | Path,
     weights: str = "generated",
-    channels: Sequence[int] = (24, 32, 64, 96),
-    pyramid_channels: int = 48,
-    anchor_sizes: Sequence[float] = (12, 18, 28),
-    anchor_ratios: Sequence[float] = (1.0,),
-    style: str = "torchvision",
-    rpn: Mapping[str, Any] | None = None,
-    roi: Mapping[str, Any] | None = None,
+    channels: Annotated[Sequence[Channels], Limits(least=4, most=4)] = (24, 32, 64, 96),
+    pyramid_channels: Channels = 48,
+    anchor_sizes: Annotated[Sequence[Pixels], Limits(least=1)] = (12, 18, 28),
+    anchor_ratios: Annotated[Sequence[Positive], Limits(least=1)] = (1.0,),
+    style: Style = "torchvision",
+    rpn: Annotated[Mapping[str, Any] | None, keys_of(RpnSettings, partial=True)] = None,
+    roi: Annotated[Mapping[str, Any] | None, keys_of(RoiSettings, partial=True)] = None,
 ) -> FasterRcnn:
     """The CPU preset's detector: half a million parameters, trainable BatchNorm everywhere.
 
@@ -229,17 +233,17 @@ def faster_rcnn(
     num_classes: int,
     name: str,
     cache_dir: str | Path,
-    depth: int = 50,
+    depth: Depth = 50,
     weights: str = "torchvision",
-    norm: str | None = None,
-    frozen_stages: int | None = None,
+    norm: Norm | None = None,
+    frozen_stages: Stages | None = None,
     caffe: bool | None = None,
-    pyramid_channels: int = 256,
-    anchor_sizes: Sequence[float] = (32, 64, 128, 256, 512),
-    anchor_ratios: Sequence[float] = (0.5, 1.0, 2.0),
-    style: str = "torchvision",
-    rpn: Mapping[str, Any] | None = None,
-    roi: Mapping[str, Any] | None = None,
+    pyramid_channels: Channels = 256,
+    anchor_sizes: Annotated[Sequence[Pixels], Limits(least=1)] = (32, 64, 128, 256, 512),
+    anchor_ratios: Annotated[Sequence[Positive], Limits(least=1)] = (0.5, 1.0, 2.0),
+    style: Style = "torchvision",
+    rpn: Annotated[Mapping[str, Any] | None, keys_of(RpnSettings, partial=True)] = None,
+    roi: Annotated[Mapping[str, Any] | None, keys_of(RoiSettings, partial=True)] = None,
 ) -> FasterRcnn:
     """Faster R-CNN on ResNet-FPN, the detector of the papers.
 

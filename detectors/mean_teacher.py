@@ -5,16 +5,16 @@ The plain baseline of the teacher methods; it works with any detector.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Literal
 
 import torch
 
 from detectors.detector import Detector, targets_of
-from detectors.method import Losses, Method, first_step, mean_count, student_features, unlabeled_terms
+from detectors.method import EmaKeys, Losses, Method, first_step, mean_count, student_features, unlabeled_terms
 from detectors.padded import PaddedTargets
 from harness import boxes as box_ops
 from harness.types import Batch, View, Views
+from harness.validate import NotNegative, Share, Weight
 
 
 class MeanTeacher(Method):
@@ -38,13 +38,13 @@ class MeanTeacher(Method):
         detector: Detector,
         steps: int,
         *,
-        ema: Mapping[str, Any],
-        reported: str = "teacher",
-        lambda_u: float = 4.0,
-        burn_in: float = 0,
-        score: float = 0.9,
-        candidate_score: float = 0.05,
-        smallest_side: float = 0.01,
+        ema: EmaKeys,
+        reported: Literal["student", "teacher"] = "teacher",
+        lambda_u: Weight = 4.0,
+        burn_in: NotNegative = 0,
+        score: Share = 0.9,
+        candidate_score: Share = 0.05,
+        smallest_side: NotNegative = 0.01,
         joint_forward: bool = False,
     ) -> None:
         super().__init__(detector, steps, reported=reported, ema=ema)

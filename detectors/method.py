@@ -6,15 +6,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from detectors.detector import Detector, join_views
 from detectors.padded import PaddedTargets
-from harness import ema
+from harness import ema, validate
 from harness.types import Batch, Target, UserError, View, Views
+from harness.validate import Share, keys_of
 
 __all__ = ["Detector", "Ema", "Losses", "Method"]
 
@@ -23,18 +24,12 @@ Losses = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Ema:
-    """How the teacher follows the student."""
+    """How the teacher follows the student; the values of `method.ema` in the configuration."""
 
-    momentum: float
+    momentum: Share
     ramp: bool = False  # let the momentum grow as `harness.ema.ramp` says, up to the one above
-    update: str = "after"  # before or after the student's step
+    update: Literal["before", "after"] = "after"  # before or after the student's step
     buffers: bool | None = None  # average buffers too; None: if BatchNorm keeps statistics, which would be stale
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.momentum <= 1:
-            raise UserError(f"method.ema.momentum={self.momentum} must lie between 0 and 1")
-        if self.update not in ("before", "after"):
-            raise UserError(f"method.ema.update={self.update} is unknown: choose before or after")
 
     def of(self, detector: nn.Module) -> Ema:
         """The same with `buffers` decided for this detector.
@@ -49,6 +44,9 @@ class Ema:
                 "BatchNorm: take null or true, or a detector without it"
             )
         return replace(self, buffers=moving if self.buffers is None else self.buffers)
+
+
+EmaKeys = Annotated[Mapping[str, Any], keys_of(Ema)]
 
 
 class Method(nn.Module, ABC):
@@ -87,7 +85,7 @@ class Method(nn.Module, ABC):
         self.student = detector
         self.steps = steps
         self.reported = reported
-        self.ema = Ema(**ema).of(detector) if ema is not None else None
+        self.ema = validate.make(Ema, ema, "method.ema").of(detector) if ema is not None else None
         self.teacher_from = teacher_from
         self.teacher: Detector | None = None
         if self.ema is not None:

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,13 +16,14 @@ from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from detectors import losses
-from detectors.backbones import Pyramid, build_resnet, pyramid_norm
+from detectors.backbones import Depth, Norm, Pyramid, Stages, build_resnet, pyramid_norm
 from detectors.detector import Detector
 from detectors.matching import match
 from detectors.padded import PaddedTargets, gather, scatter_by_image
 from detectors.rpn import Anchors
 from harness import boxes as box_ops
 from harness.types import Normalize, UserError, View
+from harness.validate import Channels, Limits, Pixels
 
 _CODER = (1.0, 1.0, 1.0, 1.0)
 _STRIDES = (8, 16, 32, 64, 128)  # of the five levels
@@ -239,8 +240,8 @@ class Fcos(OneStage):
 def _pyramid(
     depth: int,
     weights: str,
-    norm: str | None,
-    frozen_stages: int | None,
+    norm: Norm | None,
+    frozen_stages: Stages | None,
     caffe: bool | None,
     channels: int,
     cache_dir: str | Path,
@@ -263,14 +264,14 @@ def retinanet(
     num_classes: int,
     name: str,
     cache_dir: str | Path,
-    depth: int = 50,
+    depth: Depth = 50,
     weights: str = "torchvision",
-    norm: str | None = None,
-    frozen_stages: int | None = None,
+    norm: Norm | None = None,
+    frozen_stages: Stages | None = None,
     caffe: bool | None = None,
-    pyramid_channels: int = 256,
-    anchor_sizes: Sequence[float] = (32, 64, 128, 256, 512),
-    style: str = "torchvision",
+    pyramid_channels: Channels = 256,
+    anchor_sizes: Annotated[Sequence[Pixels], Limits(least=1)] = (32, 64, 128, 256, 512),
+    style: Literal["torchvision", "detectron"] = "torchvision",
 ) -> RetinaNet:
     """RetinaNet on ResNet-FPN: nine anchors per cell.
 
@@ -313,13 +314,13 @@ def fcos(
     num_classes: int,
     name: str,
     cache_dir: str | Path,
-    depth: int = 50,
+    depth: Depth = 50,
     weights: str = "torchvision",
-    norm: str | None = None,
-    frozen_stages: int | None = None,
+    norm: Norm | None = None,
+    frozen_stages: Stages | None = None,
     caffe: bool | None = None,
-    pyramid_channels: int = 256,
-    style: str = "torchvision",
+    pyramid_channels: Channels = 256,
+    style: Literal["torchvision", "detectron"] = "torchvision",
 ) -> Fcos:
     """FCOS on ResNet-FPN, levels at strides 8 to 128.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from detectors.padded import PaddedTargets, gather, scatter_by_image
 from detectors.roi_align import PyramidRoiAlign
 from detectors.rpn import Proposals
 from harness import boxes as box_ops
+from harness.validate import Channels, Limits, NotNegative, Share
 
 
 class BoxHead(nn.Module):
@@ -73,20 +75,20 @@ class Rois:
 class RoiSettings:
     """The numbers of table C.0 that concern the second stage; the defaults are torchvision's."""
 
-    batch: int = 512  # regions per image in the losses
-    positive_fraction: float = 0.25
-    iou: float = 0.5
-    beta: float = 1 / 9
-    output: int = 7
-    hidden: int = 1024
+    batch: Annotated[int, Limits(ge=1, le=100_000)] = 512  # regions per image in the losses
+    positive_fraction: Share = 0.25
+    iou: Share = 0.5
+    beta: NotNegative = 1 / 9
+    output: Annotated[int, Limits(ge=1, le=64)] = 7
+    hidden: Channels = 1024
     batch_norm: bool = False
-    sampling_ratio: int = 2
+    sampling_ratio: Annotated[int, Limits(ge=0, le=64)] = 2
     aligned: bool = False
-    canonical_scale: int = 224
-    canonical_level: int = 4
+    canonical_scale: Annotated[int, Limits(ge=1, le=100_000)] = 224
+    canonical_level: Annotated[int, Limits(ge=0, le=16)] = 4
     coder: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)
-    nms_iou: float = 0.5
-    detections: int = 100  # per image
+    nms_iou: Share = 0.5
+    detections: Annotated[int, Limits(ge=1, le=10_000)] = 100  # per image
 
 
 class RoiStage(nn.Module):

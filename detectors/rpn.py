@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from detectors.matching import match, matched_boxes, sample
 from detectors.padded import PaddedTargets, gather, scatter_by_image
 from harness import boxes as box_ops
 from harness.types import UserError
+from harness.validate import Limits, NotNegative, Share
 
 _CODER = (1.0, 1.0, 1.0, 1.0)
 _SMALLEST_PROPOSAL = 1e-3  # px
@@ -105,22 +107,26 @@ class Anchors(nn.Module):
         return (torch.stack([x, y, x, y], -1).view(-1, 1, 4) + base).view(-1, 4)
 
 
+_Kept = Annotated[int, Limits(ge=1, le=100_000)]
+Proposed = tuple[_Kept, _Kept]
+
+
 @dataclass(frozen=True)
 class RpnSettings:
     """The numbers of table C.0 that concern the RPN; the defaults are torchvision's."""
 
-    batch: int = 256  # anchors per image in the losses
-    positive_fraction: float = 0.5
-    positive_iou: float = 0.7
-    negative_iou: float = 0.3
-    low_quality_iou: float = 0.0  # see `match`
-    low_quality_of: str = "box"  # or anchor, see `match`
-    candidates: str = "all"  # or padded, inside: key of `CANDIDATES`
-    beta: float = 1 / 9  # of the box loss, see losses.box_regression
+    batch: Annotated[int, Limits(ge=1, le=100_000)] = 256  # anchors per image in the losses
+    positive_fraction: Share = 0.5
+    positive_iou: Share = 0.7
+    negative_iou: Share = 0.3
+    low_quality_iou: Share = 0.0  # see `match`
+    low_quality_of: Annotated[str, Limits(one_of=("box", "anchor"))] = "box"  # see `match`
+    candidates: Annotated[str, Limits(one_of=tuple(CANDIDATES))] = "all"
+    beta: NotNegative = 1 / 9  # of the box loss, see losses.box_regression
     fixed_normalizer: bool = False  # divide by batch * images, or by the number of anchors that were sampled
-    nms_iou: float = 0.7
-    train_proposals: tuple[int, int] = (2000, 2000)  # per level before NMS, per image after
-    test_proposals: tuple[int, int] = (1000, 1000)
+    nms_iou: Share = 0.7
+    train_proposals: Proposed = (2000, 2000)  # per level before NMS, per image after
+    test_proposals: Proposed = (1000, 1000)
 
     def __post_init__(self) -> None:
         for key, known in (("low_quality_of", ("box", "anchor")), ("candidates", tuple(CANDIDATES))):

@@ -6,8 +6,7 @@ things are those of the official code; where the paper differs, an option says s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -15,13 +14,14 @@ from torch import Tensor
 from detectors import losses
 from detectors.detector import Detector, targets_of
 from detectors.faster_rcnn import FasterRcnn
-from detectors.method import Losses, Method, first_step, mean_count, student_features, unlabeled_terms
+from detectors.method import EmaKeys, Losses, Method, first_step, mean_count, student_features, unlabeled_terms
 from detectors.padded import PaddedTargets
 from detectors.roi import Rois
 from detectors.rpn import Proposals
 from harness import boxes as box_ops
 from harness.sampling import torch_normal, torch_uniform
 from harness.types import Batch, UserError, View, Views
+from harness.validate import Limits, NotNegative, Share, Weight
 
 _LOSSES = ("rpn_class", "rpn_box", "roi_class", "roi_box")
 
@@ -60,21 +60,21 @@ class SoftTeacher(Method):
         detector: Detector,
         steps: int,
         *,
-        ema: Mapping[str, Any],
-        reported: str = "student",
-        lambda_u: float = 4.0,
-        burn_in: float = 0,
-        candidate_score: float = 0.05,
-        initial_score: float = 0.5,
-        rpn_score: float = 0.9,
-        class_score: float = 0.9,
-        box_uncertainty: float = 0.02,
-        smallest_side: float = 0.0,
-        jitter_count: int = 10,
-        jitter_scale: float = 0.06,
-        jitter: str = "gaussian",
-        uncertainty_scale: str = "axes",
-        class_normalizer: str = "code",
+        ema: EmaKeys,
+        reported: Literal["student", "teacher"] = "student",
+        lambda_u: Weight = 4.0,
+        burn_in: NotNegative = 0,
+        candidate_score: Share = 0.05,
+        initial_score: Share = 0.5,
+        rpn_score: Share = 0.9,
+        class_score: Share = 0.9,
+        box_uncertainty: NotNegative = 0.02,
+        smallest_side: NotNegative = 0.0,
+        jitter_count: Annotated[int, Limits(ge=2, le=1000)] = 10,
+        jitter_scale: NotNegative = 0.06,
+        jitter: Literal["gaussian", "uniform"] = "gaussian",
+        uncertainty_scale: Literal["axes", "half_perimeter"] = "axes",
+        class_normalizer: Literal["code", "paper"] = "code",
         teacher_training_proposals: bool = True,
         use_teacher_proposals: bool = False,
         joint_forward: bool = False,

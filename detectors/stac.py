@@ -7,15 +7,15 @@ file is stage 3, in which a new detector learns from both.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Literal
 
 import torch
 
 from detectors.detector import Detector, targets_of
 from detectors.faster_rcnn import FasterRcnn
-from detectors.method import Losses, Method, mean_count, student_features, unlabeled_terms
+from detectors.method import EmaKeys, Losses, Method, mean_count, student_features, unlabeled_terms
 from harness.types import Batch, UserError, Views
+from harness.validate import Weight
 
 
 class Stac(Method):
@@ -37,12 +37,12 @@ class Stac(Method):
         detector: Detector,
         steps: int,
         *,
-        lambda_u: float = 2.0,
+        lambda_u: Weight = 2.0,
         mean_of_branches: bool = True,
         unlabeled_rpn_loss: bool = True,
         joint_forward: bool = False,
-        reported: str = "student",
-        ema: Mapping[str, Any] | None = None,
+        reported: Literal["student", "teacher"] = "student",
+        ema: EmaKeys | None = None,
     ) -> None:
         super().__init__(detector, steps, reported=reported, ema=ema)
         self.lambda_u = lambda_u

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Literal
 
 from detectors.detector import Detector, targets_of
-from detectors.method import Losses, Method, mean_count
+from detectors.method import EmaKeys, Losses, Method, mean_count
 from harness.types import Batch, Views
 
 
@@ -24,8 +23,8 @@ class Supervised(Method):
         steps: int,
         *,
         labeled_view: str = "labeled",
-        reported: str = "student",
-        ema: Mapping[str, Any] | None = None,
+        reported: Literal["student", "teacher"] = "student",
+        ema: EmaKeys | None = None,
     ) -> None:
         super().__init__(detector, steps, reported=reported, ema=ema)
         self.labeled_view = labeled_view

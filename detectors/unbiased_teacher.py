@@ -6,18 +6,19 @@ official code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from detectors.detector import Detector, join_views, targets_of
 from detectors.faster_rcnn import FasterRcnn
-from detectors.method import Losses, Method, first_step, mean_count, student_features, unlabeled_terms
+from detectors.method import EmaKeys, Losses, Method, first_step, mean_count, student_features, unlabeled_terms
 from detectors.padded import PaddedTargets, concatenate
 from harness.sampling import stream_key
 from harness.types import Batch, UserError, View, Views
+from harness.validate import Limits, NotNegative, Share, Weight
 
 
 class UnbiasedTeacher(Method):
@@ -46,15 +47,15 @@ class UnbiasedTeacher(Method):
         detector: Detector,
         steps: int,
         *,
-        ema: Mapping[str, Any],
-        reported: str = "teacher",
-        lambda_u: float = 4.0,
-        burn_in: float = 2000,
+        ema: EmaKeys,
+        reported: Literal["student", "teacher"] = "teacher",
+        lambda_u: Weight = 4.0,
+        burn_in: NotNegative = 2000,
         average_burn_in: bool = False,
-        score: float = 0.7,
-        candidate_score: float = 0.05,
-        focal_gamma: float = 1.5,
-        labeled_views: Sequence[str] = ("weak", "strong"),
+        score: Share = 0.7,
+        candidate_score: Share = 0.05,
+        focal_gamma: Annotated[float, Limits(ge=0, le=100)] = 1.5,
+        labeled_views: Annotated[Sequence[str], Limits(least=1)] = ("weak", "strong"),
         teacher_training_proposals: bool = True,
         joint_forward: bool = False,
     ) -> None:

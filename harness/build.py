@@ -26,37 +26,36 @@ from harness.splits import BY_PERCENT
 from harness.types import ImageSource, Normalize, Pipeline, Split, UserError, Views
 from pipelines.policy import Policy
 
-# Keys that describe a group to people or to other groups, and that its class does not take.
-_DESCRIPTIVE = ("name", "augment", "offline", "small")
 
-
-def _make(options: DictConfig, what: str, drop: tuple[str, ...] = (), **runtime: Any) -> Any:
+def _make(name: str, options: DictConfig, **runtime: Any) -> Any:
     """Instantiates a group; what the user can mend comes out as one sentence."""
     plain = OmegaConf.to_container(options, resolve=True)
     assert isinstance(plain, dict)
-    kept = {str(key): value for key, value in plain.items() if key not in drop}
+    kept = {str(key): value for key, value in plain.items() if key not in config_checks.GROUPS[name].own}
     try:
         # Partial, since Hydra would turn dataclasses among the arguments into dictionaries.
         construct = instantiate({**kept, "_partial_": True}, _convert_="all")
         inspect.signature(construct).bind(**runtime)
     except (HydraException, TypeError) as error:
-        raise UserError(f"{what} cannot be built from its configuration: {error}") from error
+        why = " ".join(str(error).split())
+        said = f"{name}={plain.get('name', name)}"
+        raise UserError(f"{said} cannot be built from its configuration: {why}") from error
     return construct(**runtime)
 
 
 def dataset(cfg: DictConfig) -> Dataset:
     """Opens the dataset, generating or caching it first where that is needed."""
-    return _make(cfg.data, f"data={cfg.data.name}", ("small",), cache_dir=Path(cfg.cache_dir))
+    return _make("data", cfg.data, cache_dir=Path(cfg.cache_dir))
 
 
 def detector(cfg: DictConfig, num_classes: int) -> Detector:
     """A detector with its first weights."""
-    return _make(cfg.detector, f"detector={cfg.detector.name}", num_classes=num_classes)
+    return _make("detector", cfg.detector, num_classes=num_classes)
 
 
 def method(cfg: DictConfig, network: Detector) -> Method:
     """A method around a detector."""
-    return _make(cfg.method, f"method={cfg.method.name}", _DESCRIPTIVE, detector=network, steps=cfg.schedule.steps)
+    return _make("method", cfg.method, detector=network, steps=cfg.schedule.steps)
 
 
 def policy(cfg: DictConfig) -> Policy:
@@ -76,10 +75,10 @@ def pipeline(
     unlabeled: ImageSource | None = None,
 ) -> Pipeline:
     """A pipeline: for training with all arguments, for evaluation without the last four."""
+    config_checks.check_extras(cfg)
     return _make(
+        "pipeline",
         cfg.pipeline,
-        f"pipeline={cfg.pipeline.name}",
-        ("name",),
         policy=policy(cfg),
         normalize=normalize,
         views=views,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib.metadata
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from omegaconf import DictConfig
 
@@ -32,8 +34,16 @@ groups    data, method, detector, augment, pipeline, schedule, preset, suite
 keys      split.percent split.fold split.protocol  batch.labeled batch.unlabeled  schedule.steps  seed
           devices device threads  runs_dir run_dir cache_dir  evaluation.every checkpointing.every  ...
           `ssodbench config` lists them all with their values.
+          ssodbench --version says which one this is.
 exit code 0 ok, 1 failed, 2 a mistake in what was given, 130 and 143 interrupted (start again to continue)
 """
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells mistakes as the rest of the program does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}: see ssodbench --help")
 
 
 def _prepare(cfg: DictConfig) -> int:
@@ -44,6 +54,9 @@ def _prepare(cfg: DictConfig) -> int:
 
 
 def _train(cfg: DictConfig) -> int:
+    from harness.config_checks import check_extras
+
+    check_extras(cfg, logs=True)
     from harness.jobs import end_with_suite
     from harness.launch import run
 
@@ -52,6 +65,9 @@ def _train(cfg: DictConfig) -> int:
 
 
 def _suite(cfg: DictConfig) -> int:
+    from harness.config_checks import check_extras
+
+    check_extras(cfg, logs=True)
     from harness.suite import run
 
     return run(cfg)
@@ -72,6 +88,9 @@ def _evaluate(cfg: DictConfig) -> int:
 
 
 def _profile(cfg: DictConfig) -> int:
+    from harness.config_checks import check_extras
+
+    check_extras(cfg, pipelines=[*cfg.profile.pipelines, "dali"])  # whose decoder gives the ceiling
     from harness.profile import run
 
     run(cfg)
@@ -103,35 +122,51 @@ _COMMANDS: dict[str, Callable[[DictConfig], int]] = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; gives its exit code."""
-    open_closed_streams()
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(prog="ssodbench", add_help=False)
+def _run(given: list[str], places: dict[str, str]) -> int:
+    """`main` without its errors.
+
+    Raises:
+        UserError: a mistake in what was given.
+    """
+    parser = _Parser(prog="ssodbench", add_help=False)
     parser.add_argument("command", nargs="?")
     parser.add_argument("--config-dir", action="append", default=[])
     parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--version", action="store_true")
     parser.add_argument("overrides", nargs="*")
     known, unknown = parser.parse_known_intermixed_args(given)
-    if known.help or not known.command:
+    if known.version:
+        print(f"ssodbench {importlib.metadata.version('ssodbench')}")
+        return 0
+    if known.help or not (known.command or unknown):
         print(_HELP, end="")
         return 0 if known.help else 2
+    from harness.validate import near
+
+    if unknown:
+        hint = near(unknown[0].split("=")[0], ("--config-dir", "--help", "--version"))
+        raise UserError(
+            f"the option {unknown[0]} is not known{hint}: settings are given as key=value, see ssodbench --help"
+        )
+    if known.command not in _COMMANDS:
+        hint = near(known.command, _COMMANDS) or f": choose one of {', '.join(_COMMANDS)}"
+        raise UserError(f"the command {known.command} is not known{hint}")
+    from harness import config
+
+    cfg = config.load(known.overrides, known.config_dir)
+    places.update(config.places(cfg))
+    code = _COMMANDS[known.command](cfg)
+    _flush_output()
+    return code
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; gives its exit code."""
+    open_closed_streams()
     places: dict[str, str] = {}
     try:
         require_working_folder()
-        if unknown:
-            raise UserError(
-                f"the option {unknown[0]} is not known: settings are given as key=value, see ssodbench --help"
-            )
-        if known.command not in _COMMANDS:
-            raise UserError(f"the command {known.command} is not known: choose one of {', '.join(_COMMANDS)}")
-        from harness import config
-
-        cfg = config.load(known.overrides, known.config_dir)
-        places.update(config.places(cfg))
-        code = _COMMANDS[known.command](cfg)
-        _flush_output()
-        return code
+        return _run(list(sys.argv[1:] if arguments is None else arguments), places)
     except (UserError, RunError) as error:
         return _tell(error)
     except KeyboardInterrupt:

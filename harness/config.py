@@ -5,7 +5,6 @@ Never `@hydra.main`: it would scatter output folders and own our exit codes.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
@@ -16,14 +15,14 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from harness import config_checks, files, layouts, split_files
+from harness import config_checks, files, layouts, split_files, validate, yaml_files
 from harness.types import UserError
 
-CONF_DIR = Path(__file__).parent / "conf"
+CONF_DIR = config_checks.CONF_DIR
 
 # Keys that say where and how a run is carried out, not what it computes: they may change when a run is taken up again.
 _CIRCUMSTANCES = (
@@ -50,6 +49,13 @@ _CIRCUMSTANCES = (
     "check",
     "export_dir",
 )
+# What of a run a suite varies, and by which key.
+_SUITE_AXES = {
+    "method": "suite.methods",
+    "split.percent": "suite.percents",
+    "split.fold": "suite.folds",
+    "seed": "suite.seeds",
+}
 _PATH_KEY = re.compile(r"^\+*([\w.]*(root|_dir|_file|checkpoint|weights|out|annotations|images|logs))=(.*)$", re.DOTALL)
 _PATH_NAME = re.compile(r"(^|_)(root|dir|file|checkpoint|weights|out|annotations|images|logs)$")
 
@@ -82,34 +88,83 @@ def load(overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()) -> Di
     Raises:
         UserError: for an unknown key or option, or values that cannot work.
     """
-    config_dirs = [files.home_path(str(folder), "--config-dir") for folder in config_dirs]
-    for folder in config_dirs:
-        if not Path(folder).is_dir():
-            why = files.trouble(folder)
-            raise UserError(
-                f"--config-dir {folder} is not a folder{f' ({why})' if why else ''}: give one with YAML files"
-            )
-    for override in overrides:
-        if "=" not in override and not override.startswith("~"):
-            raise UserError(f"'{override}' is not of the form key=value")
+    cfg = _load(overrides, [files.home_path(str(folder), "--config-dir") for folder in config_dirs])
+    if cfg.method.get("offline") is not None:
+        _check_stage_one(cfg)
+    return cfg
+
+
+def _load(overrides: Sequence[str], config_dirs: Sequence[str | Path]) -> DictConfig:
+    """`load` of this configuration alone, not of the stage that it may begin with."""
+    _check_given(overrides, config_dirs)
     layouts.check_option(overrides, config_dirs)
     given = list(overrides)
     overrides = [quote_path(o) for o in overrides]
     if config_dirs:
         folders = ", ".join(_quote(f"file://{os.path.realpath(folder)}") for folder in config_dirs)
         overrides.append(f"hydra.searchpath=[{folders}]")
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        cfg = _compose(overrides)
-        if cfg.get("augment") is None:
-            cfg = _compose([*overrides, f"augment={cfg.method.augment}"])
-    OmegaConf.set_struct(cfg, False)
-    cfg.cli = {"overrides": list(given), "config_dirs": [str(folder) for folder in config_dirs]}
-    config_checks.check(cfg)
+    try:
+        cfg = _composed(overrides)
+        cfg.cli = {"overrides": list(given), "config_dirs": [str(folder) for folder in config_dirs]}
+        if cfg.cache_dir is None:
+            cfg.cache_dir = str(default_cache_dir())
+        _cap_intervals(cfg)
+        config_checks.check(cfg)
+    except UserError as error:
+        own = yaml_files.chosen(given, config_dirs)
+        yaml_files.check(own)  # what cannot be read explains more
+        raise UserError(yaml_files.located(str(error), own)) from error
     _fill_defaults(cfg)
     _expand_home(cfg)
     OmegaConf.set_struct(cfg, True)
     return cfg
+
+
+def _check_given(overrides: Sequence[str], config_dirs: Sequence[str | Path]) -> None:
+    for folder in config_dirs:
+        if not str(folder) or not Path(folder).is_dir():
+            why = files.trouble(folder) if str(folder) else ""
+            raise UserError(
+                f"--config-dir {folder or chr(39) * 2} is not a folder{f' ({why})' if why else ''}: "
+                "give one with YAML files"
+            )
+    for override in overrides:
+        if "=" not in override and not override.startswith("~"):
+            hint = f": say run_dir={override}" if Path(override).exists() or "/" in override else ""
+            raise UserError(f"'{override}' is not of the form key=value{hint}")
+
+
+def _composed(overrides: Sequence[str]) -> DictConfig:
+    """What Hydra makes of the files and the command line; with the method's policy where none is chosen."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        cfg = _compose(overrides)
+        if cfg.get("augment") is None:
+            config_checks.check_method(cfg)
+            cfg = _compose([*overrides, f"augment={_quote(str(cfg.method.augment))}"])
+    OmegaConf.set_struct(cfg, False)
+    return cfg
+
+
+def _cap_intervals(cfg: DictConfig) -> None:
+    """A preset's interval is at most the schedule's length, unless the command line gives it."""
+    every, steps = OmegaConf.select(cfg, "evaluation.every"), OmegaConf.select(cfg, "schedule.steps")
+    given = any(_key(override) in ("evaluation", "evaluation.every") for override in cfg.cli.overrides)
+    if not given and type(every) is type(steps) is int and 1 <= steps < every:
+        cfg.evaluation.every = steps
+
+
+def _check_stage_one(cfg: DictConfig) -> None:
+    """Composes stage 1, so that mistakes in it are told before data is opened."""
+    said = f"method.offline.stage1={cfg.method.offline.stage1}"
+    try:
+        stage = _load(*_stage_one_arguments(cfg))
+    except UserError as error:
+        raise UserError(f"{said} with method.offline.stage1_overrides cannot be composed: {error}") from error
+    if stage.method.get("offline") is not None:
+        raise UserError(
+            f"{said} needs pseudo labels itself: name a method that trains on labelled images, such as supervised"
+        )
 
 
 def stage_one(cfg: DictConfig) -> DictConfig:
@@ -117,12 +172,16 @@ def stage_one(cfg: DictConfig) -> DictConfig:
 
     What `offline.stage1_overrides` says differently counts where the command line does not say it.
     """
+    return load(*_stage_one_arguments(cfg))
+
+
+def _stage_one_arguments(cfg: DictConfig) -> tuple[list[str], list[str]]:
     kept = [o for o in cfg.cli.overrides if not re.match(r"[+~]*(method[=./@]|method$|run_dir=)", o)]
     said = {_key(override) for override in kept}
     options = cfg.method.offline
     own = [str(o) for o in options.get("stage1_overrides") or [] if _key(str(o)) not in said]
     place = f"run_dir={Path(cfg.run_dir) / 'stage1'}"
-    return load([*kept, f"method={options.stage1}", *own, place], list(cfg.cli.config_dirs))
+    return [*kept, f"method={options.stage1}", *own, place], list(cfg.cli.config_dirs)
 
 
 def _key(override: str) -> str:
@@ -134,52 +193,79 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
         return compose("config", list(overrides))
     except MissingConfigException as error:
         raise UserError(_unknown_option(str(error))) from error
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_explain(error, overrides)) from error
-    except ValueError as error:  # Hydra's, for a group that is given a value instead of an option
-        raise UserError(_no_option(overrides) or _explain(error, overrides)) from error
+    except Exception as error:  # of many kinds, none of them documented, and all about what the user wrote
+        raise UserError(_several(overrides) or _no_option(overrides) or _explain(error, overrides)) from error
+
+
+def _several(overrides: Sequence[str]) -> str | None:
+    """One sentence about the first key that is given several values, `key=a,b`."""
+    for override in overrides:
+        try:
+            parsed = OverridesParser.create().parse_override(override)
+        except HydraException:
+            continue
+        if parsed.is_sweep_override():
+            key, value = _key(override), override.split("=", 1)[1]
+            axis = _SUITE_AXES.get(key)
+            remedy = (
+                f"for several, say `ssodbench suite suite=quick {axis}=[{value}]`"
+                if axis
+                else f"a list is written [{value}], a text with a comma in quotes"
+            )
+            return f"{key}={value} gives several values where a run takes one: {remedy}"
+    return None
 
 
 def _no_option(overrides: Sequence[str]) -> str | None:
-    """One sentence about the first group that is given null or a number."""
+    """One sentence about the first group that is given null, a number or keys instead of an option."""
     for override in overrides:
         group, _, value = override.lstrip("+~").partition("=")
         options = sorted(file.stem for file in (CONF_DIR / group).glob("*.yaml"))
-        if group and options and (value.lower() in ("null", "true", "false") or not re.match(r"[A-Za-z_\[]", value)):
-            return f"{group}={value} names no option: choose one of {', '.join(options)}, or leave {group} out"
+        if (
+            group
+            and options
+            and (value.lower() in ("null", "true", "false", "") or not re.match(r"[A-Za-z_'\"]", value))
+        ):
+            said = f"{group}={validate.shown(value)}"
+            return f"{said} names no option: choose one of {', '.join(options)}, or leave {group} out"
     return None
 
 
 def _unknown_option(message: str) -> str:
     """One sentence from Hydra's page about a missing group option."""
-    match = re.search(r"(?:Could not find|In '[^']*': Could not find) '([^']+)'", message)
-    options = re.findall(r"^\t(\S+)$", message, re.MULTILINE)
+    match = re.search(r"Could not (?:find|load) '([^']+)'", message)
+    options = re.findall(r"^\t(\w\S*)$", message, re.MULTILINE)
+    options = [option for option in options if "=" not in option]
     name = match.group(1) if match else message.splitlines()[0]
-    group, _, option = name.rpartition("/")
-    near = difflib.get_close_matches(option, options, 1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
-    return (
-        f"{group}={option} is not known{hint}: choose one of {', '.join(options)}"
-        if options
-        else f"{name} is not known"
-    )
+    group, _, option = name.partition("/")
+    if group == "method" and option.startswith("preset/"):
+        group, option = "method/preset", option.removeprefix("preset/")
+    options = options or sorted(file.stem for file in (CONF_DIR / group).glob("*.yaml"))
+    near = validate.near(option, options).removeprefix("; ")
+    said = f"{group}={validate.shown(option)} is not known{f' ({near})' if near else ''}"
+    return f"{said}: choose one of {', '.join(options)}" if options else said
 
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:
     """One sentence from one of Hydra's or OmegaConf's exceptions."""
-    message = str(error)
-    first = message.strip().splitlines()[0]
+    message = _message(error)
     match = re.search(r"Could not override '([^']+)'", message) or re.search(r"Key '([^']+)' is not in struct", message)
     if match:
-        key = match.group(1)
-        near = difflib.get_close_matches(key, list(_known_keys()), 1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else "; `ssodbench --help` says how to list the keys"
-        return f"the key {key} is not known{hint}"
-    group = re.search(r"Could not find '([^']+)'", message)
-    if group:
+        hint = validate.near(match.group(1), _known_keys()) or "; `ssodbench --help` says how to list the keys"
+        return f"the key {match.group(1)} is not known{hint}"
+    if "Could not find '" in message:
         return _unknown_option(message)
     given = getattr(error, "override", None) or next((o for o in overrides if o in message), None)
-    return f"cannot read the configuration{f' ({given})' if given else ''}: {first}"
+    first = next((line for line in message.splitlines() if line.strip()), type(error).__name__)
+    said = f" ({validate.shown(str(given))})" if given else ""
+    return f"cannot read the configuration{said}: {validate.shown(first)}"
+
+
+def _message(error: BaseException) -> str:
+    """Its own, or that of what it was raised for: some of Hydra's have none."""
+    while not str(error).strip() and (error.__cause__ or error.__context__):
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return str(error).strip()
 
 
 def _known_keys() -> Iterator[str]:

@@ -1,118 +1,267 @@
-"""What a configuration must hold, found before anything is opened: kinds, ranges, choices, and what fits together."""
+"""What a configuration must hold, before anything is opened: known keys, kinds, ranges, and what fits together."""
 
 from __future__ import annotations
 
-import difflib
-import math
+import importlib.util
+import inspect
 import pkgutil
+import re
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from harness import schema, validate
 from harness.types import UserError
 
-_CONF = Path(__file__).parent / "conf"
+CONF_DIR = Path(__file__).parent / "conf"
 
-# key, lower bound, whether the bound itself is allowed, whole number, whether null is allowed
-_NUMBERS: tuple[tuple[str, float, bool, bool, bool], ...] = (
-    ("split.percent", 0, False, False, False),
-    ("split.fold", 1, True, True, False),
-    ("split.offset", 0, True, True, False),
-    ("split.min_side", 0, True, True, True),
-    ("seed", 0, True, True, True),
-    ("batch.labeled", 1, True, True, False),
-    ("batch.unlabeled", 0, True, True, False),
-    ("batch.micro", 1, True, True, True),
-    ("batch.anneal_steps", 0, True, True, False),
-    ("evaluation.every", 0, False, False, True),
-    ("evaluation.score_threshold", 0, True, False, False),
-    ("evaluation.batch", 1, True, True, False),
-    ("devices", 1, True, True, False),
-    ("threads", 1, True, True, False),
-    ("checkpointing.every", 1, True, True, False),
-    ("checkpointing.keep", 1, True, True, False),
-    ("checkpointing.keep_every", 1, True, True, True),
-    ("logging.every", 1, True, True, False),
-    ("schedule.steps", 1, True, True, False),
-    ("schedule.warmup_steps", 0, True, True, False),
-    ("schedule.warmup_factor", 0, True, False, False),
-    ("schedule.decay_start", 0, True, False, False),
-    ("schedule.decay_factor", 0, True, False, False),
-    ("schedule.optimizer.lr", 0, False, False, False),
-    ("schedule.optimizer.weight_decay", 0, True, False, False),
-    ("schedule.optimizer.momentum", 0, True, False, True),
-    ("schedule.clip_norm", 0, False, False, True),
-    ("method.lambda_u", 0, True, False, True),
-    ("method.burn_in", 0, True, False, True),
-    ("method.ema.momentum", 0, True, False, True),
-    ("suite.jobs", 1, True, True, True),
-)
-# Upper bounds, themselves allowed.
-_MOST: dict[str, float] = {
-    "split.percent": 100,
-    "split.fold": 10,
-    "split.offset": 2**32 - 11,  # fold + offset seeds NumPy's legacy generator, which takes 32 bits
-    "seed": 2**63 - 1,
-    "evaluation.score_threshold": 1,
-    "schedule.decay_start": 1,
-    "schedule.optimizer.momentum": 1,
-    "method.ema.momentum": 1,
+
+@dataclass(frozen=True)
+class Group:
+    """A group whose `_target_` names a constructor."""
+
+    makes: str  # module:class of what it gives
+    given: tuple[str, ...] = ()  # parameters that the program passes
+    own: tuple[str, ...] = ()  # keys that the constructor does not take
+
+
+GROUPS = {
+    "data": Group("harness.datasets:Dataset", ("cache_dir",), ("small",)),
+    "detector": Group("detectors.detector:Detector", ("num_classes",)),
+    "method": Group("detectors.method:Method", ("detector", "steps"), ("name", "augment", "offline")),
+    "pipeline": Group(
+        "harness.types:Pipeline",
+        (
+            *("policy", "normalize", "views", "sampler", "labeled", "unlabeled"),
+            *("device", "rank", "world_size", "eval_batch"),
+        ),
+        ("name",),
+    ),
 }
-# key, whether it may be null or absent
-_BOOLEANS: tuple[tuple[str, bool], ...] = (
-    ("compile", False),
-    ("channels_last", False),
-    ("schedule.optimizer.decay_norm_and_bias", False),
-    ("method.joint_forward", True),
-    ("method.ema.ramp", True),
-    ("method.ema.buffers", True),
-    ("suite.reference", True),
-)
-# key, whether it may be null or absent
-_PATHS: tuple[tuple[str, bool], ...] = (
-    ("runs_dir", False),
-    ("run_dir", True),
-    ("cache_dir", True),
-    ("out", True),
-    ("export_dir", True),
-    ("data.root", True),
-)
-_LOGGERS = ("tensorboard", "wandb", "mlflow")
-_CHOICES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    ("device", ("auto", "cpu", "cuda")),
-    ("precision", ("fp32", "bf16")),
-    ("evaluation.between", ("all", "reported")),
-    ("batch.ratio", ("exact", "bernoulli")),
-    ("split.protocol", ("stac", "soft_teacher", "unbiased_teacher", "ids", "annotated", "full")),
-    ("split.empty_images", (None, "keep", "drop", "drop_unannotated")),
-    ("split.crowd_boxes", (None, "keep", "drop")),
-    ("check", ("quick", "headers", "full")),
-    ("schedule.decay", ("flat", "step", "linear", "cosine")),
-    ("schedule.optimizer.name", ("sgd", "adamw")),
-)
+_CHOSEN = (*GROUPS, "augment", "schedule", "launcher")
+# What is not installed with the program itself: package -> how it is.
+_EXTRAS = {
+    "nvidia.dali": "pip install 'ssodbench[cu13]' (or [cu12])",
+    "cv2": "pip install opencv-python-headless",
+    "wandb": "pip install 'ssodbench[wandb]'",
+    "mlflow": "pip install 'ssodbench[mlflow]'",
+    "submitit": "pip install 'ssodbench[slurm]'",
+}
 
 
 def check(cfg: DictConfig) -> None:
-    """Checks values and combinations before any data is opened.
+    """Checks keys, values and combinations before any data is opened.
 
     Raises:
         UserError: naming the key and what it may be.
     """
-    _check_groups(cfg)
-    for key, low, inclusive, whole, optional in _NUMBERS:
-        _check_number(key, OmegaConf.select(cfg, key), low, inclusive, whole, optional)
-    for key, choices in _CHOICES:
-        _check_choice(key, OmegaConf.select(cfg, key), choices)
-    for key, optional in _BOOLEANS:
-        _check_boolean(key, OmegaConf.select(cfg, key), optional)
-    for key, optional in _PATHS:
-        _check_path(key, OmegaConf.select(cfg, key), optional)
-    _check_lists(cfg)
+    _check_chosen(cfg, _CHOSEN)
+    plain = resolved(cfg)
+    validate.check(schema.Config, plain)
+    _check_launcher(plain["launcher"])
+    _check_data(plain["data"])
+    _check_method(plain["method"])
+    for name in GROUPS:
+        if not _as_shipped(name, plain["cli"]["overrides"], plain["cli"]["config_dirs"]):
+            _check_constructor(name, plain[name])
+    _check_policy(plain)
     _check_batch(cfg)
-    if cfg.evaluation.every is not None and cfg.evaluation.every > cfg.schedule.steps:
+    _check_schedule(cfg)
+
+
+def resolved(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as plain data, every `${...}` replaced.
+
+    Raises:
+        UserError: one names a key that is missing, goes round in a circle, or cannot be read.
+    """
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except (OmegaConfBaseException, RecursionError, ValueError, TypeError) as error:
+        raise UserError(_unresolved(cfg, error)) from error
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _unresolved(cfg: DictConfig, error: Exception) -> str:
+    """One sentence about the first value that cannot be resolved."""
+    for key, text in _leaves(OmegaConf.to_container(cfg, resolve=False), ""):
+        try:
+            OmegaConf.select(cfg, key, throw_on_missing=True)
+        except RecursionError:
+            return f"{key}={validate.shown(text)} goes round in a circle: give it a value of its own"
+        except (OmegaConfBaseException, ValueError, TypeError) as mistake:
+            why = str(mistake).strip().splitlines()[0]
+            return f"{key}={validate.shown(text)} cannot be resolved ({why}): name a key that has a value, or give one"
+    return f"a ${{...}} in the configuration cannot be resolved ({validate.shown(str(error))})"
+
+
+def _leaves(node: Any, key: str) -> list[tuple[str, str]]:
+    """Dotted keys of texts that hold an interpolation, or say that a value is missing."""
+    if isinstance(node, str):
+        return [(key, node)] if "${" in node or node == "???" else []
+    if isinstance(node, dict):
+        return [leaf for name, item in node.items() for leaf in _leaves(item, f"{key}.{name}" if key else str(name))]
+    if isinstance(node, list):
+        return [leaf for place, item in enumerate(node) for leaf in _leaves(item, f"{key}[{place}]")]
+    return []
+
+
+def _check_chosen(cfg: DictConfig, groups: Sequence[str]) -> None:
+    for group in groups:
+        if not isinstance(OmegaConf.to_container(cfg, resolve=False).get(group), dict):  # type: ignore[union-attr]
+            options = sorted(file.stem for file in (CONF_DIR / group).glob("*.yaml"))
+            raise UserError(f"no {group} is chosen: say {group}=NAME, one of {', '.join(options)}")
+
+
+def _check_launcher(launcher: dict[str, Any]) -> None:
+    validate.check(schema.Slurm if launcher.get("name") == "slurm" else schema.Launcher, launcher, "launcher")
+
+
+def _check_data(data: dict[str, Any]) -> None:
+    validate.check(schema.Name, data.get("name"), "data.name")
+    if "small" in data:
+        validate.check(schema.Small, data["small"], "data.small")
+
+
+def check_method(cfg: DictConfig) -> None:
+    """Checks what describes the method, among it the policy that it takes.
+
+    Raises:
+        UserError: naming the key and what it may be.
+    """
+    _check_chosen(cfg, ("method",))
+    _check_method(resolved(cfg)["method"])
+
+
+def _check_method(method: dict[str, Any]) -> None:
+    own = {key: method[key] for key in GROUPS["method"].own if key in method}
+    validate.check(schema.MethodKeys, own, "method")
+    options = own.get("offline")
+    if options and options["stage1"] == own["name"]:
+        raise UserError(f"method.offline.stage1={own['name']} is the method itself: name another, such as supervised")
+
+
+def _as_shipped(group: str, overrides: Sequence[str], config_dirs: Sequence[str]) -> bool:
+    """Whether a group's values all come from the program's own files, which a test keeps right.
+
+    Importing torch takes a second and much memory, which `config` and `prepare` can do without.
+    """
+    options = {file.stem for file in (CONF_DIR / group).glob("*.yaml")}
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        if group in re.split(r"[./@]", key) and not (key == group and value in options):
+            return False
+    return not config_dirs
+
+
+def _check_constructor(name: str, values: dict[str, Any]) -> None:
+    """Checks a group's keys against the parameters of what its `_target_` names."""
+    group = GROUPS[name]
+    try:
+        target = find_target(name, values)
+    except ModuleNotFoundError:
+        return  # an extra is not installed: `check_extras` says so where it is needed
+    arguments = {key: value for key, value in values.items() if key not in (*group.own, "_target_")}
+    validate.check_arguments(target, arguments, name, group.given)
+
+
+def find_target(name: str, values: dict[str, Any]) -> Callable[..., Any]:
+    """What a group's `_target_` names.
+
+    Raises:
+        UserError: there is no such thing, or it is not for this group.
+        ModuleNotFoundError: it needs an extra that is not installed.
+    """
+    path = values.get("_target_")
+    said = f"{name}._target_={validate.shown(path)}"
+    if not isinstance(path, str) or not path:
+        raise UserError(f"{said} must be the dotted name of a class or function, such as package.module.Name")
+    try:
+        target = pkgutil.resolve_name(path)
+    except Exception as error:  # whatever the user's module raises
+        if isinstance(error, ModuleNotFoundError) and _is_extra(error.name):
+            raise
+        why = validate.shown(f"{type(error).__name__}: {error}")
+        raise UserError(f"{said} cannot be imported ({why}): name a class or function that Python finds") from error
+    if not _makes(target, pkgutil.resolve_name(GROUPS[name].makes)):
+        kind = GROUPS[name].makes.replace(":", ".")
+        raise UserError(f"{said} is no {name}: it must be a {kind}, or a function that is annotated to return one")
+    return target
+
+
+def _makes(target: Any, kind: type) -> bool:
+    """Whether it is a class of that kind, or a function whose annotation promises one."""
+    if not inspect.isclass(target):
+        try:
+            target = typing.get_type_hints(target).get("return")
+        except (NameError, TypeError, AttributeError):
+            return False
+    if not inspect.isclass(target) or inspect.isabstract(target):
+        return False
+    if getattr(kind, "_is_protocol", False):
+        return all(callable(getattr(target, name, None)) for name, member in vars(kind).items() if callable(member))
+    return issubclass(target, kind)
+
+
+def _is_extra(module: str | None) -> bool:
+    return any(name.split(".")[0] == (module or "").split(".")[0] for name in _EXTRAS)
+
+
+def check_extras(cfg: DictConfig, logs: bool = False, pipelines: Sequence[str] = ()) -> None:
+    """Checks that what the configuration chooses is installed, before anything is built.
+
+    Args:
+        cfg: the configuration.
+        logs: whether scalars will be logged and the launcher used.
+        pipelines: the pipelines that will be opened; default: the one that is configured.
+
+    Raises:
+        UserError: saying how to install what is missing.
+    """
+    targets = {name: f"pipelines.{name}." for name in pipelines} or {str(cfg.pipeline.name): str(cfg.pipeline._target_)}
+    for name, target in targets.items():
+        if target.startswith("pipelines.dali."):
+            _need("nvidia.dali", f"pipeline={name} needs NVIDIA DALI, which", "pipeline=torchvision")
+        if target.startswith("pipelines.opencv."):
+            _need("cv2", f"pipeline={name} needs OpenCV, which", "pipeline=torchvision")
+    if not logs:
+        return
+    for name in cfg.logging.loggers:
+        if name != "tensorboard":
+            _need(name, f"logging.loggers names {name}, which", "leave it out")
+    if cfg.launcher.name == "slurm":
+        _need("submitit", "launcher=slurm needs submitit, which", "launcher=local")
+
+
+def _need(module: str, said: str, otherwise: str) -> None:
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        found = False
+    if not found:
+        raise UserError(f"{said} is not installed: {_EXTRAS[module]}, or {otherwise}")
+
+
+def _check_policy(plain: dict[str, Any]) -> None:
+    from pipelines.policy import Policy
+
+    policy = Policy.from_config(plain["augment"])
+    policy.view("test")
+    if plain["method"].get("offline"):
+        policy.view("pseudo")
+
+
+def _check_schedule(cfg: DictConfig) -> None:
+    every, steps = cfg.evaluation.every, cfg.schedule.steps
+    if every is not None and every > steps:
         raise UserError(
-            f"evaluation.every={cfg.evaluation.every} is larger than schedule.steps={cfg.schedule.steps}: "
+            f"evaluation.every={every} is larger than schedule.steps={steps}: "
             "leave it null to evaluate at the end alone"
         )
 
@@ -149,8 +298,8 @@ def check_devices(cfg: DictConfig) -> None:
     if number % cfg.devices:
         raise UserError(
             f"devices={cfg.devices} cannot share the {images} images of a step evenly, batch.micro="
-            f"{_shown(cfg.batch.micro)} makes {number} micro-batch{'es' if number > 1 else ''} of them: set it so that "
-            "their number is a multiple of devices, or lower devices"
+            f"{validate.shown(cfg.batch.micro)} makes {number} micro-batch{'es' if number > 1 else ''} of them: "
+            "set it so that their number is a multiple of devices, or lower devices"
         )
 
 
@@ -183,69 +332,3 @@ def _check_micro(cfg: DictConfig) -> None:
         )
     if micro < 2 and images > cfg.batch.labeled:
         raise UserError("batch.micro=1 leaves no room for a labelled and an unlabelled image: give at least 2")
-
-
-def _check_groups(cfg: DictConfig) -> None:
-    for group in ("data", "detector", "method", "augment", "pipeline", "schedule", "launcher"):
-        if not isinstance(cfg.get(group), DictConfig):
-            options = sorted(file.stem for file in (_CONF / group).glob("*.yaml"))
-            raise UserError(f"no {group} is chosen: say {group}=NAME, one of {', '.join(options)}")
-    ema = cfg.method.get("ema")
-    if ema is not None and not isinstance(ema, DictConfig):
-        raise UserError(f"method.ema={ema} must be null or keys such as method.ema.momentum=0.999")
-    name = OmegaConf.select(cfg, "suite.name")
-    if cfg.get("suite") is not None and (not isinstance(name, str) or not name):
-        raise UserError(f"suite.name={_shown(name)} must be a name: it is the suite's folder under runs_dir")
-
-
-def _check_lists(cfg: DictConfig) -> None:
-    milestones, loggers = cfg.schedule.get("milestones"), cfg.logging.loggers
-    if not isinstance(milestones, ListConfig) or not all(_is_number(m) and m > 0 for m in milestones):
-        raise UserError(
-            f"schedule.milestones={_shown(milestones)} must be a list of steps, or of fractions of the schedule: give "
-            "for instance [120000,160000], or [] for none"
-        )
-    if not isinstance(loggers, ListConfig) or not all(name in _LOGGERS for name in loggers):
-        raise UserError(f"logging.loggers={_shown(loggers)} must be a list of some of {', '.join(_LOGGERS)}, or []")
-
-
-def _check_choice(key: str, value: Any, choices: tuple[str | None, ...]) -> None:
-    if value in choices:
-        return
-    names = [choice for choice in choices if choice is not None]
-    near = difflib.get_close_matches(str(value), names, 1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise UserError(f"{key}={_shown(value)} is not one of {', '.join(map(_shown, choices))}{hint}")
-
-
-def _check_boolean(key: str, value: Any, optional: bool) -> None:
-    if not isinstance(value, bool) and not (value is None and optional):
-        raise UserError(f"{key}={_shown(value)} must be true or false")
-
-
-def _check_path(key: str, value: Any, optional: bool) -> None:
-    if not (isinstance(value, str | Path) and str(value)) and not (value is None and optional):
-        raise UserError(f"{key}={_shown(value)} must be a path, written ./NAME where it looks like a number")
-
-
-def _shown(value: Any) -> str:
-    """As the user would write it."""
-    return "null" if value is None else str(value)
-
-
-def _is_number(value: Any) -> bool:
-    return not isinstance(value, bool) and (
-        isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
-    )
-
-
-def _check_number(key: str, value: Any, low: float, inclusive: bool, whole: bool, optional: bool) -> None:
-    if value is None and optional:
-        return
-    kind = "a whole number" if whole else "a number"
-    if not _is_number(value) or (whole and not isinstance(value, int)):
-        raise UserError(f"{key}={_shown(value)} must be {kind}{' or null' if optional else ''}")
-    if value < low or (value == low and not inclusive):
-        raise UserError(f"{key}={value} must be {kind} {'of at least' if inclusive else 'above'} {low:g}")
-    if key in _MOST and value > _MOST[key]:
-        raise UserError(f"{key}={value} must be {kind} of at most {_MOST[key]}")

@@ -20,6 +20,7 @@ from harness.cache import build_once
 from harness.images import list_pictures, read_sizes
 from harness.index import CocoIndex
 from harness.types import UserError
+from harness.validate import Name
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def _without_boxes(folder: Path, names: list[str], sizes: list[Any]) -> RawAnnot
 
 
 def coco_dataset(
-    name: str,
+    name: Name,
     root: str | Path,
     cache_dir: str | Path,
     train_annotations: str = "train.json",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -14,21 +14,22 @@ from harness.cache import build_once
 from harness.datasets import Dataset, coco_dataset
 from harness.drawing import CLASSES, GENERATOR_VERSION, render
 from harness.types import UserError
+from harness.validate import Limits, Name, Seed
 
 SETS = {"train": 1, "tune": 2, "val": 3}  # name to seed; `tune` is for choices, `val` for reported numbers
 
 
 def shapes_dataset(
-    name: str,
+    name: Name,
     cache_dir: Path,
     *,
-    train_images: int = 800,
-    val_images: int = 250,
-    val_set: str = "val",
-    size: int = 64,
-    max_objects: int = 5,
-    quality: int = 85,
-    seed: int = 0,
+    train_images: Annotated[int, Limits(ge=1, le=10_000_000)] = 800,
+    val_images: Annotated[int, Limits(ge=1, le=10_000_000)] = 250,
+    val_set: Literal["val", "tune"] = "val",
+    size: Annotated[int, Limits(ge=40, le=4096)] = 64,
+    max_objects: Annotated[int, Limits(ge=1, le=1000)] = 5,
+    quality: Annotated[int, Limits(ge=1, le=95)] = 85,
+    seed: Seed = 0,
 ) -> Dataset:
     """The dataset, generated on first use and read from the cache afterwards.
 

@@ -10,6 +10,7 @@ import os
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from harness.annotation_cache import Content
 from harness.annotations import CleanAnnotations, RawAnnotations, clean
 from harness.datasets import CocoIndex, Dataset, make_index, require, with_ids_from
 from harness.types import UserError
+from harness.validate import Name
 
 DIFFICULT = ("crowd", "keep", "drop")
 
@@ -26,14 +28,14 @@ _Object = tuple[str, tuple[float, float, float, float], bool]
 
 
 def voc_dataset(
-    name: str,
+    name: Name,
     root: str | Path,
     cache_dir: str | Path,
     train: str | Sequence[str],
     val: str | Sequence[str],
     unlabeled: str | Sequence[str] | None = None,
     classes: Sequence[str] | None = None,
-    difficult: str = "crowd",
+    difficult: Literal["crowd", "keep", "drop"] = "crowd",
     download: str = "",
 ) -> Dataset:
     """A dataset in VOC format, of one folder or several joined.
@@ -91,7 +93,7 @@ def voc_index(
     lists: Sequence[str],
     cache_dir: Path,
     classes: Sequence[str] | None = None,
-    difficult: str = "crowd",
+    difficult: Literal["crowd", "keep", "drop"] = "crowd",
 ) -> CocoIndex:
     """Opens the pictures of VOC list files; images and classes are numbered from 1.
 

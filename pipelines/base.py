@@ -11,7 +11,7 @@ import weakref
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from harness.sampling import BatchSampler, MicroBatch, image_keys
 from harness.types import Batch, ImageSource, Normalize, Target, UserError, View, Views
+from harness.validate import Limits, Threads
 from pipelines.plan import ViewPlan, boxes_through, plan_view, shrunk_sizes
 from pipelines.policy import Policy
 
@@ -130,13 +131,11 @@ class BasePipeline:
         device: str = "cpu",
         rank: int = 0,
         world_size: int = 1,
-        threads: int = 1,
-        prefetch: int = 2,
+        threads: Threads = 1,
+        prefetch: Annotated[int, Limits(ge=0, le=1000)] = 2,
         eval_batch: int = 8,
-        on_bad_image: str = "skip",
+        on_bad_image: Literal["skip", "error"] = "skip",
     ) -> None:
-        if on_bad_image not in ("skip", "error"):
-            raise UserError(f"pipeline.on_bad_image={on_bad_image} is unknown; give skip or error")
         self.policy, self.normalize, self.device = policy, normalize, torch.device(device)
         self.rank, self.world_size, self.threads, self.prefetch = rank, world_size, threads, max(1, prefetch)
         self.eval_batch, self.on_bad_image = eval_batch, on_bad_image

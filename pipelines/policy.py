@@ -9,49 +9,149 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
+from harness import validate
 from harness.types import UserError
+from harness.validate import Limits, Name, Pixels, Share
 
-# What a colour operation's value means; PIL's enhancers, ImageOps and ImageFilter define the results.
-COLOR_OPS = (
-    "identity",  # no value
-    "brightness",  # factor
-    "contrast",  # factor
-    "saturation",  # factor; PIL's Color
-    "sharpness",  # factor
-    "solarize",  # threshold: pixels at or above it are inverted
-    "posterize",  # bits kept, 0..8
-    "autocontrast",  # no value
-    "equalize",  # no value
-    "hue",  # shift in turns, -0.5..0.5
-    "grayscale",  # no value
-    "blur",  # standard deviation of the Gaussian, pixels
+# What an operation's value means, and the smallest and largest that it may be.
+# Of colour operations PIL's enhancers, ImageOps and ImageFilter define the results.
+_COLOR_LIMITS = {
+    "identity": (0, 0),  # no value
+    "brightness": (0, 100),  # factor
+    "contrast": (0, 100),  # factor
+    "saturation": (0, 100),  # factor; PIL's Color
+    "sharpness": (0, 100),  # factor
+    "solarize": (0, 256),  # threshold: pixels at or above it are inverted
+    "posterize": (0, 8),  # bits kept
+    "autocontrast": (0, 0),  # no value
+    "equalize": (0, 0),  # no value
+    "hue": (-0.5, 0.5),  # shift in turns
+    "grayscale": (0, 0),  # no value
+    "blur": (0, 100),  # standard deviation of the Gaussian, pixels
+}
+_AFFINE_LIMITS = {
+    "translate_x": (-1, 1),  # share of the width
+    "translate_y": (-1, 1),  # share of the height
+    "rotate": (-360, 360),  # degrees clockwise, about the centre
+    "shear_x": (-89, 89),  # degrees
+    "shear_y": (-89, 89),
+    "shear_xy": (-89, 89),  # degrees, both axes, each drawn on its own
+    "shear_both": (-89, 89),  # degrees, one angle for both axes
+}
+COLOR_OPS, AFFINE_OPS = tuple(_COLOR_LIMITS), tuple(_AFFINE_LIMITS)
+
+Number = Annotated[float, Limits(ge=-1e6, le=1e6, words="a number")]
+Pair = Annotated[list[Number], Limits(least=2, most=2, words="[low, high]")]
+
+
+# The keys that a policy's YAML may have, each with what it may be.
+
+
+@dataclass(frozen=True, kw_only=True)
+class RangeKeys:
+    """A random number: uniform over `range` or `values`, then rounded."""
+
+    range: Pair | None = None
+    values: Annotated[list[Number], Limits(least=1)] | None = None
+    integer: bool = False
+    log: bool = False
+    decimals: Annotated[int, Limits(ge=0, le=12)] | None = None
+    ceil: bool = False
+
+
+Drawn = Number | Pair | RangeKeys  # a number, [low, high], or the keys of a range
+Ops = dict[str, Drawn | None]
+Level = Annotated[int, Limits(ge=0, le=255, words="a whole number from 0 to 255")]
+Fill = (
+    Annotated[str, Limits(pattern=r"\Amean\Z", words="mean")]
+    | Level
+    | Annotated[list[Level], Limits(least=3, most=3, words="one or three (R, G, B) of them")]
+    | None
 )
-AFFINE_OPS = (
-    "translate_x",  # share of the width
-    "translate_y",  # share of the height
-    "rotate",  # degrees clockwise, about the centre
-    "shear_x",  # degrees
-    "shear_y",
-    "shear_xy",  # degrees, both axes, each drawn on its own
-    "shear_both",  # degrees, one angle for both axes
-)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResizeKeys:
+    """Keep the aspect ratio: short side to `short`, less if the long side would exceed `max`."""
+
+    short: Drawn
+    max: Pixels | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColorKeys:
+    """With `probability`, one operation, or all of them in a drawn order."""
+
+    one_of: Ops | None = None
+    all_of: Ops | None = None
+    probability: Share = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AffineKeys:
+    """See `Affine`."""
+
+    one_of: Ops
+    slope: Literal["tanh", "tan", "scikit_image"] = "tanh"
+    shear_center: bool = False
+    nearest: Share = 0.0
+    in_box: Ops | None = None
+    in_box_probability: Share = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EraseKeys:
+    """See `Erase`."""
+
+    count: Drawn = 1
+    probability: Share = 1.0
+    ratio: Drawn | None = None
+    square: bool = False
+    centered: bool = False
+    area: Drawn | None = None
+    aspect: Drawn | None = None
+    noise: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewKeys:
+    """See `ViewPolicy`."""
+
+    resize: ResizeKeys | None = None
+    flip: Share = 0.0
+    zoom: Drawn | None = None
+    color: list[ColorKeys] | None = None
+    affine: AffineKeys | None = None
+    shuffle: bool = False
+    erase: list[EraseKeys] | None = None
+    geometry_of: Name | None = None
+    fill: Fill = None
+    erase_fill: Fill = None
+    keep_a_box: bool = False
+    min_side: Annotated[float, Limits(ge=0, le=100_000)] = 0.0
+    min_visible: Share = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyKeys:
+    """See `Policy`; `paper`: the values of these keys in the paper, against which deviations are named."""
+
+    name: Name
+    views: dict[Name, ViewKeys | None]
+    antialias: bool = False
+    interpolation: Literal["linear", "nearest"] = "linear"
+    color_at: Literal["view", "source"] = "view"
+    color_channels: Literal["rgb", "bgr"] = "rgb"
+    deviations: list[str] | None = None
+    paper: dict[Literal["antialias", "interpolation", "color_at", "color_channels"], Any] | None = None
 
 
 def _error(where: str, problem: str) -> UserError:
     return UserError(f"augment.{where}: {problem}")
-
-
-def _check_keys(where: str, config: Any, allowed: tuple[str, ...]) -> dict[str, Any]:
-    if not isinstance(config, Mapping):
-        raise _error(where, f"expected keys out of {', '.join(allowed)}, got {config!r}")
-    for key in config:
-        if key not in allowed:
-            raise _error(where, f"unknown key {key!r}; known are {', '.join(allowed)}")
-    return dict(config)
 
 
 @dataclass(frozen=True)
@@ -71,18 +171,16 @@ class Range:
         """From a number, [low, high], or a mapping with `range` or `values` and the roundings."""
         if config is None or isinstance(config, int | float):
             return Range(values=(float(config or 0.0),))
-        if isinstance(config, Mapping):
-            keys = _check_keys(where, config, ("range", "values", "integer", "log", "decimals", "ceil"))
-            bounds, values = keys.pop("range", None), tuple(float(v) for v in keys.pop("values", ()))
-            if (bounds is None) == (not values):
-                raise _error(where, "give either range: [low, high] or values: [...]")
-            low, high = bounds or (0.0, 0.0)
-            if keys.get("log") and low <= 0:
-                raise _error(where, f"a range on the logarithm must begin above 0, got {low}")
-            return Range(float(low), float(high), values, **keys)
-        if len(config) != 2 or config[0] > config[1]:
-            raise _error(where, f"expected [low, high], got {list(config)}")
-        return Range(float(config[0]), float(config[1]))
+        keys = dict(config) if isinstance(config, Mapping) else {"range": config}
+        bounds, values = keys.pop("range", None), tuple(float(v) for v in keys.pop("values", None) or ())
+        if (bounds is None) == (not values):
+            raise _error(where, "give either range: [low, high] or values: [...]")
+        low, high = bounds or (0.0, 0.0)
+        if low > high:
+            raise _error(where, f"expected [low, high], got {[low, high]}")
+        if keys.get("log") and low <= 0:
+            raise _error(where, f"a range on the logarithm must begin above 0, got {low}")
+        return Range(float(low), float(high), values, **keys)
 
     @property
     def largest(self) -> float:
@@ -187,102 +285,110 @@ class ViewPolicy:
         return [tuple(step.ops) for step in self.color for _ in range(step.slots)]
 
 
-_VIEW_KEYS = (
-    *("resize", "flip", "zoom", "color", "affine", "shuffle", "erase", "geometry_of", "fill", "erase_fill"),
-    *("keep_a_box", "min_side", "min_visible"),
-)
-
-
-def _ops(where: str, config: Any, known: tuple[str, ...]) -> dict[str, Range]:
-    keys = _check_keys(where, config, known)
+def _ops(where: str, keys: Mapping[str, Any], limits: Mapping[str, tuple[float, float]]) -> dict[str, Range]:
     if not keys:
         raise _error(where, "needs at least one operation")
-    return {name: Range.parse(f"{where}.{name}", value) for name, value in keys.items()}
+    for name in keys:
+        if name not in limits:
+            hint = validate.near(name, limits) or f"; known are {', '.join(limits)}"
+            raise _error(where, f"there is no operation {name!r}{hint}")
+    return {name: _limited(f"{where}.{name}", value, *limits[name]) for name, value in keys.items()}
 
 
-def _fill(where: str, config: Any) -> tuple[float, float, float] | None:
-    if config is None or config == "mean":
-        return None
-    levels = (config,) * 3 if isinstance(config, int | float) else tuple(config)
-    if len(levels) != 3 or not all(isinstance(level, int | float) and level in range(256) for level in levels):
-        raise _error(where, f"expected mean, or one or three (R, G, B) whole numbers from 0 to 255, got {config!r}")
-    red, green, blue = levels
-    return float(red), float(green), float(blue)
-
-
-def _positive(where: str, config: Any) -> Range:
+def _limited(where: str, config: Any, low: float, high: float) -> Range:
     numbers = Range.parse(where, config)
-    if numbers.smallest <= 0:
-        raise _error(where, f"must be above 0, got {numbers.smallest:g}")
+    if not low <= numbers.smallest <= numbers.largest <= high:
+        wanted = f"must lie from {low:g} to {high:g}" if low < high else "takes no value"
+        raise _error(where, f"{wanted}, got {validate.shown(config)}")
     return numbers
 
 
-def _color_step(where: str, config: Any) -> ColorStep:
-    keys = _check_keys(where, config, ("one_of", "all_of", "probability"))
-    if ("one_of" in keys) == ("all_of" in keys):
+def _fill(config: Any) -> tuple[float, float, float] | None:
+    if config is None or config == "mean":
+        return None
+    red, green, blue = (config,) * 3 if isinstance(config, int) else config
+    return float(red), float(green), float(blue)
+
+
+def _check_positive(where: str, numbers: Range) -> None:
+    if numbers.smallest <= 0:
+        raise _error(where, f"must be above 0, got {numbers.smallest:g}")
+
+
+def _color_step(where: str, keys: Mapping[str, Any]) -> ColorStep:
+    if (keys.get("one_of") is None) == (keys.get("all_of") is None):
         raise _error(where, "give either one_of or all_of")
-    every = "all_of" in keys
-    name = "all_of" if every else "one_of"
-    return ColorStep(_ops(f"{where}.{name}", keys[name], COLOR_OPS), float(keys.get("probability", 1.0)), every)
+    name = "one_of" if keys.get("one_of") is not None else "all_of"
+    return ColorStep(
+        _ops(f"{where}.{name}", keys[name], _COLOR_LIMITS), float(keys.get("probability", 1.0)), name == "all_of"
+    )
 
 
-def _affine(where: str, config: Any) -> Affine:
-    keys = _check_keys(where, config, ("one_of", "slope", "shear_center", "nearest", "in_box", "in_box_probability"))
+def _affine(where: str, keys: Mapping[str, Any]) -> Affine:
     in_box = keys.get("in_box")
     affine = Affine(
-        _ops(f"{where}.one_of", keys.get("one_of"), AFFINE_OPS),
+        _ops(f"{where}.one_of", keys["one_of"], _AFFINE_LIMITS),
         keys.get("slope", "tanh"),
-        bool(keys.get("shear_center", False)),
+        keys.get("shear_center", False),
         float(keys.get("nearest", 0.0)),
-        _ops(f"{where}.in_box", in_box, AFFINE_OPS) if in_box else {},
+        _ops(f"{where}.in_box", in_box, _AFFINE_LIMITS) if in_box else {},
         float(keys.get("in_box_probability", 0.0)),
     )
-    if affine.slope not in ("tanh", "tan", "scikit_image"):
-        raise _error(f"{where}.slope", "must be tanh, tan or scikit_image")
     if (affine.in_box_probability > 0) != bool(affine.in_box_ops):
         raise _error(where, "in_box and in_box_probability go together")
     return affine
 
 
-def _erase(where: str, config: Any) -> Erase:
-    names = tuple(f.name for f in dataclasses.fields(Erase))
-    keys = _check_keys(where, config, names)
-    for name, parse in (("count", Range.parse), ("ratio", Range.parse), ("area", _positive), ("aspect", _positive)):
+def _erase(where: str, config: Mapping[str, Any]) -> Erase:
+    keys = {name: value for name, value in config.items() if value is not None}
+    for name, low, high in (("ratio", 0, 10), ("area", 0, 10), ("aspect", 0, 1000), ("count", 0, 1000)):
         if name in keys:
-            keys[name] = parse(f"{where}.{name}", keys[name])
+            keys[name] = _limited(f"{where}.{name}", keys[name], low, high)
+    for name in ("area", "aspect"):
+        if name in keys:
+            _check_positive(f"{where}.{name}", keys[name])
     keys.setdefault("count", Range(values=(1.0,)))
-    if isinstance(keys["count"], Range) and not keys["count"].values:
+    if not keys["count"].values:
         keys["count"] = dataclasses.replace(keys["count"], integer=True)
-    if keys["count"].smallest < 0 or keys["count"].largest < 1:
+    if keys["count"].largest < 1:
         raise _error(f"{where}.count", "must allow at least one patch")
     if ("ratio" in keys) == ("area" in keys) or ("area" in keys) != ("aspect" in keys):
         raise _error(where, "give either ratio, or area and aspect")
     return Erase(**keys)
 
 
-def _view(name: str, config: Any) -> ViewPolicy:
+def _resize(where: str, keys: Mapping[str, Any] | None) -> Resize | None:
+    if keys is None:
+        return None
+    short = _limited(f"{where}.short", keys["short"], 0, 100_000)
+    _check_positive(f"{where}.short", short)
+    return Resize(short, float(keys.get("max") or np.inf))
+
+
+def _zoom(where: str, config: Any) -> Range | None:
+    if config is None:
+        return None
+    zoom = _limited(where, config, 0, 100)
+    _check_positive(where, zoom)
+    return zoom
+
+
+def _view(name: str, config: Mapping[str, Any] | None) -> ViewPolicy:
     where = f"views.{name}"
-    keys = _check_keys(where, config or {}, _VIEW_KEYS)
-    resize = None
-    if keys.get("resize") is not None:
-        size = _check_keys(f"{where}.resize", keys["resize"], ("short", "max"))
-        if "short" not in size:
-            raise _error(f"{where}.resize", "needs short")
-        resize = Resize(_positive(f"{where}.resize.short", size["short"]), float(size.get("max") or np.inf))
-    zoom = keys.get("zoom")
+    keys = config or {}
     return ViewPolicy(
         name=name,
-        resize=resize,
+        resize=_resize(f"{where}.resize", keys.get("resize")),
         flip=float(keys.get("flip", 0.0)),
-        zoom=None if zoom is None else _positive(f"{where}.zoom", zoom),
-        color=tuple(_color_step(f"{where}.color", step) for step in keys.get("color") or ()),
+        zoom=_zoom(f"{where}.zoom", keys.get("zoom")),
+        color=tuple(_color_step(f"{where}.color[{i}]", step) for i, step in enumerate(keys.get("color") or ())),
         affine=None if keys.get("affine") is None else _affine(f"{where}.affine", keys["affine"]),
-        keep_a_box=bool(keys.get("keep_a_box", False)),
-        shuffle=bool(keys.get("shuffle", False)),
-        erase=tuple(_erase(f"{where}.erase", step) for step in keys.get("erase") or ()),
-        geometry_of=str(keys.get("geometry_of") or name),
-        fill=_fill(f"{where}.fill", keys.get("fill")),
-        erase_fill=_fill(f"{where}.erase_fill", keys.get("erase_fill", keys.get("fill"))),
+        keep_a_box=keys.get("keep_a_box", False),
+        shuffle=keys.get("shuffle", False),
+        erase=tuple(_erase(f"{where}.erase[{i}]", step) for i, step in enumerate(keys.get("erase") or ())),
+        geometry_of=keys.get("geometry_of") or name,
+        fill=_fill(keys.get("fill")),
+        erase_fill=_fill(keys.get("erase_fill", keys.get("fill"))),
         min_side=float(keys.get("min_side", 0.0)),
         min_visible=float(keys.get("min_visible", 0.0)),
     )
@@ -305,37 +411,28 @@ class Policy:
         """Builds a policy from plain data.
 
         Args:
-            config: the keys of a conf/augment file: `name`, `views`, and optionally `antialias`, `interpolation`,
-                `color_at`, `color_channels`, `deviations`, and `paper`: the values of these keys in the paper,
-                against which deviations are named.
+            config: the keys of a conf/augment file, as `PolicyKeys` has them.
 
         Raises:
             UserError: names the key that is wrong.
         """
-        names = ("name", "views", "antialias", "interpolation", "color_at", "color_channels", "deviations", "paper")
-        keys = _check_keys("", config, names)
-        if not keys.get("views"):
+        keys = dict(config)
+        validate.check(PolicyKeys, keys, "augment")
+        if not keys["views"]:
             raise _error("views", "a policy needs at least one view")
         views = {name: _view(name, view) for name, view in keys["views"].items()}
         for view in views.values():
             if view.geometry_of not in views:
                 raise _error(f"views.{view.name}.geometry_of", f"there is no view {view.geometry_of!r}")
         policy = Policy(
-            name=str(keys.get("name", "custom")),
+            name=keys["name"],
             views=views,
-            antialias=bool(keys.get("antialias", False)),
+            antialias=keys.get("antialias", False),
             interpolation=keys.get("interpolation", "linear"),
             color_at=keys.get("color_at", "view"),
             color_channels=keys.get("color_channels", "rgb"),
             deviations=tuple(keys.get("deviations") or ()),
         )
-        for name, allowed in (
-            ("interpolation", ("linear", "nearest")),
-            ("color_at", ("view", "source")),
-            ("color_channels", ("rgb", "bgr")),
-        ):
-            if getattr(policy, name) not in allowed:
-                raise _error(name, f"must be {' or '.join(allowed)}")
         changed = tuple(
             f"{name}={getattr(policy, name)} (paper: {value})"
             for name, value in (keys.get("paper") or {}).items()

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from detectors.method import Losses, Method
 from harness import build, cli, config, files
-from harness.types import UserError, Views
+from harness.types import Batch, UserError, Views
 
 
 def test_defaults_compose_and_check() -> None:
@@ -65,26 +66,26 @@ def test_every_method_composes_in_every_preset(method: str, preset: str) -> None
         ("precision=fp16", "precision"),
         ("schedule.optimizer.lr=1e999", "schedule.optimizer.lr"),
         ("schedule.warmup_factor=abc", "schedule.warmup_factor=abc must be a number"),
-        ("schedule.milestones=[a]", "schedule.milestones=['a'] must be a list of steps"),
+        ("schedule.milestones=[a]", "schedule.milestones[0]=a must be a step, or below 1 a fraction"),
         ("schedule.milestones=3", "schedule.milestones=3 must be a list"),
-        ("schedule.decay_start=2", "schedule.decay_start=2 must be a number of at most 1"),
+        ("schedule.decay_start=2", "schedule.decay_start=2 must be a number of at least 0 and at most 1"),
         ("batch.anneal_steps=abc", "batch.anneal_steps=abc must be a whole number"),
         ("batch.anneal_steps=5", "needs batch.ratio=bernoulli"),
-        ("split.min_side=abc", "split.min_side=abc must be a whole number or null"),
-        ("split.fold=11", "split.fold=11 must be a whole number of at most 10"),
+        ("split.min_side=abc", "split.min_side=abc must be a whole number of at least 0 and at most 100000 or null"),
+        ("split.fold=11", "split.fold=11 must be a whole number of at least 1 and at most 10"),
         ("split.empty_images=dropp", "did you mean drop?"),
-        ("logging.loggers=[foo]", "logging.loggers=['foo'] must be a list of some of tensorboard"),
+        ("logging.loggers=[foo]", "logging.loggers[0]=foo must be one of tensorboard, wandb, mlflow"),
         ("logging.loggers=tensorboard", "logging.loggers=tensorboard must be a list"),
         ("compile=maybe", "compile=maybe must be true or false"),
         ("channels_last=1", "channels_last=1 must be true or false"),
         ("seed=-1", "seed=-1 must be"),
-        ("seed=9223372036854775808", "of at most 9223372036854775807"),
-        ("evaluation.score_threshold=2", "evaluation.score_threshold=2 must be a number of at most 1"),
-        ("method.ema.momentum=2", "method.ema.momentum=2 must be a number of at most 1"),
-        ("method.ema=3", "method.ema=3 must be null or keys"),
+        ("seed=9223372036854775808", "at most 9223372036854775807"),
+        ("evaluation.score_threshold=2", "evaluation.score_threshold=2 must be a number of at least 0 and at most 1"),
+        ("method.ema.momentum=2", "method.ema.momentum=2 must be a number of at least 0 and at most 1"),
+        ("method.ema=3", "method.ema=3 must be keys out of momentum, ramp, update, buffers or null"),
         ("runs_dir=null", "runs_dir=null must be a path"),
         ("run_dir=2024", "run_dir=2024 must be a path, written ./NAME"),
-        ("check=deep", "check=deep is not one of quick, headers, full"),
+        ("check=deep", "check=deep must be one of quick, headers, full"),
         ("data=null", "data=null names no option: choose one of bccd, coco, custom, shapes, voc"),
         ("method=null", "method=null names no option"),
         ("schedule=null", "schedule=null names no option"),
@@ -136,11 +137,20 @@ def test_unlabelled_images_count_where_the_method_draws_them(overrides: list[str
 def test_a_method_of_ones_own_is_asked_for_its_views(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without `lambda_u` its class says whether it draws unlabelled images."""
     module = types.ModuleType("own_method")
-    module.Own = type("Own", (), {"views": Views(("labeled",), ("weak",))})  # type: ignore[attr-defined]
+
+    class Own(Method):
+        views = Views(("labeled",), ("weak",))
+
+        def forward(self, batch: Batch, step: int) -> tuple[Losses, Losses]:
+            raise NotImplementedError
+
+    module.Own = Own  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "own_method", module)
+    own = ["method._target_=own_method.Own", "~method.labeled_view"]
     with pytest.raises(UserError, match=r"batch\.micro=5 does not divide the 31 images"):
-        config.load(["method._target_=own_method.Own", "batch.labeled=15", "batch.micro=5"])
-    config.load(["method._target_=nowhere.Own", "batch.labeled=15", "batch.micro=5"])  # building it says what is wrong
+        config.load([*own, "batch.labeled=15", "batch.micro=5"])
+    with pytest.raises(UserError, match=r"method\._target_=nowhere\.Own cannot be imported"):
+        config.load(["method._target_=nowhere.Own", "batch.labeled=15", "batch.micro=5"])
 
 
 def test_common_configurations_do_not_import_the_methods() -> None:
