@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.types import UserError
+
+logger = logging.getLogger(__name__)
 
 _MANIFEST = "manifest.json"
 
@@ -31,7 +34,8 @@ def is_whole(folder: Path) -> bool:
     """
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
-        return bool(manifest["contents"] == _contents(folder))
+        named = cached_folder(folder.parent, manifest["parameters"]) == folder  # else the manifest is damaged
+        return bool(named and manifest["contents"] == _contents(folder))
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -58,6 +62,8 @@ def build_once(root: Path, parameters: dict[str, Any], build: Callable[[Path], N
         return folder
     with _locked(folder.with_suffix(".lock")):
         if not is_whole(folder):
+            if folder.exists():
+                logger.warning("the cached folder %s is damaged and is made again", folder)
             partial = folder.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()

@@ -13,6 +13,7 @@ from typing import IO, Any
 
 import torch
 
+from harness import checksum
 from harness.train import RunError
 from harness.types import UserError
 
@@ -92,7 +93,8 @@ def save(run_dir: Path, state: dict[str, Any], keep: int, keep_every: int | None
         _remove_temporaries(folder)
         descriptor, temporary = tempfile.mkstemp(suffix=".tmp", dir=folder)
         with os.fdopen(descriptor, "wb") as file:
-            torch.save(state, file)
+            with checksum.sealing(file) as sealed:
+                torch.save(state, sealed)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -128,14 +130,14 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """One checkpoint's state, as tensors and plain values alone.
 
     Raises:
-        UserError: when the file is not a whole checkpoint.
+        UserError: when the file is not a whole checkpoint, or not what was written.
     """
     try:
+        checksum.verify(path)
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise UserError(
-            f"the checkpoint {path} is damaged ({type(error).__name__}): delete it and start again"
-        ) from error
+        reason = error if isinstance(error, checksum.Damaged) else type(error).__name__
+        raise UserError(f"the checkpoint {path} is damaged ({reason}): delete it and start again") from error
     if not isinstance(state, dict) or not {"step", "method", "identity"} <= state.keys():
         raise UserError(f"{path} is not a checkpoint of ssodbench: name a file that a run wrote")
     return state

@@ -147,12 +147,13 @@ class _Session:
 
     def _identity(self) -> dict[str, str]:
         data = self.run_.data
-        return {
+        identity = {
             "config": config.config_sha256(self.cfg),
             "split": data.split.sha256,
             "dataset": data.dataset.train.sha256,
             "evaluation set": data.dataset.val.sha256,
         }
+        return identity | ({"stage 1": self.extra.stage_one} if self.extra.stage_one else {})
 
     def _resume(self) -> None:
         """Takes up the newest valid checkpoint, if there is one and it belongs to this run."""
@@ -163,7 +164,8 @@ class _Session:
             say(self.world, f"ssodbench: {warning.message}")
         if state is None:
             return
-        checkpoint.refuse_foreign(self.run_dir, config.differences(state["identity"], self._identity()))
+        own = {key: value for key, value in self._identity().items() if key in state["identity"]}  # old ones have fewer
+        checkpoint.refuse_foreign(self.run_dir, config.differences(state["identity"], own))
         self.run_.method.load_state_dict(state["method"])
         self.run_.optimizer.load_state_dict(state["optimizer"])
         self.run_.pipeline.load_state(state["pipeline"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,24 @@ def test_labels_of_another_stage_one_are_refused_once_training_has_begun(
     assert main(_command(runs, "stac", KEEP, place, f"method.offline.checkpoint={other}")) == 2
     assert "began with pseudo labels of another stage 1" in capfd.readouterr().err
     assert main(_command(runs, "stac", KEEP, place)) == 0
+
+
+def test_damaged_labels_are_made_again_once_training_has_begun(
+    runs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    place, labels = f"run_dir={tmp_path / 'run'}", tmp_path / "run" / "pseudo_labels.npz"
+    assert main(_command(runs, "stac", KEEP, place)) == 0
+    (tmp_path / "run" / "record.json").unlink()
+    good = labels.read_bytes()
+    labels.write_bytes(good[:200] + bytes([good[200] ^ 1]) + good[201:])
+    other = tmp_path / "other"
+    assert main(_command(runs, "supervised", "schedule.optimizer.lr=0.001", f"run_dir={other}")) == 0
+    capfd.readouterr()
+    assert main(_command(runs, "stac", KEEP, place, f"method.offline.checkpoint={other}")) == 2
+    assert "began with pseudo labels of another stage 1" in capfd.readouterr().err
+    assert main(_command(runs, "stac", KEEP, place)) == 0
+    with np.load(labels) as again, np.load(io.BytesIO(good)) as before:
+        assert all((again[name] == before[name]).all() for name in before.files)
 
 
 def test_stage_one_must_be_finished(runs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
