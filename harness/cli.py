@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
 
+from harness.console import STDERR, Console, settle
 from harness.types import UserError
 
 _HELP = """\
@@ -59,7 +59,7 @@ def _report(cfg: DictConfig) -> int:
     from harness.report import run
 
     runs_dir = Path(cfg.runs_dir)
-    print(run(runs_dir, Path(cfg.out) if cfg.out else runs_dir / "report"))
+    Console().say(str(run(runs_dir, Path(cfg.out) if cfg.out else runs_dir / "report")))
     return 0
 
 
@@ -79,7 +79,12 @@ def _profile(cfg: DictConfig) -> int:
 def _config(cfg: DictConfig) -> int:
     from omegaconf import OmegaConf
 
-    print(OmegaConf.to_yaml(cfg, resolve=True), end="")
+    try:
+        print(OmegaConf.to_yaml(cfg, resolve=True), end="", flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"standard output cannot be written ({error.strerror}): redirect it elsewhere") from error
     return 0
 
 
@@ -96,6 +101,12 @@ _COMMANDS: dict[str, Callable[[DictConfig], int]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; gives its exit code."""
+    code = _main(arguments)
+    settle()
+    return code
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="ssodbench", add_help=False)
     parser.add_argument("command", nargs="?")
@@ -117,14 +128,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return _COMMANDS[known.command](load(known.overrides, known.config_dir))
     except UserError as error:
-        print(f"ssodbench: {error}", file=sys.stderr)
+        STDERR.say(f"ssodbench: {error}")
         return 2
     except KeyboardInterrupt:
-        print("ssodbench: interrupted", file=sys.stderr)
+        STDERR.say("ssodbench: interrupted")
         return 130
     except BrokenPipeError:
         # The reader of our output has gone (`ssodbench config | head`): not an error of ours.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 

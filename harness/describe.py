@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from harness import prepare, split_files
 from harness.annotations import Finding
+from harness.console import Console
 from harness.datasets import CocoIndex, Dataset
 from harness.images import ImageCheck
 from harness.prepare import Checks

@@ -18,8 +18,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from harness import cluster, dist
+from harness.console import STDERR, settle
 from harness.dist import World
-from harness.run import CONSOLE, say, train_to_record
+from harness.run import say, train_to_record
 from harness.train import Interrupted, RunError, StopRequest
 from harness.types import UserError
 
@@ -47,7 +48,7 @@ def _submit(cfg: DictConfig) -> int:
     try:
         return cluster.submit(cfg)
     except RunError as error:
-        _print(f"ssodbench: {error}")
+        STDERR.say(f"ssodbench: {error}")
         return 1
 
 
@@ -56,8 +57,9 @@ def _work(plain: Any, device: str) -> int:
     try:
         code = run_rank(plain, device)
     except Exception:
-        traceback.print_exc()
+        STDERR.say(traceback.format_exc())
         code = 1
+    settle()
     if code:
         sys.exit(code)
     return code
@@ -120,14 +122,13 @@ def _end_alone(world: World, stop: StopRequest, error: Exception, told: tuple[st
         end = time.monotonic() + LAUNCHER_SECONDS
         while not stop.signal_number and time.monotonic() < end:
             time.sleep(0.05)
-        _print(f"ssodbench: rank {world.rank} stops, because another process of the run has ended")
+        STDERR.say(f"ssodbench: rank {world.rank} stops, because another process of the run has ended")
         told = ("", 1)
     elif told is None:
-        traceback.print_exception(error)
+        STDERR.say("".join(traceback.format_exception(error)))
     else:
-        _print(f"ssodbench: rank {world.rank}: {told[0]}")
-    sys.stdout.flush()
-    sys.stderr.flush()
+        STDERR.say(f"ssodbench: rank {world.rank}: {told[0]}")
+    settle()
     os._exit(told[1] if told else 1)  # leaving the group in order would wait for the others
 
 
@@ -139,7 +140,3 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def _micro(cfg: DictConfig) -> int:
     """Images in one forward."""
     return int(cfg.batch.micro or cfg.batch.labeled + cfg.batch.unlabeled)
-
-
-def _print(text: str) -> None:
-    CONSOLE.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -25,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 from torch import Tensor
 
+from harness.console import STDERR
 from harness.loggers import open_logger
 from harness.record import write_atomically
 
@@ -60,7 +61,7 @@ class RunLog:
         console: Console | None = None,
     ) -> None:
         self.run_dir, self.steps, self.title, self.every = run_dir, steps, title, max(1, every)
-        self.console = console or Console(stderr=True)
+        self.console = console or STDERR
         run_dir.mkdir(parents=True, exist_ok=True)
         self._loggers = [open_logger(name, run_dir, title, start_step) for name in loggers]
         path = run_dir / "metrics.jsonl"

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.table import Table
 
 from harness import build
+from harness.console import Console
 from harness.dist import join, resolve_device
 from harness.sampling import BatchSampler, MicroBatch
 from harness.types import ImageSource, Normalize, Pipeline, UserError, Views

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from harness import build, checkpoint, config, dist, offline
 from harness.build import Experiment
 from harness.checkpoint import RunLock
+from harness.console import STDERR
 from harness.dist import World
 from harness.evaluate import METRICS, evaluate, write_predictions
 from harness.log import RunLog
@@ -29,13 +29,11 @@ from harness.record import environment, read_record, write_atomically, write_rec
 from harness.train import Counters, Interrupted, StopRequest, train
 from harness.types import RunRecord, UserError
 
-CONSOLE = Console(stderr=True)
-
 
 def say(world: World, text: str) -> None:
     """Tells the user, once for all ranks."""
     if world.is_main:
-        CONSOLE.print(text, markup=False, highlight=False, soft_wrap=True)
+        STDERR.say(text)
 
 
 def train_to_record(cfg: DictConfig, world: World, stop: StopRequest) -> int:
@@ -129,7 +127,7 @@ class _Session:
             every=int(self.cfg.logging.every),
             loggers=list(self.cfg.logging.loggers),
             start_step=self.counters.step,
-            console=CONSOLE,
+            console=STDERR,
         )
         self._write_record("running")
 

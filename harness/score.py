@@ -9,10 +9,10 @@ from typing import Any
 import msgspec
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.table import Table
 
 from harness import build, checkpoint, dist
+from harness.console import Console
 from harness.evaluate import METRICS, evaluate
 from harness.record import write_atomically
 from harness.types import UserError

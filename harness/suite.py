@@ -17,10 +17,10 @@ from typing import Any
 
 import msgspec
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from harness import config, config_checks, report
 from harness.checkpoint import RunLock
+from harness.console import Console
 from harness.jobs import Cell, default_jobs, environments, execute, stop_signals
 from harness.record import read_record, write_atomically
 from harness.suite_view import View
