@@ -30,7 +30,7 @@ groups    data, method, detector, augment, pipeline, schedule, preset, suite
 keys      split.percent split.fold split.protocol  batch.labeled batch.unlabeled  schedule.steps  seed
           devices device threads  runs_dir run_dir cache_dir  evaluation.every checkpointing.every  ...
           `ssodbench config` lists them all with their values.
-exit code 0 ok, 1 failed, 2 a mistake in what was given, 130 and 143 interrupted (start again to continue)
+exit code 0 ok, 1 failed, 2 a mistake in what was given, 129, 130 and 143 interrupted (start again to continue)
 """
 
 

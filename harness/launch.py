@@ -21,7 +21,7 @@ from harness import cluster, dist
 from harness.console import STDERR, settle
 from harness.dist import World
 from harness.run import say, train_to_record
-from harness.train import Interrupted, RunError, StopRequest
+from harness.train import Interrupted, RunError, StopRequest, stop_signals
 from harness.types import UserError
 
 LAUNCHER_SECONDS = 10.0  # in which a launcher notices that a process has ended, and stops the others
@@ -38,7 +38,7 @@ def run(cfg: DictConfig) -> int:
     device = dist.resolve_device(cfg.device, cfg.devices)
     plain = OmegaConf.to_container(cfg, resolve=False)
     if cfg.devices > 1 and "LOCAL_RANK" not in os.environ:
-        return dist.launch(_work, (plain, device), cfg.devices)
+        return dist.launch(_work, (plain, device), cfg.devices, [*stop_signals(), signal.SIGQUIT])
     return run_rank(plain, device)
 
 
@@ -65,7 +65,7 @@ def _work(plain: Any, device: str) -> int:
     return code
 
 
-def run_rank(plain: Any, device: str, stop_signals: Sequence[int] = (signal.SIGTERM, signal.SIGINT)) -> int:
+def run_rank(plain: Any, device: str, signals: Sequence[int] | None = None) -> int:
     """`run` in one process of the group; says errors once and gives the exit code.
 
     An error of one rank alone ends its process at once: the others wait for it in a collective, and only the launcher,
@@ -76,7 +76,7 @@ def run_rank(plain: Any, device: str, stop_signals: Sequence[int] = (signal.SIGT
     world = dist.join(device)
     torch.set_num_threads(int(cfg.threads))
     stop = StopRequest()
-    stop.install(stop_signals)
+    stop.install(signals)
     try:
         return train_to_record(cfg, world, stop)
     except Interrupted as stopped:

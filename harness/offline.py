@@ -13,8 +13,10 @@ import json
 import logging
 import warnings
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,10 +27,12 @@ from detectors.pseudo_labels import label_offline, offline_quality
 from harness import build, checkpoint, checksum, config, dist
 from harness.build import Data
 from harness.record import read_record, write_atomically
-from harness.train import StopRequest
+from harness.train import Interrupted, StopRequest
 from harness.types import ImageSource, UserError
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _STAGE_ONE = ("stage1", "stage1_overrides", "checkpoint")  # keys of `offline` that say who labels, not how
 
@@ -60,7 +64,7 @@ def label(cfg: DictConfig, data: Data, world: dist.World, stop: StopRequest) -> 
     if not dist.from_main(world, lambda: _are_there(path, made_by)):
         dist.from_main(world, lambda: _refuse_other_labels(Path(cfg.run_dir), made_by))
         file = _stage_one_checkpoint(cfg, stage_one, world, stop)
-        source, steps = _label_with(cfg, stage_one, data, file, world)
+        source, steps = _label_with(cfg, stage_one, data, file, world, stop)
         if not len(source):
             raise UserError(
                 f"stage 1 found no box above method.offline.score_threshold in any of the {len(data.unlabeled)} "
@@ -153,9 +157,13 @@ def _finished(file: Path) -> Path:
 
 
 def _label_with(
-    cfg: DictConfig, stage_one: DictConfig, data: Data, file: Path, world: dist.World
+    cfg: DictConfig, stage_one: DictConfig, data: Data, file: Path, world: dist.World, stop: StopRequest
 ) -> tuple[ImageSource, int]:
-    """Runs stage 1's reported network over the unlabelled images, over all ranks; also gives its steps."""
+    """Runs stage 1's reported network over the unlabelled images, over all ranks; also gives its steps.
+
+    Raises:
+        Interrupted: on every rank, if `stop` was asked on one of them; it is looked at before each batch.
+    """
     state = checkpoint.read(file)
     known = {"split": data.split.sha256, "dataset": data.dataset.train.sha256}
     for what, expected in known.items():
@@ -165,7 +173,8 @@ def _label_with(
                 "set method.offline.checkpoint to a supervised run of the same split, or leave it null to train one"
             )
     torch.manual_seed(int(cfg.seed))
-    network = build.detector(stage_one, len(data.dataset.train.category_ids))
+    with stop.at_once():
+        network = build.detector(stage_one, len(data.dataset.train.category_ids))
     trained = build.method(stage_one, network).to(world.device)
     try:
         trained.load_state_dict(state["method"])
@@ -180,10 +189,23 @@ def _label_with(
     assert isinstance(options, dict)
     thresholds = {str(k): v for k, v in options.items() if k not in _STAGE_ONE}
     try:
-        own = label_offline(reported, pipeline.eval(data.unlabeled, "pseudo"), data.unlabeled, **thresholds)
+        batches = _until_asked(pipeline.eval(data.unlabeled, "pseudo"), stop)
+        own = label_offline(reported, batches, data.unlabeled, **thresholds)
     finally:
         pipeline.close()
-    return _merge(dist.gather(world, own), data.unlabeled), int(state["step"])
+    parts = dist.gather(world, (own, stop.signal_number))
+    signal_number = max(number for _, number in parts)
+    if signal_number:
+        raise Interrupted(signal_number)
+    return _merge([part for part, _ in parts], data.unlabeled), int(state["step"])
+
+
+def _until_asked(batches: Iterator[T], stop: StopRequest) -> Iterator[T]:
+    """The batches up to a request to stop."""
+    for batch in batches:
+        if stop.signal_number:
+            return
+        yield batch
 
 
 def _merge(parts: list[ImageSource], unlabeled: ImageSource) -> ImageSource:

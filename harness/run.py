@@ -49,8 +49,11 @@ def train_to_record(cfg: DictConfig, world: World, stop: StopRequest) -> int:
                 f"the run in {run_dir} is finished: see {run_dir / 'record.json'}; delete the folder to run it anew",
             )
             return 0
-        data, extra = offline.label(cfg, dist.on_every_rank(world, lambda: build.data(cfg)), world, stop)
-        experiment = dist.on_every_rank(world, lambda: build.experiment(cfg, world, data))
+        with stop.at_once():
+            opened = dist.on_every_rank(world, lambda: build.data(cfg))
+        data, extra = offline.label(cfg, opened, world, stop)
+        with stop.at_once():
+            experiment = dist.on_every_rank(world, lambda: build.experiment(cfg, world, data))
         begun = True
         try:
             return _Session(experiment, extra, stop).run()

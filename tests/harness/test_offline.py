@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,28 @@ def test_labels_of_another_stage_one_are_refused_once_training_has_begun(
     assert main(_command(runs, "stac", KEEP, place, f"method.offline.checkpoint={other}")) == 2
     assert "began with pseudo labels of another stage 1" in capfd.readouterr().err
     assert main(_command(runs, "stac", KEEP, place)) == 0
+
+
+def test_signal_while_labelling_is_heard_before_the_next_batch(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    label, seen = offline.label_offline, []
+
+    def signalled(detector: Any, batches: Any, source: Any, **options: Any) -> Any:
+        def noted() -> Any:
+            for batch in batches:
+                seen.append(1)
+                signal.raise_signal(signal.SIGTERM)
+                yield batch
+
+        return label(detector, noted(), source, **options)
+
+    command = _command(runs, "stac", KEEP, f"run_dir={tmp_path / 'run'}")
+    with monkeypatch.context() as patch:
+        patch.setattr(offline, "label_offline", signalled)
+        assert main(command) == 143
+    assert len(seen) == 1  # of 2
+    assert not (tmp_path / "run").exists()
 
 
 def test_damaged_labels_are_made_again_once_training_has_begun(

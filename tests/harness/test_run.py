@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import random
+import select
 import signal
 import subprocess
 import sys
 import time
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,9 @@ import harness.log
 import harness.loggers
 import harness.run
 from detectors.supervised import Supervised
-from harness import checkpoint
+from harness import checkpoint, pretrain
 from harness.cli import main
-from harness.train import RunError
+from harness.train import RunError, stop_signals
 from harness.types import Batch
 
 pytestmark = pytest.mark.timeout(300)
@@ -148,12 +151,14 @@ def test_run_killed_ten_times_continues_bit_for_bit(cache: Path, tmp_path: Path,
     _kill_at_random_moments(cache, tmp_path, method, kills=10, seed=2)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_signals_save_and_exit_with_the_conventional_code(cache: Path, tmp_path: Path, number: int, code: int) -> None:
     overrides = ("schedule.steps=400", "checkpointing.every=5")
     process = _start(_command(cache, tmp_path / "run", *overrides))
     _wait_for_checkpoint(process, tmp_path / "run", 1)
     process.send_signal(number)
+    if number == signal.SIGHUP:
+        process.send_signal(number)  # the shell of a closed terminal sends its own
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors.decode()
     record = _record(tmp_path / "run")
@@ -162,6 +167,51 @@ def test_signals_save_and_exit_with_the_conventional_code(cache: Path, tmp_path:
     assert state is not None
     assert state["step"] > 5 or state["step"] == 5
     assert b"Traceback" not in errors
+
+
+def test_closed_terminal_saves(cache: Path, tmp_path: Path) -> None:
+    """Its process gets SIGHUP, and every write to the terminal fails from then on."""
+    command = _command(cache, tmp_path / "run", "schedule.steps=400", "checkpointing.every=5", "logging.every=1")
+    child, terminal = pty.fork()
+    if not child:
+        os.execv(sys.executable, [sys.executable, "-m", "harness.cli", *command])
+    end = time.monotonic() + 60
+    while time.monotonic() < end and not checkpoint.checkpoints(tmp_path / "run"):
+        if select.select([terminal], [], [], 0.01)[0]:
+            os.read(terminal, 1 << 16)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 129
+    assert _record(tmp_path / "run")["status"] == "interrupted"
+
+
+def test_hang_up_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert signal.SIGHUP not in stop_signals()
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert signal.SIGHUP in stop_signals()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_signal_while_the_backbone_is_trained_is_heard_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    calls, augment = [], pretrain.augment
+
+    def signalled(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return augment(*arguments)
+
+    monkeypatch.setattr(pretrain, "augment", signalled)
+    monkeypatch.setattr(pretrain.Recipe, "__init__", partialmethod(pretrain.Recipe.__init__, patches=320))
+    overrides = ("detector.weights=generated", "detector.channels=[8,8,8,8]")
+    assert main(_command(tmp_path / "cache", tmp_path / "run", *overrides)) == 143
+    assert len(calls) == 3
+    assert not (tmp_path / "run").exists()
+    assert "interrupted by SIGTERM; start the same command again" in capfd.readouterr().err
 
 
 def test_loss_that_is_not_finite_stops_the_run_and_can_be_replayed(

@@ -208,7 +208,7 @@ def test_a_mistake_and_a_killed_cell_have_a_reason(bench):
     assert "the images are missing" in (bench.folder / "report/report.html").read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_the_cells_in_order(bench, number):
     slow = {cell("supervised", 1): "slow", cell("supervised", 5): "slow", cell("supervised", 10): "slow"}
 
@@ -217,6 +217,9 @@ def test_a_signal_stops_the_cells_in_order(bench, number):
             time.sleep(0.05)
         time.sleep(0.3)  # until both have their handler
         os.kill(os.getpid(), number)
+        if number == signal.SIGHUP:
+            time.sleep(0.05)
+            os.kill(os.getpid(), number)  # the shell of a closed terminal sends its own
 
     threading.Thread(target=interrupt).start()
     assert bench.run(behaviour=slow) == 128 + number
