@@ -177,7 +177,7 @@ def refuse_foreign(run_dir: Path, differences: Iterable[str]) -> None:
     Raises:
         UserError: naming what differs and how to start anew.
     """
-    differing = list(differences)
+    differing = sorted(differences, key=lambda said: not said.split(":")[0].endswith("name"))  # what says most first
     if differing:
         shown = "; ".join(differing[:5]) + (f" and {len(differing) - 5} more" if len(differing) > 5 else "")
         raise UserError(

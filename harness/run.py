@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import os
 import resource
@@ -64,17 +65,22 @@ def train_to_record(cfg: DictConfig, world: World, stop: StopRequest) -> int:
 
 
 def _is_finished(cfg: DictConfig, run_dir: Path) -> bool:
-    """Whether an ok record of this configuration is there.
+    """Whether an ok record of this configuration is there, beside the run's own config.yaml.
 
     Raises:
         UserError: when something was trained in the folder under another configuration.
     """
-    path = run_dir / "record.json"
-    finished = path.exists() and read_record(path).status == "ok"
-    if (finished or checkpoint.checkpoints(run_dir)) and (run_dir / "config.yaml").exists():
+    path, own = run_dir / "record.json", config.identity(cfg)
+    record = read_record(path) if path.exists() else None
+    finished = record is not None and record.status == "ok"
+    if record is not None and finished and record.config_sha256 != config.config_sha256(cfg):
+        before = config.without_circumstances(copy.deepcopy(record.config))
+        checkpoint.refuse_foreign(run_dir, config.differences(before, own) or ["its record is of another run"])
+    is_run = (run_dir / "config.yaml").exists()
+    if is_run and (finished or checkpoint.checkpoints(run_dir)):
         before = config.identity(_load_yaml(run_dir / "config.yaml"))
-        checkpoint.refuse_foreign(run_dir, config.differences(before, config.identity(cfg)))
-    return finished
+        checkpoint.refuse_foreign(run_dir, config.differences(before, own))
+    return finished and is_run
 
 
 def _load_yaml(path: Path) -> DictConfig:
@@ -186,6 +192,7 @@ class _Session:
             "pipeline": self._pipeline_state(),
             "counters": dataclasses.asdict(self.counters),
             "detector": self.run_.method.networks()[self.run_.method.reported].name,
+            "classes": list(self.run_.data.dataset.train.category_names),
         }
 
     def _pipeline_state(self) -> dict[str, Any]:

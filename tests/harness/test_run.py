@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pty
@@ -415,6 +416,39 @@ def test_evaluate_scores_a_run_again(cache: Path, tmp_path: Path, capfd: pytest.
     again = json.loads((tmp_path / "run" / "evaluation_0.05.json").read_text())
     assert again["networks"]["student"]["ap"] == _record(tmp_path / "run")["student_ap"]
     assert "ap50" in capfd.readouterr().out
+
+
+def test_evaluate_takes_other_data_of_the_same_classes_and_a_run_by_its_settings(
+    cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = [*SMALL, f"cache_dir={cache}", f"runs_dir={tmp_path}"]
+    assert main(["train", *settings]) == 0
+    (run_dir,) = (tmp_path / "train").iterdir()
+    of_run = [word for word in settings if not word.startswith("logging")]
+    assert main(["evaluate", *of_run, "pipeline=torchvision", "evaluation.score_threshold=0.5"]) == 0
+    assert (run_dir / "evaluation_0.5.json").exists()
+    (generated,) = (path for path in (cache / "shapes").iterdir() if (path / "tune.json").exists())
+    other = ["data=custom", f"data.root={generated}", "data.val_annotations=tune.json", "data.val_images=tune"]
+    assert main(["evaluate", f"run_dir={run_dir}", "device=cpu", f"cache_dir={cache}", *other]) == 0
+    (file,) = (path for path in run_dir.glob("evaluation_*.json") if path.name != "evaluation_0.5.json")
+    tuned = json.loads(file.read_text())
+    assert tuned["val_sha256"] == hashlib.sha256((generated / "tune.json").read_bytes()).hexdigest()
+    assert tuned["val_sha256"] != _record(run_dir)["val_sha256"]
+    assert file.name == "evaluation_custom_0.05.json"
+    assert "on data=" in capfd.readouterr().out
+
+
+def test_record_without_its_configuration_is_not_a_finished_run(
+    cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(_command(cache, tmp_path / "run")) == 0
+    before = _outcome(tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").unlink()
+    capfd.readouterr()
+    assert main(_command(cache, tmp_path / "run")) == 0
+    assert "finished" not in capfd.readouterr().err
+    assert (tmp_path / "run" / "config.yaml").exists()
+    assert _outcome(tmp_path / "run") == before
 
 
 def test_help_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
