@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import multiprocessing
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from harness.types import UserError
+
+SHARED_MEMORY = Path("/dev/shm")
 
 
 def require_regular(path: str | Path) -> None:
@@ -64,3 +70,29 @@ def naming(path: str | Path) -> Iterator[None]:
         if error.errno is not None:
             error.filename, error.filename2 = str(path), None
         raise
+
+
+def require_shared_memory(needed: int, what: str, remedy: str) -> None:
+    """Checks that processes can share memory, which a container may not allow.
+
+    Args:
+        needed: bytes.
+        what: that shares it.
+        remedy: what to do without.
+
+    Raises:
+        UserError: there is no semaphore, or less memory than needed.
+    """
+    try:
+        multiprocessing.get_context("spawn").Lock()
+        free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.parent.is_dir() else needed
+    except (OSError, ImportError) as error:
+        cause = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{what} needs shared memory, and {SHARED_MEMORY} cannot be used ({cause}): {remedy}"
+        ) from error
+    if free < needed:
+        raise UserError(
+            f"{what} needs {needed / 2**20:.1f} MiB of shared memory, and {SHARED_MEMORY} has {free / 2**20:.1f} MiB: "
+            f"enlarge it (docker run --shm-size=1g), or {remedy}"
+        )

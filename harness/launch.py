@@ -17,13 +17,15 @@ from typing import Any, NoReturn
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from harness import cluster, dist
+from harness import build, cluster, dist
 from harness.console import STDERR, settle
 from harness.dist import World
+from harness.record import available_cores
 from harness.run import say, train_to_record
 from harness.train import Interrupted, RunError, StopRequest, stop_signals
 from harness.types import UserError
 
+MOST_PER_CORE = 4  # processes
 LAUNCHER_SECONDS = 10.0  # in which a launcher notices that a process has ended, and stops the others
 
 
@@ -38,8 +40,23 @@ def run(cfg: DictConfig) -> int:
     device = dist.resolve_device(cfg.device, cfg.devices)
     plain = OmegaConf.to_container(cfg, resolve=False)
     if cfg.devices > 1 and "LOCAL_RANK" not in os.environ:
+        if device == "cpu":
+            _check_cores(int(cfg.devices))
+        build.data(cfg)  # a mistake is told once, and before many processes start
         return dist.launch(_work, (plain, device), cfg.devices, [*stop_signals(), signal.SIGQUIT])
     return run_rank(plain, device)
+
+
+def _check_cores(processes: int) -> None:
+    """Raises UserError for more processes than a CPU can mean, and warns of more than it has cores for."""
+    cores = available_cores()
+    if processes > MOST_PER_CORE * cores:
+        raise UserError(
+            f"devices={processes} on the {cores} core{'s' if cores > 1 else ''} of this machine: lower devices to at "
+            f"most {MOST_PER_CORE * cores}; a step has the same images with any number of them"
+        )
+    if processes > cores:
+        STDERR.say(f"devices={processes} share {cores} core{'s' if cores > 1 else ''}: fewer are not slower")
 
 
 def _submit(cfg: DictConfig) -> int:
@@ -102,6 +119,11 @@ def _explain(cfg: DictConfig, world: World, error: Exception) -> tuple[str, int]
         return str(error), 2
     if isinstance(error, RunError):
         return str(error), 1
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        return (
+            f"a worker process of pipeline={cfg.pipeline.name} has ended ({str(error).splitlines()[0]}): free memory, "
+            "or set pipeline.threads=0, and start the same command again, which continues from the newest checkpoint"
+        ), 1
     if _is_out_of_memory(error):
         return (
             f"out of memory on {world.device}: lower batch.micro (now {_micro(cfg)}) or evaluation.batch "

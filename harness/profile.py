@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
@@ -27,6 +26,7 @@ from harness.console import Console
 from harness.dist import join, resolve_device
 from harness.sampling import BatchSampler, MicroBatch
 from harness.types import ImageSource, Normalize, Pipeline, UserError, Views
+from pipelines.base import read_encoded
 from pipelines.policy import Policy
 
 _PIPELINES = Path(__file__).parent / "conf" / "pipeline"
@@ -121,7 +121,7 @@ def _read(source: ImageSource, batch: int) -> Callable[[int], int]:
 
     def work(batches: int) -> int:
         for path in itertools.islice(paths, batches * batch):
-            np.fromfile(path, dtype=np.uint8)
+            read_encoded(path)
         return batches * batch
 
     return work

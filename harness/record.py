@@ -15,6 +15,7 @@ import msgspec
 import psutil
 import torch
 
+from harness.files import read_bytes
 from harness.types import RunRecord, UserError
 
 SCHEMA_VERSION = 1
@@ -55,7 +56,7 @@ def read_record(path: Path) -> RunRecord:
         UserError: the file is missing, damaged, not a record, or was written by a newer ssodbench.
     """
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): give the folder of a run.") from error
     remedy = "delete it (or its folder) and run the cell again"

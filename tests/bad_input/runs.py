@@ -73,6 +73,18 @@ def _unfinished_stage_one(tmp: Path) -> None:
 
 CASES = [
     Case(
+        "data are missing for several processes",
+        f"train {SMALL} data=custom data.root={{tmp}}/nothing batch.micro=1 devices=2 run_dir={{tmp}}/run".replace(
+            "data=shapes data.train_images=10 data.val_images=2 ", ""
+        ),
+        ("{tmp}/nothing", "data.root"),
+    ),
+    Case(
+        "more processes than a machine can mean",
+        f"train {SMALL} batch.labeled=1000 batch.micro=1 devices=1000 run_dir={{tmp}}/run",
+        ("devices=1000", "core"),
+    ),
+    Case(
         "another run's checkpoint is evaluated",
         EVALUATE,
         ("{tmp}/run/checkpoints/step-00000009.pt", "another run", "config"),
