@@ -68,6 +68,8 @@ def run(cfg: DictConfig) -> int:
             if missing:
                 execute(cells, suite_dir, environments(cfg, jobs), stop, View(cells, console))
         write_plan(suite_dir, cfg, cells)
+        if stop.number and not any((cell.run_dir / "record.json").exists() for cell in cells):
+            return 128 + stop.number  # before any cell had something to report
         html = report.run(suite_dir, suite_dir / "report")
         report.show(suite_dir, console)
         console.print(f"report: {html}", soft_wrap=True, highlight=False)
