@@ -7,6 +7,8 @@ what pixels a network wants; where the values say that they are not RGB ones, th
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import pickle
 import re
 from collections.abc import Mapping
@@ -20,6 +22,8 @@ import torchvision.models as models
 from torch import Tensor, nn
 
 from harness.types import Normalize, UserError
+
+logger = logging.getLogger(__name__)
 
 RGB = Normalize()  # what torchvision's weights want
 CAFFE = Normalize(std=(1.0, 1.0, 1.0), bgr=True)  # MSRA's weights: BGR, mean subtraction only
@@ -133,6 +137,7 @@ def _download(depth: int, cache_dir: Path) -> dict[str, Tensor]:
     url = getattr(models, f"ResNet{depth}_Weights").IMAGENET1K_V1.url
     folder = Path(cache_dir) / "weights"
     try:
+        _remove_damaged(folder / url.rpartition("/")[2])
         return torch.hub.load_state_dict_from_url(
             url, model_dir=str(folder), progress=False, check_hash=True, map_location="cpu", weights_only=True
         )
@@ -141,6 +146,21 @@ def _download(depth: int, cache_dir: Path) -> dict[str, Tensor]:
             f"the weights {url} cannot be downloaded ({error}): put that file into {folder}, or set detector.weights "
             "to a local file, or to scratch with detector.norm=group"
         ) from error
+
+
+def _remove_damaged(path: Path) -> None:
+    """Removes a download, to be made again, whose sha256 does not begin as its name says (`resnet50-0676ba61.pth`).
+
+    The download itself compares them, but what lies in the cache is loaded as it is.
+    """
+    expected = path.stem.rpartition("-")[2]
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if not found.startswith(expected):
+        logger.warning("the weights %s are damaged (checksum) and are downloaded again", path)
+        path.unlink(missing_ok=True)
 
 
 _HARMLESS = {

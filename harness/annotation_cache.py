@@ -24,7 +24,7 @@ import numpy as np
 
 from harness.annotations import CleanAnnotations, Finding
 from harness.cache import build_once, cached_folder, is_whole
-from harness.files import open_to_read, require_regular, write_atomically
+from harness.files import read_bytes, require_regular, write_atomically
 from harness.types import UserError
 
 # The code that decides what is stored: a change to it makes every cached copy stale.
@@ -101,8 +101,7 @@ def _no_collection() -> Iterator[None]:
 def _read_and_hash(path: str) -> tuple[Content, str]:
     """A file's bytes and their sha256; of a large file, hashed by a second thread while this one reads on."""
     if os.stat(path).st_size <= _BLOCK:
-        with open_to_read(path) as file:
-            small = file.read()
+        small = read_bytes(path)
         return small, hashlib.sha256(small).hexdigest()
     with open(path, "rb", buffering=0) as whole, ThreadPoolExecutor(1) as pool:
         content = bytearray(os.fstat(whole.fileno()).st_size)

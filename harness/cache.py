@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from harness import files
+
+logger = logging.getLogger(__name__)
 
 _MANIFEST = "manifest.json"
 
@@ -30,7 +33,8 @@ def is_whole(folder: Path) -> bool:
     """
     try:
         manifest = json.loads(files.read_bytes(folder / _MANIFEST))
-        return bool(manifest["contents"] == _contents(folder))
+        named = cached_folder(folder.parent, manifest["parameters"]) == folder  # else the manifest is damaged
+        return bool(named and manifest["contents"] == _contents(folder))
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -59,6 +63,8 @@ def build_once(root: Path, parameters: dict[str, Any], build: Callable[[Path], N
     try:
         with _locked(folder.with_suffix(".lock")):
             if not is_whole(folder):
+                if folder.exists():
+                    logger.warning("the cached folder %s is damaged and is made again", folder)
                 _build(folder, parameters, build)
     except OSError as error:
         raise files.refusal(error, {"cache_dir": root}) from error

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from harness import files
+from harness import checksum, files
 from harness.types import RunError, UserError
 
 
@@ -101,8 +101,8 @@ def save(run_dir: Path, state: dict[str, Any], keep: int, keep_every: int | None
     path = folder / f"step-{state['step']:08d}.pt"
     try:
         _remove_temporaries(folder)
-        with files.replacing(path) as file:
-            torch.save(state, file)
+        with files.replacing(path) as file, checksum.sealing(file) as sealed:
+            torch.save(state, sealed)
     except (OSError, RuntimeError) as error:
         # torch reports a full disk as a RuntimeError of its zip writer.
         raise RunError(
@@ -135,14 +135,14 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """One checkpoint's state, as tensors and plain values alone.
 
     Raises:
-        UserError: when the file is not a whole checkpoint.
+        UserError: when the file is not a whole checkpoint, or not what was written.
     """
     try:
+        checksum.verify(path)
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise UserError(
-            f"the checkpoint {path} is damaged ({type(error).__name__}): delete it and start again"
-        ) from error
+        reason = error if isinstance(error, checksum.Damaged) else type(error).__name__
+        raise UserError(f"the checkpoint {path} is damaged ({reason}): delete it and start again") from error
     if not isinstance(state, dict) or not {"step", "method", "identity"} <= state.keys():
         raise UserError(f"{path} is not a checkpoint of ssodbench: name a file that a run wrote")
     return state
@@ -182,7 +182,7 @@ def refuse_foreign(run_dir: Path, differences: Iterable[str]) -> None:
     Raises:
         UserError: naming what differs and how to start anew.
     """
-    differing = list(differences)
+    differing = sorted(differences, key=lambda said: not said.split(":")[0].endswith("name"))  # what says most first
     if differing:
         shown = "; ".join(differing[:5]) + (f" and {len(differing) - 5} more" if len(differing) > 5 else "")
         raise UserError(

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from omegaconf import DictConfig
 
+from harness.console import STDERR, settle
 from harness.files import open_closed_streams, refusal, require_working_folder
 from harness.types import RunError, UserError
 
@@ -35,7 +36,7 @@ keys      split.percent split.fold split.protocol  batch.labeled batch.unlabeled
           devices device threads  runs_dir run_dir cache_dir  evaluation.every checkpointing.every  ...
           `ssodbench config` lists them all with their values.
           ssodbench --version says which one this is.
-exit code 0 ok, 1 failed, 2 a mistake in what was given, 130 and 143 interrupted (start again to continue)
+exit code 0 ok, 1 failed, 2 a mistake in what was given, 129, 130 and 143 interrupted (start again to continue)
 """
 
 
@@ -162,6 +163,12 @@ def _run(given: list[str], places: dict[str, str]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; gives its exit code."""
+    code = _main(arguments)
+    settle()
+    return code
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     open_closed_streams()
     places: dict[str, str] = {}
     try:
@@ -170,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, RunError) as error:
         return _tell(error)
     except KeyboardInterrupt:
-        print("ssodbench: interrupted", file=sys.stderr)
+        STDERR.say("ssodbench: interrupted")
         return 130
     except OSError as error:
         return _end_output(error) if _is_of_output(error) else _tell(refusal(error, places))
@@ -178,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _tell(error: UserError | RunError) -> int:
     """Says an error in one line; gives the exit code."""
-    print(f"ssodbench: {' '.join(str(error).split())}", file=sys.stderr)
+    STDERR.say(f"ssodbench: {' '.join(str(error).split())}")
     return 2 if isinstance(error, UserError) else 1
 
 

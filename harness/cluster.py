@@ -16,8 +16,8 @@ from types import FrameType
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
+from harness.console import STDERR
 from harness.types import RunError, UserError
 
 _POLL_SECONDS = 5.0  # a Slurm controller does not like to be asked often
@@ -92,8 +92,7 @@ def submit(cfg: DictConfig) -> int:
     job_cfg.launcher = {"name": "local"}
     job_cfg.run_dir = str(Path(cfg.run_dir).absolute())
     job = _put_into_queue(executor, TrainJob(OmegaConf.to_container(job_cfg, resolve=False)))
-    console = Console(stderr=True)
-    console.print(f"job {job.job_id}, logs in {logs}", highlight=False, soft_wrap=True)
+    STDERR.say(f"job {job.job_id}, logs in {logs}")
     return _wait(job, _POLL_SECONDS if options.cluster == "slurm" else 0.2) if options.wait else 0
 
 
@@ -160,7 +159,5 @@ def _wait(job: Any, poll_seconds: float) -> int:
         )
     code = max(int(code) for code in job.results())
     if code:
-        Console(stderr=True).print(
-            f"job {job.job_id} ended with exit code {code}, see {job.paths.stderr}", highlight=False, soft_wrap=True
-        )
+        STDERR.say(f"job {job.job_id} ended with exit code {code}, see {job.paths.stderr}")
     return code

@@ -365,6 +365,11 @@ def without_circumstances(plain: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
+def is_circumstance(key: str) -> bool:
+    """Whether a dotted key, or the group that it is in, is left out of `identity`."""
+    return any(key == known or key.startswith(f"{known}.") for known in _CIRCUMSTANCES)
+
+
 def config_sha256(cfg: DictConfig) -> str:
     """Hash of `identity`."""
     return hashlib.sha256(json.dumps(identity(cfg), sort_keys=True).encode()).hexdigest()

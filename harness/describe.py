@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from harness import prepare, split_files
+from harness.console import Console
 from harness.datasets import CocoIndex, Dataset
 from harness.files import write_atomically
 from harness.images import ImageCheck

@@ -77,11 +77,17 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def launch(entry: Callable[..., int], arguments: Sequence[Any], processes: int) -> int:
+def launch(entry: Callable[..., int], arguments: Sequence[Any], processes: int, signals: Sequence[int]) -> int:
     """Runs `entry(*arguments)` in `processes` processes of this machine through torch's elastic launcher.
 
     The launcher passes a signal on to its workers and waits for them; it stops them all when one ends by itself with an
     exit code other than 0. What a worker has to say it says itself.
+
+    Args:
+        entry: what each process runs; gives its exit code.
+        arguments: of `entry`.
+        processes: how many.
+        signals: that ask the workers to stop, and that the launcher passes on.
 
     Returns:
         0 if all gave 0, 128 + n after signal n, else the exit code of the first worker that failed.
@@ -103,6 +109,7 @@ def launch(entry: Callable[..., int], arguments: Sequence[Any], processes: int) 
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         start_method="spawn",
+        signals_to_handle=",".join(signal.Signals(number).name for number in signals),
     )
     others = set(multiprocessing.active_children())
     try:

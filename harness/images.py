@@ -5,7 +5,9 @@ EXIF orientation is never applied: COCO's boxes and sizes refer to the stored pi
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import struct
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from harness.annotations import Finding
+from harness.files import open_to_read
 
 LEVELS = ("quick", "headers", "full")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -26,6 +29,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _SAMPLE = 2000  # headers read at level quick
 _EXAMPLES = 5
 _ORIENTATION = 0x0112  # EXIF tag; 1 is upright, 5 to 8 swap the sides
+_NOT_REGULAR = "not a regular file"  # a FIFO or a device, which may never end
 _TAIL = 64  # bytes at the end in which a whole JPEG has its end marker
 _TASK = 64  # pictures handed to a thread at once
 
@@ -63,7 +67,7 @@ def read_header(path: str, decode: bool = False) -> Header:
         BadImage: if that cannot be done.
     """
     try:
-        with Image.open(path) as image:
+        with open_to_read(path) as file, Image.open(file) as image:
             orientation = int(image.getexif().get(_ORIENTATION, 1)) if "exif" in image.info else 1
             header = Header(*image.size, _pixels(image, path), orientation)
             if decode or (image.format == "JPEG" and not _ends(path)):
@@ -82,6 +86,8 @@ def read_header(path: str, decode: bool = False) -> Header:
 
 
 def _reason(path: str, error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno == errno.EINVAL:
+        return _NOT_REGULAR
     if os.path.getsize(path) == 0:
         return "empty"
     return "truncated" if "truncated" in str(error) or isinstance(error, EOFError) else "not an image, or damaged"
@@ -173,7 +179,10 @@ def _summary(bad: dict[int, str], paths: Sequence[str], ids: np.ndarray) -> list
 
 def _absent(path: str) -> str | None:
     try:
-        return None if os.stat(path).st_size else "empty"
+        state = os.stat(path)
+        if not stat.S_ISREG(state.st_mode):
+            return "a folder" if stat.S_ISDIR(state.st_mode) else _NOT_REGULAR
+        return None if state.st_size else "empty"
     except OSError:
         return "missing"
 

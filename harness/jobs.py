@@ -20,6 +20,7 @@ import psutil
 import torch
 from omegaconf import DictConfig
 
+from harness import train
 from harness.files import open_to_append
 from harness.record import available_cores, read_record, write_record
 from harness.types import RunRecord, UserError
@@ -104,16 +105,17 @@ class StopSignal:
 
 @contextmanager
 def stop_signals() -> Iterator[StopSignal]:
-    """Collects SIGINT, SIGTERM and SIGHUP while inside, so that the cells can be stopped in order."""
+    """Collects the signals that ask to stop while inside, so that the cells can be stopped in order."""
     stop = StopSignal()
 
     def receive(number: int, _frame: FrameType | None) -> None:
-        stop.number, stop.count = number, stop.count + 1
+        if number != signal.SIGHUP or not stop.number:  # a terminal that closes sends it, and so does its shell
+            stop.number, stop.count = number, stop.count + 1
 
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.signal(number, receive) for number in train.stop_signals()}
     try:
         yield stop
     finally:

@@ -16,14 +16,17 @@ from typing import Any, NoReturn
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from harness import cluster, dist
+from harness import build, cluster, dist
 from harness.config import places
+from harness.console import STDERR, settle
 from harness.dist import World
 from harness.files import refusal
-from harness.run import CONSOLE, say, train_to_record
-from harness.train import Interrupted, RunError, StopRequest
+from harness.record import available_cores
+from harness.run import say, train_to_record
+from harness.train import Interrupted, RunError, StopRequest, stop_signals
 from harness.types import UserError
 
+MOST_PER_CORE = 4  # processes
 LAUNCHER_SECONDS = 10.0  # in which a launcher notices that a process has ended, and stops the others
 
 
@@ -38,8 +41,23 @@ def run(cfg: DictConfig) -> int:
     device = dist.resolve_device(cfg.device, cfg.devices)
     plain = OmegaConf.to_container(cfg, resolve=False)
     if cfg.devices > 1 and "LOCAL_RANK" not in os.environ:
-        return dist.launch(_work, (plain, device), cfg.devices)
+        if device == "cpu":
+            _check_cores(int(cfg.devices))
+        build.data(cfg)  # a mistake is told once, and before many processes start
+        return dist.launch(_work, (plain, device), cfg.devices, [*stop_signals(), signal.SIGQUIT])
     return run_rank(plain, device)
+
+
+def _check_cores(processes: int) -> None:
+    """Raises UserError for more processes than a CPU can mean, and warns of more than it has cores for."""
+    cores = available_cores()
+    if processes > MOST_PER_CORE * cores:
+        raise UserError(
+            f"devices={processes} on the {cores} core{'s' if cores > 1 else ''} of this machine: lower devices to at "
+            f"most {MOST_PER_CORE * cores}; a step has the same images with any number of them"
+        )
+    if processes > cores:
+        STDERR.say(f"devices={processes} share {cores} core{'s' if cores > 1 else ''}: fewer are not slower")
 
 
 def _submit(cfg: DictConfig) -> int:
@@ -48,7 +66,7 @@ def _submit(cfg: DictConfig) -> int:
     try:
         return cluster.submit(cfg)
     except RunError as error:
-        _print(f"ssodbench: {error}")
+        STDERR.say(f"ssodbench: {error}")
         return 1
 
 
@@ -57,14 +75,15 @@ def _work(plain: Any, device: str) -> int:
     try:
         code = run_rank(plain, device)
     except Exception:
-        traceback.print_exc()
+        STDERR.say(traceback.format_exc())
         code = 1
+    settle()
     if code:
         sys.exit(code)
     return code
 
 
-def run_rank(plain: Any, device: str, stop_signals: Sequence[int] = (signal.SIGTERM, signal.SIGINT)) -> int:
+def run_rank(plain: Any, device: str, signals: Sequence[int] | None = None) -> int:
     """`run` in one process of the group; says errors once and gives the exit code.
 
     An error of one rank alone ends its process at once: the others wait for it in a collective, and only the launcher,
@@ -75,7 +94,7 @@ def run_rank(plain: Any, device: str, stop_signals: Sequence[int] = (signal.SIGT
     world = dist.join(device)
     torch.set_num_threads(int(cfg.threads))
     stop = StopRequest()
-    stop.install(stop_signals)
+    stop.install(signals)
     try:
         return train_to_record(cfg, world, stop)
     except Interrupted as stopped:
@@ -101,6 +120,11 @@ def _explain(cfg: DictConfig, world: World, error: Exception) -> tuple[str, int]
         return str(error), 2
     if isinstance(error, RunError):
         return str(error), 1
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        return (
+            f"a worker process of pipeline={cfg.pipeline.name} has ended ({str(error).splitlines()[0]}): free memory, "
+            "or set pipeline.threads=0, and start the same command again, which continues from the newest checkpoint"
+        ), 1
     if _is_out_of_memory(error):
         return (
             f"out of memory on {world.device}: lower batch.micro (now {_micro(cfg)}) or evaluation.batch "
@@ -119,14 +143,13 @@ def _end_alone(world: World, stop: StopRequest, error: Exception, told: tuple[st
         end = time.monotonic() + LAUNCHER_SECONDS
         while not stop.signal_number and time.monotonic() < end:
             time.sleep(0.05)
-        _print(f"ssodbench: rank {world.rank} stops, because another process of the run has ended")
+        STDERR.say(f"ssodbench: rank {world.rank} stops, because another process of the run has ended")
         told = ("", 1)
     elif told is None:
-        traceback.print_exception(error)
+        STDERR.say("".join(traceback.format_exception(error)))
     else:
-        _print(f"ssodbench: rank {world.rank}: {told[0]}")
-    sys.stdout.flush()
-    sys.stderr.flush()
+        STDERR.say(f"ssodbench: rank {world.rank}: {told[0]}")
+    settle()
     os._exit(told[1] if told else 1)  # leaving the group in order would wait for the others
 
 
@@ -138,7 +161,3 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def _micro(cfg: DictConfig) -> int:
     """Images in one forward."""
     return int(cfg.batch.micro or cfg.batch.labeled + cfg.batch.unlabeled)
-
-
-def _print(text: str) -> None:
-    CONSOLE.print(text, markup=False, highlight=False, soft_wrap=True)

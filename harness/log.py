@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 from torch import Tensor
 
+from harness.console import STDERR
 from harness.files import open_to_append, read_bytes, write_atomically
 from harness.loggers import open_logger
 
@@ -61,7 +62,7 @@ class RunLog:
         console: Console | None = None,
     ) -> None:
         self.run_dir, self.steps, self.title, self.every = run_dir, steps, title, max(1, every)
-        self.console = console or Console(stderr=True)
+        self.console = console or STDERR
         run_dir.mkdir(parents=True, exist_ok=True)
         self._loggers = [open_logger(name, run_dir, title, start_step) for name in loggers]
         path = run_dir / "metrics.jsonl"

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
+import logging
+import warnings
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,11 +24,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from detectors.detector import Detector
 from detectors.pseudo_labels import label_offline, offline_quality
-from harness import build, checkpoint, config, dist
+from harness import build, checkpoint, checksum, config, dist
 from harness.build import Data
-from harness.record import read_record
-from harness.train import StopRequest
+from harness.record import read_record, write_atomically
+from harness.train import Interrupted, StopRequest
 from harness.types import ImageSource, UserError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _STAGE_ONE = ("stage1", "stage1_overrides", "checkpoint")  # keys of `offline` that say who labels, not how
 
@@ -34,6 +43,7 @@ class Extra:
 
     steps: int = 0
     quality: dict[str, float] = field(default_factory=dict)
+    stage_one: str | None = None  # what made its pseudo labels: the sha256 of a configuration or of a checkpoint
 
 
 def label(cfg: DictConfig, data: Data, world: dist.World, stop: StopRequest) -> tuple[Data, Extra]:
@@ -52,22 +62,19 @@ def label(cfg: DictConfig, data: Data, world: dist.World, stop: StopRequest) -> 
     stage_one = config.stage_one(cfg)
     made_by = _made_by(cfg, stage_one, data)
     if not dist.from_main(world, lambda: _are_there(path, made_by)):
-        if checkpoint.checkpoints(Path(cfg.run_dir)):
-            raise UserError(
-                f"the run in {cfg.run_dir} began with pseudo labels of another stage 1: give the same "
-                "method.offline.checkpoint to continue it, or another run_dir=DIR"
-            )
+        dist.from_main(world, lambda: _refuse_other_labels(Path(cfg.run_dir), made_by))
         file = _stage_one_checkpoint(cfg, stage_one, world, stop)
-        source, steps = _label_with(cfg, stage_one, data, file, world)
+        source, steps = _label_with(cfg, stage_one, data, file, world, stop)
         if not len(source):
             raise UserError(
                 f"stage 1 found no box above method.offline.score_threshold in any of the {len(data.unlabeled)} "
                 "unlabelled images: train it longer, or keep images without a box by method.offline.drop_empty=false"
             )
         dist.from_main(world, lambda: _write(path, source, made_by, steps))
-    source, steps = _read(path, data.unlabeled)
-    measured = offline_quality(source, data.hidden) if data.hidden is not None else {}
-    return dataclasses.replace(data, unlabeled=source), Extra(steps, measured)
+    source, extra = _read(path, data.unlabeled)
+    if data.hidden is not None:
+        extra.quality = offline_quality(source, data.hidden)
+    return dataclasses.replace(data, unlabeled=source), extra
 
 
 def _made_by(cfg: DictConfig, stage_one: DictConfig, data: Data) -> dict[str, str | None]:
@@ -90,13 +97,29 @@ def _made_by(cfg: DictConfig, stage_one: DictConfig, data: Data) -> dict[str, st
 
 
 def _are_there(path: Path, made_by: dict[str, str | None]) -> bool:
-    """Whether the labels of `path` are whole and were made by the same."""
+    """Whether the labels of `path` are whole and were made by the same; damaged ones are named, to be made again."""
+    if not path.exists():
+        return False
     try:
+        checksum.verify(path)
         with np.load(path) as arrays:
             known = json.loads(str(arrays["made_by"]))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        logger.warning("the pseudo labels %s are damaged (%s) and are made again", path, error)
         return False
     return all(value is None or known.get(key) == value for key, value in made_by.items())
+
+
+def _refuse_other_labels(run_dir: Path, made_by: dict[str, str | None]) -> None:
+    """Raises UserError where training has begun, and not with labels of this stage 1."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # whoever continues from the checkpoint names those that are passed over
+        begun = checkpoint.newest(run_dir)
+    if begun is not None and begun["identity"].get("stage 1") != made_by["stage 1"]:
+        raise UserError(
+            f"the run in {run_dir} began with pseudo labels of another stage 1: give the same "
+            "method.offline.checkpoint to continue it, or another run_dir=DIR"
+        )
 
 
 def _stage_one_checkpoint(cfg: DictConfig, stage_one: DictConfig, world: dist.World, stop: StopRequest) -> Path:
@@ -134,9 +157,13 @@ def _finished(file: Path) -> Path:
 
 
 def _label_with(
-    cfg: DictConfig, stage_one: DictConfig, data: Data, file: Path, world: dist.World
+    cfg: DictConfig, stage_one: DictConfig, data: Data, file: Path, world: dist.World, stop: StopRequest
 ) -> tuple[ImageSource, int]:
-    """Runs stage 1's reported network over the unlabelled images, over all ranks; also gives its steps."""
+    """Runs stage 1's reported network over the unlabelled images, over all ranks; also gives its steps.
+
+    Raises:
+        Interrupted: on every rank, if `stop` was asked on one of them; it is looked at before each batch.
+    """
     state = checkpoint.read(file)
     known = {"split": data.split.sha256, "dataset": data.dataset.train.sha256}
     for what, expected in known.items():
@@ -146,7 +173,8 @@ def _label_with(
                 "set method.offline.checkpoint to a supervised run of the same split, or leave it null to train one"
             )
     torch.manual_seed(int(cfg.seed))
-    network = build.detector(stage_one, len(data.dataset.train.category_ids))
+    with stop.at_once():
+        network = build.detector(stage_one, len(data.dataset.train.category_ids))
     trained = build.method(stage_one, network).to(world.device)
     try:
         trained.load_state_dict(state["method"])
@@ -161,10 +189,23 @@ def _label_with(
     assert isinstance(options, dict)
     thresholds = {str(k): v for k, v in options.items() if k not in _STAGE_ONE}
     try:
-        own = label_offline(reported, pipeline.eval(data.unlabeled, "pseudo"), data.unlabeled, **thresholds)
+        batches = _until_asked(pipeline.eval(data.unlabeled, "pseudo"), stop)
+        own = label_offline(reported, batches, data.unlabeled, **thresholds)
     finally:
         pipeline.close()
-    return _merge(dist.gather(world, own), data.unlabeled), int(state["step"])
+    parts = dist.gather(world, (own, stop.signal_number))
+    signal_number = max(number for _, number in parts)
+    if signal_number:
+        raise Interrupted(signal_number)
+    return _merge([part for part, _ in parts], data.unlabeled), int(state["step"])
+
+
+def _until_asked(batches: Iterator[T], stop: StopRequest) -> Iterator[T]:
+    """The batches up to a request to stop."""
+    for batch in batches:
+        if stop.signal_number:
+            return
+        yield batch
 
 
 def _merge(parts: list[ImageSource], unlabeled: ImageSource) -> ImageSource:
@@ -189,9 +230,9 @@ def _merge(parts: list[ImageSource], unlabeled: ImageSource) -> ImageSource:
 
 
 def _write(path: Path, source: ImageSource, made_by: dict[str, str | None], steps: int) -> None:
-    temporary = path.with_suffix(".tmp.npz")
+    content = io.BytesIO()
     np.savez(
-        temporary,
+        content,
         ids=source.ids,
         boxes=source.boxes,
         labels=source.labels,
@@ -200,11 +241,11 @@ def _write(path: Path, source: ImageSource, made_by: dict[str, str | None], step
         made_by=json.dumps(made_by),
         steps=steps,
     )
-    temporary.replace(path)
+    write_atomically(path, checksum.sealed(content.getvalue()))
 
 
-def _read(path: Path, unlabeled: ImageSource) -> tuple[ImageSource, int]:
-    """The unlabelled images that have pseudo labels, with them; and the steps of stage 1."""
+def _read(path: Path, unlabeled: ImageSource) -> tuple[ImageSource, Extra]:
+    """The unlabelled images that have pseudo labels, with them; and what stage 1 was."""
     with np.load(path) as arrays:
         rows = {int(image_id): row for row, image_id in enumerate(unlabeled.ids.tolist())}
         chosen = np.array([rows[int(i)] for i in arrays["ids"].tolist()], dtype=np.int64)
@@ -217,4 +258,5 @@ def _read(path: Path, unlabeled: ImageSource) -> tuple[ImageSource, int]:
             scores=arrays["scores"],
             offsets=arrays["offsets"],
         )
-        return source, int(arrays["steps"])
+        made_by = json.loads(str(arrays["made_by"]))
+        return source, Extra(int(arrays["steps"]), stage_one=made_by["stage 1"])

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
 from detectors.backbones import SmallBackbone
 from harness.cache import build_once, cached_folder, is_whole
+from harness.console import STDERR
 from harness.drawing import GENERATOR_VERSION, OTHER_CLASSES, render
 
 VERSION = 1  # raise it whenever the code below gives other weights
@@ -94,10 +94,9 @@ def _parameters(recipe: Recipe) -> dict[str, Any]:
 def _build(folder: Path, recipe: Recipe, progress: bool) -> None:
     """Writes weights.pt and info.json (final training accuracy 0..1, CPU seconds)."""
     start = time.process_time()
-    console = Console(stderr=True)
     with (
         _one_thread(),
-        Progress(console=console, transient=True, disable=not (progress and console.is_terminal)) as bar,
+        Progress(console=STDERR, transient=True, disable=not (progress and STDERR.is_terminal)) as bar,
     ):
         task = bar.add_task("pre-training the backbone: patches", total=recipe.patches)
         images, boxes, labels = make_patches(recipe, lambda: bar.advance(task))

@@ -17,17 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.table import Table
 
 from harness import build
+from harness.console import Console
 from harness.dist import join, resolve_device
 from harness.files import require_writable, write_atomically
 from harness.sampling import BatchSampler, MicroBatch
 from harness.types import ImageSource, Normalize, Pipeline, UserError, Views
+from pipelines.base import read_encoded
 from pipelines.policy import Policy
 
 _PIPELINES = Path(__file__).parent / "conf" / "pipeline"
@@ -122,7 +122,7 @@ def _read(source: ImageSource, batch: int) -> Callable[[int], int]:
 
     def work(batches: int) -> int:
         for path in itertools.islice(paths, batches * batch):
-            np.fromfile(path, dtype=np.uint8)
+            read_encoded(path)
         return batches * batch
 
     return work

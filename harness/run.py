@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import os
 import resource
@@ -17,11 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from harness import build, checkpoint, config, dist, offline
 from harness.build import Experiment
 from harness.checkpoint import RunLock
+from harness.console import STDERR
 from harness.dist import World
 from harness.evaluate import METRICS, evaluate, write_predictions
 from harness.files import write_atomically
@@ -30,13 +31,11 @@ from harness.record import environment, read_record, write_record
 from harness.train import Counters, Interrupted, StopRequest, train
 from harness.types import RunRecord, UserError
 
-CONSOLE = Console(stderr=True)
-
 
 def say(world: World, text: str) -> None:
     """Tells the user, once for all ranks."""
     if world.is_main:
-        CONSOLE.print(text, markup=False, highlight=False, soft_wrap=True)
+        STDERR.say(text)
 
 
 def train_to_record(cfg: DictConfig, world: World, stop: StopRequest) -> int:
@@ -52,11 +51,13 @@ def train_to_record(cfg: DictConfig, world: World, stop: StopRequest) -> int:
                 f"the run in {run_dir} is finished: see {run_dir / 'record.json'}; delete the folder to run it anew",
             )
             return 0
-        data = dist.on_every_rank(world, lambda: build.data(cfg))
-        for warning in data.warnings:
+        with stop.at_once():
+            opened = dist.on_every_rank(world, lambda: build.data(cfg))
+        for warning in opened.warnings:
             say(world, f"warning: {warning}")
-        data, extra = offline.label(cfg, data, world, stop)
-        experiment = dist.on_every_rank(world, lambda: build.experiment(cfg, world, data))
+        data, extra = offline.label(cfg, opened, world, stop)
+        with stop.at_once():
+            experiment = dist.on_every_rank(world, lambda: build.experiment(cfg, world, data))
         begun = True
         try:
             return _Session(experiment, extra, stop).run()
@@ -67,17 +68,22 @@ def train_to_record(cfg: DictConfig, world: World, stop: StopRequest) -> int:
 
 
 def _is_finished(cfg: DictConfig, run_dir: Path) -> bool:
-    """Whether an ok record of this configuration is there.
+    """Whether an ok record of this configuration is there, beside the run's own config.yaml.
 
     Raises:
         UserError: when something was trained in the folder under another configuration.
     """
-    path = run_dir / "record.json"
-    finished = path.exists() and read_record(path).status == "ok"
-    if (finished or checkpoint.checkpoints(run_dir)) and (run_dir / "config.yaml").exists():
+    path, own = run_dir / "record.json", config.identity(cfg)
+    record = read_record(path) if path.exists() else None
+    finished = record is not None and record.status == "ok"
+    if record is not None and finished and record.config_sha256 != config.config_sha256(cfg):
+        before = config.without_circumstances(copy.deepcopy(record.config))
+        checkpoint.refuse_foreign(run_dir, config.differences(before, own) or ["its record is of another run"])
+    is_run = (run_dir / "config.yaml").exists()
+    if is_run and (finished or checkpoint.checkpoints(run_dir)):
         before = config.identity(_load_yaml(run_dir / "config.yaml"))
-        checkpoint.refuse_foreign(run_dir, config.differences(before, config.identity(cfg)))
-    return finished
+        checkpoint.refuse_foreign(run_dir, config.differences(before, own))
+    return finished and is_run
 
 
 def _load_yaml(path: Path) -> DictConfig:
@@ -133,7 +139,7 @@ class _Session:
             every=int(self.cfg.logging.every),
             loggers=list(self.cfg.logging.loggers),
             start_step=self.counters.step,
-            console=CONSOLE,
+            console=STDERR,
         )
         self._write_record("running")
 
@@ -151,12 +157,13 @@ class _Session:
 
     def _identity(self) -> dict[str, str]:
         data = self.run_.data
-        return {
+        identity = {
             "config": config.config_sha256(self.cfg),
             "split": data.split.sha256,
             "dataset": data.dataset.train.sha256,
             "evaluation set": data.dataset.val.sha256,
         }
+        return identity | ({"stage 1": self.extra.stage_one} if self.extra.stage_one else {})
 
     def _resume(self) -> None:
         """Takes up the newest valid checkpoint, if there is one and it belongs to this run."""
@@ -167,7 +174,8 @@ class _Session:
             say(self.world, f"ssodbench: {warning.message}")
         if state is None:
             return
-        checkpoint.refuse_foreign(self.run_dir, config.differences(state["identity"], self._identity()))
+        own = {key: value for key, value in self._identity().items() if key in state["identity"]}  # old ones have fewer
+        checkpoint.refuse_foreign(self.run_dir, config.differences(state["identity"], own))
         self.run_.method.load_state_dict(state["method"])
         self.run_.optimizer.load_state_dict(state["optimizer"])
         self.run_.pipeline.load_state(state["pipeline"])
@@ -187,6 +195,7 @@ class _Session:
             "pipeline": self._pipeline_state(),
             "counters": dataclasses.asdict(self.counters),
             "detector": self.run_.method.networks()[self.run_.method.reported].name,
+            "classes": list(self.run_.data.dataset.train.category_names),
         }
 
     def _pipeline_state(self) -> dict[str, Any]:

@@ -10,17 +10,17 @@ import copy
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from harness import config, config_checks, report
 from harness.checkpoint import RunLock
+from harness.console import STDERR, Console
 from harness.files import refusal, write_atomically
 from harness.jobs import Cell, default_jobs, environments, execute, stop_signals
 from harness.record import read_record
@@ -98,14 +98,10 @@ def _done(step: Callable[[], Any], suite_dir: Path) -> bool:
     except Exception as error:  # of any kind: hours of training must not end in a traceback of their table
         why = refusal(error) if isinstance(error, OSError) else error
         what = f"{why}" if isinstance(why, UserError | RunError) else f"{type(error).__name__}: {error}"
-        with suppress(OSError):
-            Console(stderr=True).print(
-                f"ssodbench: the suite has ended, but not its report ({' '.join(what.split())}): the records in "
-                f"{suite_dir} are whole, `ssodbench report runs_dir={suite_dir}` makes the report of them",
-                soft_wrap=True,
-                highlight=False,
-                markup=False,
-            )
+        STDERR.say(
+            f"ssodbench: the suite has ended, but not its report ({' '.join(what.split())}): the records in "
+            f"{suite_dir} are whole, `ssodbench report runs_dir={suite_dir}` makes the report of them"
+        )
         return False
     return True
 

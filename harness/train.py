@@ -16,6 +16,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -46,24 +47,48 @@ class Interrupted(Exception):  # noqa: N818  not an error
         super().__init__(f"interrupted by {signal.Signals(signal_number).name}")
         self.signal_number = signal_number
 
+    def __reduce__(self) -> tuple[type, tuple[int]]:
+        return Interrupted, (self.signal_number,)  # what the other ranks are told
+
+
+def stop_signals() -> list[int]:
+    """The signals that ask to stop: SIGHUP, which a closed terminal sends, unless it is ignored, as under `nohup`."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *([] if ignored else [signal.SIGHUP])]
+
 
 class StopRequest:
-    """SIGTERM and SIGINT ask the loop to finish its step and save; a second signal ends the process at once.
+    """A signal asks the loop to finish its step and save; a second one ends the process at once.
 
-    Ctrl-C reaches a launcher and its workers, and the launcher passes it on: to a worker that is one signal.
+    Ctrl-C reaches a launcher and its workers, and the launcher passes it on: to a worker that is one signal. A terminal
+    that closes sends SIGHUP, and so does its shell, and a machine that shuts down does after SIGTERM: none is a second.
     """
 
     def __init__(self) -> None:
         self.signal_number = 0
         self._received = 0.0
+        self._raises = False
 
-    def install(self, numbers: Sequence[int] = (signal.SIGTERM, signal.SIGINT)) -> None:
-        """Takes over the signals that ask this process to stop."""
-        for number in numbers:
+    def install(self, numbers: Sequence[int] | None = None) -> None:
+        """Takes over the signals that ask this process to stop, by default those of `stop_signals`."""
+        for number in stop_signals() if numbers is None else numbers:
             signal.signal(number, self._receive)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """While nothing is trained there is nothing to save: in this block a signal raises Interrupted where we are."""
+        self._raises = True
+        try:
+            if self.signal_number:
+                raise Interrupted(self.signal_number)
+            yield
+        finally:
+            self._raises = False
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         now = time.monotonic()
+        if number == signal.SIGHUP and self.signal_number:
+            return
         passed_on = "LOCAL_RANK" in os.environ and number == self.signal_number
         if passed_on and now - self._received < REPEAT_SECONDS:
             return
@@ -71,6 +96,8 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.signal_number, self._received = number, now
+        if self._raises:
+            raise Interrupted(number)
 
 
 @dataclass

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from harness.files import require_regular
 from harness.sampling import BatchSampler, MicroBatch, image_keys
 from harness.types import Batch, ImageSource, Normalize, Target, UserError, View, Views
 from harness.validate import Limits, Threads
@@ -31,6 +32,16 @@ MAX_BAD_SHARE, MIN_BAD_IMAGES = 0.01, 10  # the run stops when more are bad
 
 class BadImageError(Exception):
     """A file that cannot be read or decoded, or is not what the annotations say."""
+
+
+def read_encoded(path: str) -> np.ndarray:
+    """(N,) uint8, the bytes of a picture file.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+    """
+    require_regular(path)
+    return np.fromfile(path, dtype=np.uint8)
 
 
 @dataclass

@@ -17,7 +17,7 @@ from nvidia.dali import Pipeline
 from torch import Tensor
 
 from harness.types import UserError
-from pipelines.base import BadImageError, BasePipeline, Job, canvas
+from pipelines.base import BadImageError, BasePipeline, Job, canvas, read_encoded
 from pipelines.dali_graph import Graph, define, define_decode
 from pipelines.plan import NOTHING, ViewPlan, from_shrunk, noise_patch
 from pipelines.policy import ViewPolicy
@@ -106,7 +106,7 @@ class _Runner:
         """Feeds a job; the error if a file cannot be read."""
         assert self._pipeline is not None
         try:
-            data = [np.fromfile(path, dtype=np.uint8) for path in job.paths]
+            data = [read_encoded(path) for path in job.paths]
         except OSError as error:
             return BadImageError(error.strerror or "cannot be read")
         if not all(len(d) for d in data):
@@ -253,7 +253,7 @@ class DecodeOnly:
         data: deque[list[np.ndarray]] = deque()
         for number in range(batches + 2):
             if number < batches:
-                data.append([np.fromfile(path, dtype=np.uint8) for path in itertools.islice(self._paths, self._batch)])
+                data.append([read_encoded(path) for path in itertools.islice(self._paths, self._batch)])
                 self._pipeline.feed_input("data", data[-1])
                 self._pipeline.schedule_run()
             if number >= 2:

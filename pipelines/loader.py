@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from harness.files import require_shared_memory
-from harness.types import Normalize
-from pipelines.base import BadImageError, BasePipeline, Job, canvas
+from harness.types import Normalize, UserError
+from pipelines.base import BadImageError, BasePipeline, Job, canvas, read_encoded
 from pipelines.plan import IN_BOX, KINDS, NEAREST, NOTHING, ViewPlan, from_shrunk, noise_patch
 from pipelines.policy import Policy
 
 _NAMES = {number: name for name, number in KINDS.items()}
+_WITHOUT_SHARING = "set pipeline.threads=0, which renders in the training process, or pipeline=dali"
 _WEIGHS_CHANNELS = ("contrast", "saturation", "grayscale", "hue")
 
 
@@ -98,8 +99,8 @@ class Renderer(Dataset[Any]):
 
     def __getitem__(self, task: Task) -> list[Tensor] | Exception:
         try:
-            return self._render(task)
-        except BadImageError as error:
+            return _shared(self._render(task))
+        except (BadImageError, UserError) as error:
             return error
 
     def _render(self, task: Task) -> list[Tensor]:
@@ -118,7 +119,7 @@ class Renderer(Dataset[Any]):
 
     def _read(self, path: str, size: np.ndarray) -> Any:
         try:
-            data = np.fromfile(path, dtype=np.uint8)
+            data = read_encoded(path)
         except OSError as error:
             raise BadImageError(error.strerror or "cannot be read") from None
         try:
@@ -180,6 +181,20 @@ class Renderer(Dataset[Any]):
         return image
 
 
+def _shared(batches: list[Tensor]) -> list[Tensor]:
+    """Moves a worker's images into shared memory where it can be said that there is none.
+
+    The queue to the training process would do so too late: it prints a traceback and never delivers.
+    """
+    if get_worker_info() is not None:
+        try:
+            for batch in batches:
+                batch.share_memory_()
+        except RuntimeError as error:
+            raise UserError(f"the workers have no shared memory left ({error}): {_WITHOUT_SHARING}") from error
+    return batches
+
+
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
 
@@ -213,18 +228,17 @@ class LoaderPipeline(BasePipeline):
         return Task(job.paths, job.stored_sizes, job.shrunk, job.plans)
 
     def _render(self, jobs: Iterator[Job]) -> Generator[list[Tensor] | Exception, None, None]:
-        waiting: list[Job] = []
-
-        def tasks() -> Iterator[Task]:
-            for job in jobs:
-                waiting.append(job)
-                yield self._task(job)
-
         first = next(jobs, None)
         if first is None:
             return
         self._require_shared_memory(first)
-        jobs = itertools.chain((first,), jobs)
+        waiting: list[Job] = []
+
+        def tasks() -> Iterator[Task]:
+            for job in itertools.chain([first], jobs):
+                waiting.append(job)
+                yield self._task(job)
+
         loader: DataLoader[Any] = DataLoader(
             self._renderer,
             sampler=tasks(),
@@ -237,14 +251,16 @@ class LoaderPipeline(BasePipeline):
         )
         for batches in loader:
             job = waiting.pop(0)
+            if isinstance(batches, UserError):
+                raise batches
             yield batches if isinstance(batches, Exception) else self._normalized(job, batches)
 
     def _require_shared_memory(self, job: Job) -> None:
-        """Workers that find too little of it are killed, or never answer."""
+        """Checks, by one job, that what the workers hold ready has room between them and this process."""
         if self.threads:
-            size = sum(3 * len(job.paths) * math.prod(canvas(plan)) for plan in job.plans)
-            what = f"pipeline.threads={self.threads} of pipeline.prefetch={self.prefetch} batches each"
-            require_shared_memory(self.threads * self.prefetch * size, what, "set pipeline.threads=0")
+            pixels = sum(len(job) * 3 * math.prod(canvas(plan)) for plan in job.plans)
+            what = f"pipeline.threads={self.threads} of pipeline={self.name}"
+            require_shared_memory(pixels * self.threads * self.prefetch, what, _WITHOUT_SHARING)
 
     def _render_now(self, job: Job) -> list[Tensor] | Exception:
         batches = self._renderer[self._task(job)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,46 @@ def test_labels_of_another_stage_one_are_refused_once_training_has_begun(
     assert main(_command(runs, "stac", KEEP, place, f"method.offline.checkpoint={other}")) == 2
     assert "began with pseudo labels of another stage 1" in capfd.readouterr().err
     assert main(_command(runs, "stac", KEEP, place)) == 0
+
+
+def test_signal_while_labelling_is_heard_before_the_next_batch(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    label, seen = offline.label_offline, []
+
+    def signalled(detector: Any, batches: Any, source: Any, **options: Any) -> Any:
+        def noted() -> Any:
+            for batch in batches:
+                seen.append(1)
+                signal.raise_signal(signal.SIGTERM)
+                yield batch
+
+        return label(detector, noted(), source, **options)
+
+    command = _command(runs, "stac", KEEP, f"run_dir={tmp_path / 'run'}")
+    with monkeypatch.context() as patch:
+        patch.setattr(offline, "label_offline", signalled)
+        assert main(command) == 143
+    assert len(seen) == 1  # of 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_labels_are_made_again_once_training_has_begun(
+    runs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    place, labels = f"run_dir={tmp_path / 'run'}", tmp_path / "run" / "pseudo_labels.npz"
+    assert main(_command(runs, "stac", KEEP, place)) == 0
+    (tmp_path / "run" / "record.json").unlink()
+    good = labels.read_bytes()
+    labels.write_bytes(good[:200] + bytes([good[200] ^ 1]) + good[201:])
+    other = tmp_path / "other"
+    assert main(_command(runs, "supervised", "schedule.optimizer.lr=0.001", f"run_dir={other}")) == 0
+    capfd.readouterr()
+    assert main(_command(runs, "stac", KEEP, place, f"method.offline.checkpoint={other}")) == 2
+    assert "began with pseudo labels of another stage 1" in capfd.readouterr().err
+    assert main(_command(runs, "stac", KEEP, place)) == 0
+    with np.load(labels) as again, np.load(io.BytesIO(good)) as before:
+        assert all((again[name] == before[name]).all() for name in before.files)
 
 
 def test_stage_one_must_be_finished(runs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import pty
 import random
+import select
 import signal
 import subprocess
 import sys
 import time
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +24,9 @@ import harness.log
 import harness.loggers
 import harness.run
 from detectors.supervised import Supervised
-from harness import checkpoint
+from harness import checkpoint, pretrain
 from harness.cli import main
-from harness.train import RunError
+from harness.train import RunError, stop_signals
 from harness.types import Batch
 
 pytestmark = pytest.mark.timeout(300)
@@ -148,12 +152,14 @@ def test_run_killed_ten_times_continues_bit_for_bit(cache: Path, tmp_path: Path,
     _kill_at_random_moments(cache, tmp_path, method, kills=10, seed=2)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_signals_save_and_exit_with_the_conventional_code(cache: Path, tmp_path: Path, number: int, code: int) -> None:
     overrides = ("schedule.steps=400", "checkpointing.every=5")
     process = _start(_command(cache, tmp_path / "run", *overrides))
     _wait_for_checkpoint(process, tmp_path / "run", 1)
     process.send_signal(number)
+    if number == signal.SIGHUP:
+        process.send_signal(number)  # the shell of a closed terminal sends its own
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors.decode()
     record = _record(tmp_path / "run")
@@ -162,6 +168,51 @@ def test_signals_save_and_exit_with_the_conventional_code(cache: Path, tmp_path:
     assert state is not None
     assert state["step"] > 5 or state["step"] == 5
     assert b"Traceback" not in errors
+
+
+def test_closed_terminal_saves(cache: Path, tmp_path: Path) -> None:
+    """Its process gets SIGHUP, and every write to the terminal fails from then on."""
+    command = _command(cache, tmp_path / "run", "schedule.steps=400", "checkpointing.every=5", "logging.every=1")
+    child, terminal = pty.fork()
+    if not child:
+        os.execv(sys.executable, [sys.executable, "-m", "harness.cli", *command])
+    end = time.monotonic() + 60
+    while time.monotonic() < end and not checkpoint.checkpoints(tmp_path / "run"):
+        if select.select([terminal], [], [], 0.01)[0]:
+            os.read(terminal, 1 << 16)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 129
+    assert _record(tmp_path / "run")["status"] == "interrupted"
+
+
+def test_hang_up_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert signal.SIGHUP not in stop_signals()
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert signal.SIGHUP in stop_signals()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_signal_while_the_backbone_is_trained_is_heard_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    calls, augment = [], pretrain.augment
+
+    def signalled(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return augment(*arguments)
+
+    monkeypatch.setattr(pretrain, "augment", signalled)
+    monkeypatch.setattr(pretrain.Recipe, "__init__", partialmethod(pretrain.Recipe.__init__, patches=320))
+    overrides = ("detector.weights=generated", "detector.channels=[8,8,8,8]")
+    assert main(_command(tmp_path / "cache", tmp_path / "run", *overrides)) == 143
+    assert len(calls) == 3
+    assert not (tmp_path / "run").exists()
+    assert "interrupted by SIGTERM; start the same command again" in capfd.readouterr().err
 
 
 def test_loss_that_is_not_finite_stops_the_run_and_can_be_replayed(
@@ -365,6 +416,39 @@ def test_evaluate_scores_a_run_again(cache: Path, tmp_path: Path, capfd: pytest.
     again = json.loads((tmp_path / "run" / "evaluation_0.05.json").read_text())
     assert again["networks"]["student"]["ap"] == _record(tmp_path / "run")["student_ap"]
     assert "ap50" in capfd.readouterr().out
+
+
+def test_evaluate_takes_other_data_of_the_same_classes_and_a_run_by_its_settings(
+    cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = [*SMALL, f"cache_dir={cache}", f"runs_dir={tmp_path}"]
+    assert main(["train", *settings]) == 0
+    (run_dir,) = (tmp_path / "train").iterdir()
+    of_run = [word for word in settings if not word.startswith("logging")]
+    assert main(["evaluate", *of_run, "pipeline=torchvision", "evaluation.score_threshold=0.5"]) == 0
+    assert (run_dir / "evaluation_0.5.json").exists()
+    (generated,) = (path for path in (cache / "shapes").iterdir() if (path / "tune.json").exists())
+    other = ["data=custom", f"data.root={generated}", "data.val_annotations=tune.json", "data.val_images=tune"]
+    assert main(["evaluate", f"run_dir={run_dir}", "device=cpu", f"cache_dir={cache}", *other]) == 0
+    (file,) = (path for path in run_dir.glob("evaluation_*.json") if path.name != "evaluation_0.5.json")
+    tuned = json.loads(file.read_text())
+    assert tuned["val_sha256"] == hashlib.sha256((generated / "tune.json").read_bytes()).hexdigest()
+    assert tuned["val_sha256"] != _record(run_dir)["val_sha256"]
+    assert file.name == "evaluation_custom_0.05.json"
+    assert "on data=" in capfd.readouterr().out
+
+
+def test_record_without_its_configuration_is_not_a_finished_run(
+    cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(_command(cache, tmp_path / "run")) == 0
+    before = _outcome(tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").unlink()
+    capfd.readouterr()
+    assert main(_command(cache, tmp_path / "run")) == 0
+    assert "finished" not in capfd.readouterr().err
+    assert (tmp_path / "run" / "config.yaml").exists()
+    assert _outcome(tmp_path / "run") == before
 
 
 def test_help_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,7 +43,8 @@ def write(**changes):
     with open(os.path.join(folder, "record.json"), "w") as file:
         json.dump(record | changes, file)
 def stop(*_):
-    write(status="interrupted", ap=None, error="interrupted by SIGTERM")
+    if kind != "early":
+        write(status="interrupted", ap=None, error="interrupted by SIGTERM")
     tell("stopped")
     sys.exit(143)
 signal.signal(signal.SIGTERM, stop)
@@ -58,7 +59,7 @@ if kind == "fail":
     write(status="failed", ap=None, error="RunError: the loss is not finite at step 3")
     print("some words\\nbefore the end", file=sys.stderr)
     sys.exit(1)
-time.sleep(60 if kind == "slow" else 0.05)
+time.sleep(60 if kind in ("slow", "early") else 0.05)
 write()
 tell("end")
 """
@@ -208,7 +209,7 @@ def test_a_mistake_and_a_killed_cell_have_a_reason(bench):
     assert "the images are missing" in (bench.folder / "report/report.html").read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_the_cells_in_order(bench, number):
     slow = {cell("supervised", 1): "slow", cell("supervised", 5): "slow", cell("supervised", 10): "slow"}
 
@@ -217,6 +218,9 @@ def test_a_signal_stops_the_cells_in_order(bench, number):
             time.sleep(0.05)
         time.sleep(0.3)  # until both have their handler
         os.kill(os.getpid(), number)
+        if number == signal.SIGHUP:
+            time.sleep(0.05)
+            os.kill(os.getpid(), number)  # the shell of a closed terminal sends its own
 
     threading.Thread(target=interrupt).start()
     assert bench.run(behaviour=slow) == 128 + number
@@ -225,6 +229,19 @@ def test_a_signal_stops_the_cells_in_order(bench, number):
     assert "interrupted by SIGTERM" in (bench.folder / "report/report.md").read_text()
     assert bench.run() == 0
     assert len(bench.started()) == 9
+
+
+def test_a_signal_before_any_cell_has_a_record(bench):
+    def interrupt():
+        while not bench.events("start"):
+            time.sleep(0.05)
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt).start()
+    one = ("suite.methods=[supervised]", "suite.percents=[1]")
+    assert bench.run(*one, behaviour={cell("supervised", 1): "early"}) == 143
+    assert bench.run(*one) == 0
 
 
 def test_another_live_suite(bench):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import torch
 
 from harness.train import (
     Counters,
+    Interrupted,
     MicroBatchTaken,
     RunError,
     StepFlags,
@@ -143,6 +145,29 @@ def test_signal_that_a_launcher_passes_on_counts_once(
         signal.signal(signal.SIGUSR1, before)
     assert stop.signal_number == signal.SIGUSR1
     assert 1 + len(ended) == received
+
+
+def test_hang_up_is_never_a_second_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "raise_signal", lambda _: pytest.fail("ended at once"))
+    for first in (signal.SIGHUP, signal.SIGTERM):
+        stop = StopRequest()
+        stop._receive(first, None)
+        stop._receive(signal.SIGHUP, None)
+        assert stop.signal_number == first
+
+
+def test_request_to_stop_is_raised_where_nothing_is_to_be_saved() -> None:
+    stop = StopRequest()
+    with pytest.raises(Interrupted) as raised, stop.at_once():
+        stop._receive(signal.SIGTERM, None)
+    assert pickle.loads(pickle.dumps(raised.value)).signal_number == signal.SIGTERM
+    with pytest.raises(Interrupted), stop.at_once():
+        pytest.fail("begun though it was asked to stop")
+    stop = StopRequest()
+    with stop.at_once():
+        pass
+    stop._receive(signal.SIGTERM, None)  # the loop looks at it
+    assert stop.signal_number == signal.SIGTERM
 
 
 def test_state_is_never_saved_after_a_loss_that_is_not_finite(run: Any) -> None:

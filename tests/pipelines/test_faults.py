@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
+from harness.launch import _explain
 from harness.sampling import BatchSampler
 from harness.types import Batch, ImageSource, UserError, Views
 
@@ -47,7 +52,12 @@ def other_size(path: Path) -> None:
     Image.new("RGB", (33, 44)).save(path)
 
 
-DAMAGES = (missing, truncated, header_only, garbage, empty, other_size)
+def fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+DAMAGES = (missing, truncated, header_only, garbage, empty, other_size, fifo)
 
 
 @pytest.fixture
@@ -120,6 +130,44 @@ def test_error_policy_names_the_file(backend: str, copies: ImageSource, build: A
     garbage(Path(copies.paths[9]))
     with pytest.raises(UserError, match=r"9\.jpg"):
         take(build(backend, CONFIG, **arguments(copies), on_bad_image="error"), 8)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("backend", ["torchvision", "opencv"])
+def test_too_little_shared_memory_is_told_before_workers_start(
+    backend: str, photos: ImageSource, build: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=64 << 10))
+    with pytest.raises(UserError, match=r"pipeline.threads=1 .* /dev/shm has 0.1 MiB.*pipeline.threads=0"):
+        take(build(backend, CONFIG, **arguments(photos), threads=1), 1)
+    assert len(take(build(backend, CONFIG, **arguments(photos), threads=0), 1)) == 1
+
+
+@pytest.mark.timeout(60)
+def test_shared_memory_that_runs_out_is_told(photos: ImageSource, build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it happens in a worker, where torch raises, and the queue would print that and never deliver."""
+
+    def full(_: torch.Tensor) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    with pytest.raises(UserError, match=r"no shared memory left .*No space left.*pipeline.threads=0"):
+        take(build("torchvision", CONFIG, **arguments(photos), threads=1), 1)
+
+
+@pytest.mark.timeout(60)
+def test_killed_worker_ends_the_iteration(photos: ImageSource, build: Any) -> None:
+    batches = build("torchvision", CONFIG, **arguments(photos), threads=1).train(0)
+    next(batches)
+    for child in psutil.Process().children():
+        if "multiprocessing" not in " ".join(child.cmdline()):  # not the tracker of resources
+            child.kill()
+    with pytest.raises(RuntimeError, match="DataLoader worker") as raised:
+        list(itertools.islice(batches, 20))
+    told = _explain(OmegaConf.create({"pipeline": {"name": "torchvision"}}), None, raised.value)  # type: ignore[arg-type]
+    assert told is not None
+    assert told[1] == 1
+    assert "a worker process of pipeline=torchvision has ended" in told[0]
 
 
 @pytest.mark.timeout(60)
