@@ -78,7 +78,7 @@ def _report(cfg: DictConfig) -> int:
     from harness.report import run
 
     runs_dir = Path(cfg.runs_dir)
-    _print(run(runs_dir, Path(cfg.out) if cfg.out else runs_dir / "report"))
+    print(run(runs_dir, Path(cfg.out) if cfg.out else runs_dir / "report"))
     return 0
 
 

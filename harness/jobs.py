@@ -21,7 +21,7 @@ import torch
 from omegaconf import DictConfig
 
 from harness import train
-from harness.files import open_to_append
+from harness.files import open_to_append, refusal
 from harness.record import available_cores, read_record, write_record
 from harness.types import RunRecord, UserError
 
@@ -143,16 +143,17 @@ def execute(
                         view.finished(cell, time.monotonic() - begin, suite_dir)
                 for slot in range(len(slots)):
                     ready = None if slot in running or stop.number else next_cell(cells)
-                    if ready is not None:
-                        ready.state = "running"
-                        running[slot] = (ready, start(ready, suite_dir, slots[slot]), time.monotonic())
+                    if ready is not None and (begun := try_to_start(ready, suite_dir, slots[slot])) is not None:
+                        running[slot] = (ready, begun, time.monotonic())
                         view.started(ready)
+                    elif ready is not None:
+                        view.finished(ready, 0.0, suite_dir)
                 if stop.count > told:
                     told = stop.count
                     view.say("stopping: the running cells save their state" if told == 1 else "stopping at once")
                     for _, process, _ in running.values():
                         process.terminate() if told == 1 else kill(process)
-                if not running:
+                if not running and (stop.number or next_cell(cells) is None):
                     break
                 view.update()
                 time.sleep(_POLL_SECONDS)
@@ -175,6 +176,17 @@ def next_cell(cells: list[Cell]) -> Cell | None:
             cell.state, cell.reason = "skipped", f"its first stage {cell.needs.name} failed"
     ready = [c for c in cells if c.state == "waiting" and (c.needs is None or c.needs.state == "ok")]
     return max(ready, key=lambda cell: cell.urgency, default=None)
+
+
+def try_to_start(cell: Cell, suite_dir: Path, environment: dict[str, str]) -> subprocess.Popen[bytes] | None:
+    """`start`; where the system refuses it, the cell has failed (None), and those that run go on."""
+    try:
+        process = start(cell, suite_dir, environment)
+    except OSError as error:
+        cell.state, cell.reason = "failed", str(refusal(error, {"runs_dir": suite_dir}))
+        return None
+    cell.state = "running"
+    return process
 
 
 def start(cell: Cell, suite_dir: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -230,7 +242,8 @@ def finish(cell: Cell, code: int, suite_dir: Path, stop: StopSignal) -> None:
     else:
         cell.state, cell.reason = "failed", explain(code, record, suite_dir / "logs" / f"{cell.name}.log")
         if record is not None and record.status == "running":
-            write_record(path, replace(record, status="failed", error=cell.reason))
+            with suppress(OSError):  # the suite's own plan says it too
+                write_record(path, replace(record, status="failed", error=cell.reason))
 
 
 def explain(code: int, record: RunRecord | None, log: Path) -> str:

@@ -121,8 +121,6 @@ CASES = [
     # The output
     Case("config: output closed", CONFIG, ("standard output", "send it to a file"), patch=_output_closed, code=1),
     Case("config: output full", CONFIG, ("output", FULL), patch=_output_full, code=1),
-    Case("report: output closed", REPORT, "standard output", _record, patch=_output_closed, code=1),
-    Case("report: output full", REPORT, ("output", FULL), _record, patch=_output_full, code=1),
     # The run folder of train
     Case("train: run folder read-only", TRAIN, ("{tmp}/run", RO, "run_dir="), patch=refusing("run", errno.EROFS)),
     Case("train: run folder forbidden", TRAIN, ("{tmp}/run", NO, "run_dir="), patch=refusing("run", errno.EACCES)),

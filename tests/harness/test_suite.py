@@ -353,6 +353,17 @@ def test_a_full_disk_at_the_end_stops_nothing(bench, monkeypatch, capsys):
     assert len(err.splitlines()) == 1
 
 
+def test_a_cell_that_the_system_does_not_start_fails_alone(bench):
+    (bench.folder / "logs" / f"{cell('supervised', 5)}.log").mkdir(parents=True)
+    assert bench.run() == 1
+    states = bench.states()
+    assert states.pop(cell("supervised", 5)) == "failed"
+    assert states.pop(cell("stac", 5)) == "skipped"
+    assert set(states.values()) == {"ok"}
+    reasons = {c["name"]: c["reason"] for c in json.loads((bench.folder / "suite.json").read_text())["cells"]}
+    assert "Is a directory" in reasons[cell("supervised", 5)]
+
+
 def test_a_suite_without_a_record_says_why(bench, capsys):
     assert (
         bench.run("suite.methods=[supervised]", "suite.percents=[5]", behaviour={cell("supervised", 5): "mistake"}) == 1
