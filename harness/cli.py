@@ -8,11 +8,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
-
-from omegaconf import DictConfig
+from typing import TYPE_CHECKING, NoReturn
 
 from harness.types import UserError
+
+if TYPE_CHECKING:  # `--help` is quick
+    from omegaconf import DictConfig
 
 _HELP = """\
 ssodbench COMMAND [--config-dir DIR] [key=value | group=option ...]
