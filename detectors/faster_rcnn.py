@@ -19,7 +19,7 @@ from detectors.rpn import Anchors, Proposals, Rpn, RpnSettings
 from detectors.weights import load_backbone
 from harness import pretrain
 from harness.types import Normalize, UserError, View
-from harness.validate import Channels, Limits, Pixels, Positive, keys_of
+from harness.validate import Channels, File, Limits, Pixels, Positive, keys_of
 
 # Where the codebases differ. Methods are compared on equal detectors, so the style is the detector's, not the method's.
 # `norm`: of a pre-trained ResNet.
@@ -171,14 +171,14 @@ def small_faster_rcnn(
     num_classes: int,
     name: str,
     cache_dir: str | Path,
-    weights: str = "generated",
+    weights: File = "generated",
     channels: Annotated[Sequence[Channels], Limits(least=4, most=4)] = (24, 32, 64, 96),
     pyramid_channels: Channels = 48,
     anchor_sizes: Annotated[Sequence[Pixels], Limits(least=1)] = (12, 18, 28),
     anchor_ratios: Annotated[Sequence[Positive], Limits(least=1)] = (1.0,),
     style: Style = "torchvision",
-    rpn: Annotated[Mapping[str, Any] | None, keys_of(RpnSettings, partial=True)] = None,
-    roi: Annotated[Mapping[str, Any] | None, keys_of(RoiSettings, partial=True)] = None,
+    rpn: Annotated[Mapping[str, Any], keys_of(RpnSettings, partial=True)] | None = None,
+    roi: Annotated[Mapping[str, Any], keys_of(RoiSettings, partial=True)] | None = None,
 ) -> FasterRcnn:
     """The CPU preset's detector: half a million parameters, trainable BatchNorm everywhere.
 
@@ -234,7 +234,7 @@ def faster_rcnn(
     name: str,
     cache_dir: str | Path,
     depth: Depth = 50,
-    weights: str = "torchvision",
+    weights: File = "torchvision",
     norm: Norm | None = None,
     frozen_stages: Stages | None = None,
     caffe: bool | None = None,
@@ -242,8 +242,8 @@ def faster_rcnn(
     anchor_sizes: Annotated[Sequence[Pixels], Limits(least=1)] = (32, 64, 128, 256, 512),
     anchor_ratios: Annotated[Sequence[Positive], Limits(least=1)] = (0.5, 1.0, 2.0),
     style: Style = "torchvision",
-    rpn: Annotated[Mapping[str, Any] | None, keys_of(RpnSettings, partial=True)] = None,
-    roi: Annotated[Mapping[str, Any] | None, keys_of(RoiSettings, partial=True)] = None,
+    rpn: Annotated[Mapping[str, Any], keys_of(RpnSettings, partial=True)] | None = None,
+    roi: Annotated[Mapping[str, Any], keys_of(RoiSettings, partial=True)] | None = None,
 ) -> FasterRcnn:
     """Faster R-CNN on ResNet-FPN, the detector of the papers.
 

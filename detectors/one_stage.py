@@ -23,7 +23,7 @@ from detectors.padded import PaddedTargets, gather, scatter_by_image
 from detectors.rpn import Anchors
 from harness import boxes as box_ops
 from harness.types import Normalize, UserError, View
-from harness.validate import Channels, Limits, Pixels
+from harness.validate import Channels, File, Limits, Pixels
 
 _CODER = (1.0, 1.0, 1.0, 1.0)
 _STRIDES = (8, 16, 32, 64, 128)  # of the five levels
@@ -265,7 +265,7 @@ def retinanet(
     name: str,
     cache_dir: str | Path,
     depth: Depth = 50,
-    weights: str = "torchvision",
+    weights: File = "torchvision",
     norm: Norm | None = None,
     frozen_stages: Stages | None = None,
     caffe: bool | None = None,
@@ -315,7 +315,7 @@ def fcos(
     name: str,
     cache_dir: str | Path,
     depth: Depth = 50,
-    weights: str = "torchvision",
+    weights: File = "torchvision",
     norm: Norm | None = None,
     frozen_stages: Stages | None = None,
     caffe: bool | None = None,

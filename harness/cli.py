@@ -9,13 +9,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
-
-from omegaconf import DictConfig
+from typing import TYPE_CHECKING, NoReturn
 
 from harness.console import STDERR, settle
 from harness.files import open_closed_streams, refusal, require_working_folder
 from harness.types import RunError, UserError
+
+if TYPE_CHECKING:  # `--help` is quick
+    from omegaconf import DictConfig
 
 _HELP = """\
 ssodbench COMMAND [--config-dir DIR] [key=value | group=option ...]

@@ -5,6 +5,7 @@ Never `@hydra.main`: it would scatter output folders and own our exit codes.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -108,8 +109,9 @@ def _load(overrides: Sequence[str], config_dirs: Sequence[str | Path]) -> DictCo
         cfg.cli = {"overrides": list(given), "config_dirs": [str(folder) for folder in config_dirs]}
         if cfg.cache_dir is None:
             cfg.cache_dir = str(default_cache_dir())
+        config_checks.check_values(config_checks.resolved(cfg))
         _cap_intervals(cfg)
-        config_checks.check(cfg)
+        config_checks.check_together(cfg)
     except UserError as error:
         own = yaml_files.chosen(given, config_dirs)
         yaml_files.check(own)  # what cannot be read explains more
@@ -138,8 +140,12 @@ def _composed(overrides: Sequence[str]) -> DictConfig:
     """What Hydra makes of the files and the command line; with the method's policy where none is chosen."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        cfg = _compose(overrides)
-        if cfg.get("augment") is None:
+        # The policy that `augment.KEY` changes may be the method's, which is known only then.
+        own = [override for override in overrides if re.match(r"[+~]*augment\.", override)]
+        cfg = _compose([override for override in overrides if override not in own])
+        if cfg.get("augment") is not None:
+            cfg = _compose(overrides) if own else cfg
+        else:
             config_checks.check_method(cfg)
             cfg = _compose([*overrides, f"augment={_quote(str(cfg.method.augment))}"])
     OmegaConf.set_struct(cfg, False)
@@ -148,10 +154,9 @@ def _composed(overrides: Sequence[str]) -> DictConfig:
 
 def _cap_intervals(cfg: DictConfig) -> None:
     """A preset's interval is at most the schedule's length, unless the command line gives it."""
-    every, steps = OmegaConf.select(cfg, "evaluation.every"), OmegaConf.select(cfg, "schedule.steps")
     given = any(_key(override) in ("evaluation", "evaluation.every") for override in cfg.cli.overrides)
-    if not given and type(every) is type(steps) is int and 1 <= steps < every:
-        cfg.evaluation.every = steps
+    if not given and cfg.evaluation.every is not None:
+        cfg.evaluation.every = min(cfg.evaluation.every, cfg.schedule.steps)
 
 
 def _check_stage_one(cfg: DictConfig) -> None:
@@ -268,7 +273,8 @@ def _message(error: BaseException) -> str:
     return str(error).strip()
 
 
-def _known_keys() -> Iterator[str]:
+@functools.cache
+def _known_keys() -> tuple[str, ...]:
     """Dotted keys of the default configuration."""
     cfg = compose("config", [])
 
@@ -278,7 +284,7 @@ def _known_keys() -> Iterator[str]:
             if isinstance(value, dict):
                 yield from walk(value, f"{prefix}{key}.")
 
-    yield from walk(OmegaConf.to_container(cfg, resolve=False), "")
+    return tuple(walk(OmegaConf.to_container(cfg, resolve=False), ""))
 
 
 def default_cache_dir() -> Path:

@@ -60,18 +60,41 @@ def check(cfg: DictConfig) -> None:
     Raises:
         UserError: naming the key and what it may be.
     """
-    _check_chosen(cfg, _CHOSEN)
-    plain = resolved(cfg)
+    check_values(resolved(cfg))
+    check_together(cfg)
+
+
+def check_together(cfg: DictConfig) -> None:
+    """Checks what values must be to each other.
+
+    Raises:
+        UserError: naming the keys.
+    """
+    _check_batch(cfg)
+    _check_schedule(cfg)
+
+
+def check_values(plain: dict[str, Any]) -> None:
+    """Checks every key and value on its own.
+
+    Args:
+        plain: the configuration as plain data, resolved.
+
+    Raises:
+        UserError: naming the key and what it may be.
+    """
+    _check_chosen(plain, _CHOSEN)
     validate.check(schema.Config, plain)
     _check_launcher(plain["launcher"])
-    _check_data(plain["data"])
+    for group in GROUPS:
+        validate.check(schema.Name, plain[group].get("name"), f"{group}.name")
     _check_method(plain["method"])
     for name in GROUPS:
         if not _as_shipped(name, plain["cli"]["overrides"], plain["cli"]["config_dirs"]):
             _check_constructor(name, plain[name])
+    if "small" in plain["data"]:  # after the keys of `data`, which it may refer to
+        validate.check(schema.Small, plain["data"]["small"], "data.small")
     _check_policy(plain)
-    _check_batch(cfg)
-    _check_schedule(cfg)
 
 
 def resolved(cfg: DictConfig) -> dict[str, Any]:
@@ -93,10 +116,10 @@ def _unresolved(cfg: DictConfig, error: Exception) -> str:
     for key, text in _leaves(OmegaConf.to_container(cfg, resolve=False), ""):
         try:
             OmegaConf.select(cfg, key, throw_on_missing=True)
-        except RecursionError:
-            return f"{key}={validate.shown(text)} goes round in a circle: give it a value of its own"
-        except (OmegaConfBaseException, ValueError, TypeError) as mistake:
+        except (OmegaConfBaseException, RecursionError, ValueError, TypeError) as mistake:
             why = str(mistake).strip().splitlines()[0]
+            if isinstance(mistake, RecursionError) or "Recursive" in why:
+                return f"{key}={validate.shown(text)} goes round in a circle: give it a value of its own"
             return f"{key}={validate.shown(text)} cannot be resolved ({why}): name a key that has a value, or give one"
     return f"a ${{...}} in the configuration cannot be resolved ({validate.shown(str(error))})"
 
@@ -112,9 +135,9 @@ def _leaves(node: Any, key: str) -> list[tuple[str, str]]:
     return []
 
 
-def _check_chosen(cfg: DictConfig, groups: Sequence[str]) -> None:
+def _check_chosen(plain: dict[str, Any], groups: Sequence[str]) -> None:
     for group in groups:
-        if not isinstance(OmegaConf.to_container(cfg, resolve=False).get(group), dict):  # type: ignore[union-attr]
+        if not isinstance(plain.get(group), dict):
             options = sorted(file.stem for file in (CONF_DIR / group).glob("*.yaml"))
             raise UserError(f"no {group} is chosen: say {group}=NAME, one of {', '.join(options)}")
 
@@ -123,20 +146,15 @@ def _check_launcher(launcher: dict[str, Any]) -> None:
     validate.check(schema.Slurm if launcher.get("name") == "slurm" else schema.Launcher, launcher, "launcher")
 
 
-def _check_data(data: dict[str, Any]) -> None:
-    validate.check(schema.Name, data.get("name"), "data.name")
-    if "small" in data:
-        validate.check(schema.Small, data["small"], "data.small")
-
-
 def check_method(cfg: DictConfig) -> None:
     """Checks what describes the method, among it the policy that it takes.
 
     Raises:
         UserError: naming the key and what it may be.
     """
-    _check_chosen(cfg, ("method",))
-    _check_method(resolved(cfg)["method"])
+    plain = resolved(cfg)
+    _check_chosen(plain, ("method",))
+    _check_method(plain["method"])
 
 
 def _check_method(method: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from harness.cache import build_once
 from harness.images import list_pictures, read_sizes
 from harness.index import CocoIndex
 from harness.types import UserError
-from harness.validate import Name
+from harness.validate import File, Name
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,12 @@ def coco_dataset(
     name: Name,
     root: str | Path,
     cache_dir: str | Path,
-    train_annotations: str = "train.json",
-    train_images: str = "train",
-    val_annotations: str = "val.json",
-    val_images: str = "val",
-    unlabeled_annotations: str | None = None,
-    unlabeled_images: str | None = None,
+    train_annotations: File = "train.json",
+    train_images: File = "train",
+    val_annotations: File = "val.json",
+    val_images: File = "val",
+    unlabeled_annotations: File | None = None,
+    unlabeled_images: File | None = None,
     download: str = "",
 ) -> Dataset:
     """A dataset in COCO format.

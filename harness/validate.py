@@ -195,7 +195,10 @@ def _base(kind: Any, value: Any) -> tuple[Any, Limits]:
     if typing.get_origin(kind) is Annotated:
         limits = next((extra for extra in kind.__metadata__ if isinstance(extra, Limits)), Limits())
         inner = kind.__origin__
-        return (inner, limits) if not _is_union(inner) else _base(inner, value)
+        if not _is_union(inner):
+            return inner, limits
+        base, own = _base(inner, value)
+        return base, own if own != Limits() else limits
     if _is_union(kind):
         for member in typing.get_args(kind):
             base, limits = _base(member, value)
@@ -218,10 +221,10 @@ def _check_mapping(kind: Any, limits: Limits, values: dict[Any, Any], key: str) 
     name_kind, item_kind = typing.get_args(kind) or (Any, Any)
     for name, item in values.items():
         if not isinstance(name, str):
-            raise UserError(f"{_join(key, shown(name))}: a key must be a text: put {shown(name)} in quotes")
+            raise UserError(f"{_join(key, name)}: a key must be a text: put {shown(name)} in quotes")
         base, name_limits = _base(name_kind, name)
         if not _fits(base, name_limits, name):
-            raise UserError(f"the key {_join(key, shown(name))} must be {allowed(name_kind)}")
+            raise UserError(f"the key {_join(key, name)} must be {allowed(name_kind)}")
         check(item_kind, item, _join(key, name))
 
 
@@ -292,17 +295,16 @@ def _has_length(limits: Limits, value: list[Any] | str) -> bool:
 def _check_fields(known: Mapping[str, _Field], values: Mapping[Any, Any], key: str) -> None:
     for name, value in values.items():
         if name not in known:
-            text = shown(name)
-            hint = near(text, known) or f": known are {', '.join(known)}"
-            raise UserError(f"the key {_join(key, text)} is not known{hint}")
+            hint = near(shown(name), known) or f": known are {', '.join(known)}"
+            raise UserError(f"the key {_join(key, name)} is not known{hint}")
         check(known[name].kind, value, _join(key, name))
     for name, field in known.items():
         if field.required and name not in values:
             raise UserError(f"{_join(key, name)} is missing: give {allowed(field.kind)}")
 
 
-def _join(key: str, name: str) -> str:
-    return f"{key}.{name}" if key else name
+def _join(key: str, name: Any) -> str:
+    return f"{key}.{shown(name)}" if key else shown(name)
 
 
 def _error(kind: Any, value: Any, key: str) -> UserError:

@@ -10,7 +10,7 @@ import os
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from harness.annotation_cache import Content
 from harness.annotations import CleanAnnotations, RawAnnotations, clean
 from harness.datasets import CocoIndex, Dataset, make_index, require, with_ids_from
 from harness.types import UserError
-from harness.validate import Name
+from harness.validate import File, Limits, Name
 
 DIFFICULT = ("crowd", "keep", "drop")
 
@@ -27,14 +27,17 @@ DIFFICULT = ("crowd", "keep", "drop")
 _Object = tuple[str, tuple[float, float, float, float], bool]
 
 
+Files = Annotated[Sequence[File], Limits(least=1)]
+
+
 def voc_dataset(
     name: Name,
     root: str | Path,
     cache_dir: str | Path,
-    train: str | Sequence[str],
-    val: str | Sequence[str],
-    unlabeled: str | Sequence[str] | None = None,
-    classes: Sequence[str] | None = None,
+    train: File | Files,
+    val: File | Files,
+    unlabeled: File | Sequence[File] | None = None,
+    classes: Sequence[str | int | float | bool] | None = None,
     difficult: Literal["crowd", "keep", "drop"] = "crowd",
     download: str = "",
 ) -> Dataset:
@@ -62,7 +65,7 @@ def voc_dataset(
         raise UserError(f"data.difficult={difficult} is not one of {', '.join(DIFFICULT)}")
     base = Path(root).expanduser()
     train, val, unlabeled = (_as_list(lists) for lists in (train, val, unlabeled or ()))
-    classes = [str(name) for name in classes] if classes else None  # YAML reads names such as 7 or no as other things
+    names = [str(name) for name in classes] if classes else None  # YAML reads names such as 7 or no as other things
     for key, lists in (("train", train), ("val", val)):
         for file in lists:
             require(base / file, name, key, ("voc", base, download))
@@ -70,7 +73,7 @@ def voc_dataset(
     def open_part(lists: Sequence[str], known: Sequence[str] | None) -> CocoIndex:
         return voc_index(base, lists, Path(cache_dir), known, difficult)
 
-    first = open_part(train, classes)
+    first = open_part(train, names)
     second = with_ids_from(open_part(val, first.category_names), len(first) + 1)
     missing = [base / file for file in unlabeled if not (base / file).exists()]
     if missing or not unlabeled:

@@ -151,7 +151,7 @@ class PolicyKeys:
 
 
 def _error(where: str, problem: str) -> UserError:
-    return UserError(f"augment.{where}: {problem}")
+    return UserError(f"augment.{validate.shown(where)}: {problem}")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import types
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from detectors.method import Losses, Method
-from harness import build, cli, config, files
+from harness import build, cli, config, config_checks, files
 from harness.types import Batch, UserError, Views
 
 
@@ -258,3 +259,58 @@ def test_home_is_expanded_in_every_key_that_names_a_path(
     assert "out: ./~x" in capsys.readouterr().out
     monkeypatch.setenv("SSODBENCH_CACHE", "~/own")
     assert config.load([]).cache_dir == f"{tmp_path}/own"
+
+
+# Of these configurations before values were checked: runs that began then are taken up again.
+IDENTITIES = {
+    "": "70eac051569ab92280417dea42f76b78ae0a1648fb917578c7e6a39fff3fbdf1",
+    "preset=paper": "22b7af371456d48ef5bf94ed6261478ea055909a0bb3495a6bbbf12cedacc4b0",
+    "method=stac preset=small": "e4c38a8419f4a9d204cf41c26ef4b026334610b1f64588645c9772d6228fa23d",
+    "method=soft_teacher preset=paper": "da721606a52ebb4efd37751e7bb861fec5e038c2283bc1300923ffd3478f16e8",
+    "method=unbiased_teacher preset=small": "1983335eb882aa67f0c4e54254711f643ea35f6d5fbb8d15ca02e0ab676fa058",
+    "method=mean_teacher preset=paper": "6524b95c8417961a3f2ba86cf732ef8e06740c4a68fc1918c4b97f6ab22a955e",
+    "suite=quick": "70eac051569ab92280417dea42f76b78ae0a1648fb917578c7e6a39fff3fbdf1",
+}
+
+
+@pytest.mark.parametrize("overrides", IDENTITIES)
+def test_the_identity_of_runs_that_exist_stays(overrides: str) -> None:
+    assert config.config_sha256(config.load(overrides.split())) == IDENTITIES[overrides]
+
+
+def test_an_interval_of_the_preset_is_capped_and_a_given_one_is_refused() -> None:
+    short = config.load(["preset=paper", "schedule.steps=50"])
+    assert short.evaluation.every == 50
+    assert config.load(["preset=paper"]).evaluation.every == 10_000
+    with pytest.raises(UserError, match=r"evaluation\.every=60 is larger than schedule\.steps=50"):
+        config.load(["preset=paper", "schedule.steps=50", "evaluation.every=60"])
+
+
+def test_the_policy_of_the_method_can_be_changed_without_naming_it() -> None:
+    assert config.load(["augment.views.labeled.flip=0.25"]).augment.views.labeled.flip == 0.25
+
+
+def test_stage_one_is_looked_at_before_data() -> None:
+    with pytest.raises(UserError, match=r"stage1_overrides .*schedule\.stesp"):
+        config.load(["method=stac", "method.offline.stage1_overrides=['schedule.stesp=3']"])
+    own = ["method=supervised", "+method.offline={stage1: stac, threshold: 0.5}"]
+    with pytest.raises(UserError, match="needs pseudo labels itself"):
+        config.load(own)
+
+
+def test_version_and_help_do_not_load_a_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert re.fullmatch(r"ssodbench \d+\.\d+\S*\n", capsys.readouterr().out)
+    script = "import sys; from harness.cli import main; main(['--help']); sys.exit('omegaconf' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False, stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_extras_that_are_not_chosen_are_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("nvidia.dali", "wandb", "submitit"):
+        monkeypatch.setitem(sys.modules, module, None)
+    cfg = config.load(["pipeline=torchvision", "logging.loggers=[wandb]"])
+    config_checks.check_extras(cfg)
+    with pytest.raises(UserError, match=r"ssodbench\[wandb\]"):
+        config_checks.check_extras(cfg, logs=True)
+    with pytest.raises(UserError, match=r"ssodbench\[cu13\]"):
+        config_checks.check_extras(config.load([]))
