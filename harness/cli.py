@@ -10,6 +10,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from harness.escape import never_refuse, plain
 from harness.types import UserError
 
 _HELP = """\
@@ -97,6 +98,8 @@ _COMMANDS: dict[str, Callable[[DictConfig], int]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; gives its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        never_refuse(stream)
     parser = argparse.ArgumentParser(prog="ssodbench", add_help=False)
     parser.add_argument("command", nargs="?")
     parser.add_argument("--config-dir", action="append", default=[])
@@ -117,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return _COMMANDS[known.command](load(known.overrides, known.config_dir))
     except UserError as error:
-        print(f"ssodbench: {error}", file=sys.stderr)
+        print(f"ssodbench: {plain(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("ssodbench: interrupted", file=sys.stderr)

@@ -91,7 +91,7 @@ def submit(cfg: DictConfig) -> int:
     job_cfg.run_dir = str(Path(cfg.run_dir).absolute())
     job = executor.submit(TrainJob(OmegaConf.to_container(job_cfg, resolve=False)))
     console = Console(stderr=True)
-    console.print(f"job {job.job_id}, logs in {logs}", highlight=False, soft_wrap=True)
+    console.print(f"job {job.job_id}, logs in {logs}", markup=False, highlight=False, soft_wrap=True)
     return _wait(job, _POLL_SECONDS if options.cluster == "slurm" else 0.2) if options.wait else 0
 
 
@@ -141,6 +141,9 @@ def _wait(job: Any, poll_seconds: float) -> int:
     code = max(int(code) for code in job.results())
     if code:
         Console(stderr=True).print(
-            f"job {job.job_id} ended with exit code {code}, see {job.paths.stderr}", highlight=False, soft_wrap=True
+            f"job {job.job_id} ended with exit code {code}, see {job.paths.stderr}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
         )
     return code

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from harness import config_checks
+from harness.escape import file_name
 from harness.types import UserError
 
 CONF_DIR = Path(__file__).parent / "conf"
@@ -219,7 +220,7 @@ def cell_name(cfg: DictConfig) -> str:
         f"{cfg.split.protocol}-{cfg.split.percent:g}pct-fold{cfg.split.fold}",
         f"seed{cfg.seed}",
     ]
-    return re.sub(r"[^A-Za-z0-9_.-]", "-", "_".join(parts))
+    return file_name("_".join(parts))
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from harness import cluster, dist
+from harness import cluster, dist, escape
 from harness.dist import World
 from harness.run import CONSOLE, say, train_to_record
 from harness.train import Interrupted, RunError, StopRequest
@@ -88,7 +88,7 @@ def run_rank(plain: Any, device: str, stop_signals: Sequence[int] = (signal.SIGT
             raise
         if told is None:
             return 1
-        say(world, f"ssodbench: {told[0]}")
+        say(world, f"ssodbench: {escape.plain(told[0])}")
         return told[1]
     finally:
         dist.leave()

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
 from detectors.detector import Detector
 from detectors.pseudo_labels import label_offline, offline_quality
-from harness import build, checkpoint, config, dist
+from harness import build, checkpoint, config, dist, readback
+from harness.annotations import positions
 from harness.build import Data
+from harness.readback import Count
 from harness.record import read_record
 from harness.train import StopRequest
 from harness.types import ImageSource, UserError
@@ -51,8 +54,9 @@ def label(cfg: DictConfig, data: Data, world: dist.World, stop: StopRequest) -> 
     path = Path(cfg.run_dir) / "pseudo_labels.npz"
     stage_one = config.stage_one(cfg)
     made_by = _made_by(cfg, stage_one, data)
-    if not dist.from_main(world, lambda: _are_there(path, made_by)):
-        if checkpoint.checkpoints(Path(cfg.run_dir)):
+    begun = bool(checkpoint.checkpoints(Path(cfg.run_dir)))
+    if not dist.from_main(world, lambda: _are_there(path, made_by, begun)):
+        if begun:
             raise UserError(
                 f"the run in {cfg.run_dir} began with pseudo labels of another stage 1: give the same "
                 "method.offline.checkpoint to continue it, or another run_dir=DIR"
@@ -65,7 +69,7 @@ def label(cfg: DictConfig, data: Data, world: dist.World, stop: StopRequest) -> 
                 "unlabelled images: train it longer, or keep images without a box by method.offline.drop_empty=false"
             )
         dist.from_main(world, lambda: _write(path, source, made_by, steps))
-    source, steps = _read(path, data.unlabeled)
+    source, steps = _read(path, data.unlabeled, len(data.dataset.train.category_ids))
     measured = offline_quality(source, data.hidden) if data.hidden is not None else {}
     return dataclasses.replace(data, unlabeled=source), Extra(steps, measured)
 
@@ -89,12 +93,17 @@ def _made_by(cfg: DictConfig, stage_one: DictConfig, data: Data) -> dict[str, st
     }
 
 
-def _are_there(path: Path, made_by: dict[str, str | None]) -> bool:
-    """Whether the labels of `path` are whole and were made by the same."""
+def _are_there(path: Path, made_by: dict[str, str | None], begun: bool) -> bool:
+    """Whether the labels of `path` are whole and were made by the same.
+
+    Raises:
+        UserError: they are not whole, and a training has begun with them.
+    """
     try:
-        with np.load(path) as arrays:
-            known = json.loads(str(arrays["made_by"]))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        known = _decode(path).made_by
+    except UserError:
+        if begun:
+            raise
         return False
     return all(value is None or known.get(key) == value for key, value in made_by.items())
 
@@ -140,7 +149,7 @@ def _label_with(
     state = checkpoint.read(file)
     known = {"split": data.split.sha256, "dataset": data.dataset.train.sha256}
     for what, expected in known.items():
-        if state["identity"][what] != expected:
+        if state["identity"].get(what) != expected:
             raise UserError(
                 f"the stage 1 checkpoint {file} was trained on another {what}: "
                 "set method.offline.checkpoint to a supervised run of the same split, or leave it null to train one"
@@ -203,18 +212,79 @@ def _write(path: Path, source: ImageSource, made_by: dict[str, str | None], step
     temporary.replace(path)
 
 
-def _read(path: Path, unlabeled: ImageSource) -> tuple[ImageSource, int]:
+class _Labels(msgspec.Struct):
+    """pseudo_labels.npz. K images with M boxes."""
+
+    ids: np.ndarray  # (K,) int64, of images
+    boxes: np.ndarray  # (M, 4) float32 xyxy, original pixels
+    labels: np.ndarray  # (M,) int64 in 1..C
+    scores: np.ndarray  # (M,) float32
+    offsets: np.ndarray  # (K + 1,) int64
+    made_by: dict[str, str | None]
+    steps: Count  # of stage 1
+
+
+def _decode(path: Path) -> _Labels:
+    """pseudo_labels.npz by schema.
+
+    Raises:
+        UserError: it is missing, damaged, or holds what no stage 1 gives.
+    """
+    remedy = "put the file back as the run wrote it, or start anew in another run_dir=DIR"
+    content = readback.content_of(path, remedy)
+    try:
+        with np.load(io.BytesIO(content)) as archive:
+            arrays = {name: archive[name] for name in _Labels.__struct_fields__ if name in archive}
+        arrays["made_by"] = msgspec.json.decode(str(arrays["made_by"]))
+        arrays["steps"] = arrays["steps"].item()
+        found = msgspec.convert(arrays, _Labels)
+    except (msgspec.MsgspecError, KeyError) as error:
+        what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else readback.reason(error)
+        raise readback.damaged(path, what, remedy) from error
+    except Exception as error:  # numpy and zipfile raise many kinds for a damaged archive
+        raise readback.damaged(path, f"{type(error).__name__}: {error}", remedy) from error
+    if wrong := _misfit(found):
+        raise readback.damaged(path, wrong, remedy)
+    return found
+
+
+def _misfit(found: _Labels) -> str | None:
+    """What of the arrays does not fit the others."""
+    images, boxes = len(np.atleast_1d(found.ids)), len(np.atleast_1d(found.labels))
+    expected = {
+        "ids": ((images,), np.int64),
+        "boxes": ((boxes, 4), np.float32),
+        "labels": ((boxes,), np.int64),
+        "scores": ((boxes,), np.float32),
+        "offsets": ((images + 1,), np.int64),
+    }
+    for name, (shape, kind) in expected.items():
+        array = getattr(found, name)
+        if array.shape != shape or array.dtype != kind:
+            return f"{name} is {array.dtype} of shape {list(array.shape)}, not {kind.__name__} of {list(shape)}"
+    if found.offsets[0] != 0 or found.offsets[-1] != boxes or (np.diff(found.offsets) < 0).any():
+        return f"offsets do not divide the {boxes} boxes"
+    if not np.isfinite(found.boxes).all() or not ((found.scores >= 0) & (found.scores <= 1)).all():
+        return "a box or a score is not a number that it can be"
+    return "a label is below 1" if (found.labels < 1).any() else None
+
+
+def _read(path: Path, unlabeled: ImageSource, classes: int) -> tuple[ImageSource, int]:
     """The unlabelled images that have pseudo labels, with them; and the steps of stage 1."""
-    with np.load(path) as arrays:
-        rows = {int(image_id): row for row, image_id in enumerate(unlabeled.ids.tolist())}
-        chosen = np.array([rows[int(i)] for i in arrays["ids"].tolist()], dtype=np.int64)
-        source = ImageSource(
-            paths=[unlabeled.paths[i] for i in chosen],
-            ids=unlabeled.ids[chosen],
-            sizes=unlabeled.sizes[chosen],
-            boxes=arrays["boxes"],
-            labels=arrays["labels"],
-            scores=arrays["scores"],
-            offsets=arrays["offsets"],
-        )
-        return source, int(arrays["steps"])
+    found = _decode(path)
+    rows = positions(unlabeled.ids, found.ids)
+    remedy = "start anew in another run_dir=DIR"
+    if (rows < 0).any():
+        raise readback.damaged(path, f"image {found.ids[rows < 0][0]} is not an unlabelled one", remedy)
+    if (found.labels > classes).any():
+        raise readback.damaged(path, f"a label is above the number of classes, {classes}", remedy)
+    source = ImageSource(
+        paths=[unlabeled.paths[i] for i in rows],
+        ids=unlabeled.ids[rows],
+        sizes=unlabeled.sizes[rows],
+        boxes=found.boxes,
+        labels=found.labels,
+        scores=found.scores,
+        offsets=found.offsets,
+    )
+    return source, found.steps

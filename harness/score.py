@@ -8,13 +8,14 @@ from typing import Any
 
 import msgspec
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from harness import build, checkpoint, dist
+from harness import build, checkpoint, config, dist, readback
+from harness.escape import literal
 from harness.evaluate import METRICS, evaluate
-from harness.record import write_atomically
+from harness.record import read_record, write_atomically
 from harness.types import UserError
 
 
@@ -34,15 +35,17 @@ def run(cfg: DictConfig) -> int:
     threshold = float(cfg.evaluation.score_threshold)
     out = Path(cfg.out).expanduser() if cfg.out else run_dir / f"evaluation_{threshold:g}.json"
     _check_writable(out)
-    trained = OmegaConf.load(path)
-    assert isinstance(trained, DictConfig)
+    trained = _trained_with(run_dir)
     trained.evaluation, trained.cache_dir = cfg.evaluation, cfg.cache_dir
     world = dist.join(dist.resolve_device(cfg.device, 1))
     torch.set_num_threads(int(cfg.threads))
     opened = build.dataset(trained)
     method = build.method(trained, build.detector(trained, len(opened.train.category_ids))).to(world.device)
     file = checkpoint.find(run_dir)
-    method.load_state_dict(checkpoint.read(file, world.device)["method"])
+    try:
+        method.load_state_dict(checkpoint.read(file, world.device)["method"])
+    except RuntimeError as error:
+        raise UserError(checkpoint.misfit(file, error)) from error
     reported = method.networks()[method.reported]
     pipeline = build.pipeline(trained, world, reported.normalize)
     try:
@@ -60,15 +63,34 @@ def run(cfg: DictConfig) -> int:
         }
     finally:
         pipeline.close()
-    table = Table(title=f"{file}, scores above {threshold:g}", title_justify="left")
+    console = Console()
+    title = literal(f"{file}, scores above {threshold:g}", console.encoding)
+    table = Table(title=title, title_justify="left")
     for heading in ("network", *METRICS):
         table.add_column(heading, justify="left" if heading == "network" else "right")
     for name, metrics in scores.items():
         shown = [f"{metrics[m]:.1f}" if metrics[m] is not None else "-" for m in METRICS]
         table.add_row(name + (" (reported)" if name == method.reported else ""), *shown)
-    Console().print(table)
+    console.print(table)
     _write(out, {"score_threshold": threshold, "networks": scores})
     return 0
+
+
+def _trained_with(run_dir: Path) -> DictConfig:
+    """config.yaml of a run, which must say what its record says.
+
+    Raises:
+        UserError: one of the two is damaged, or they differ.
+    """
+    trained, path = readback.read_config(run_dir), run_dir / "record.json"
+    if path.exists() and (recorded := read_record(path).config):
+        differing = config.differences(config.without_circumstances(recorded), config.identity(trained))
+        if differing:
+            raise UserError(
+                f"{run_dir / 'config.yaml'} does not say what the run's record says ({'; '.join(differing[:3])}): put "
+                "the file back as the run wrote it"
+            )
+    return trained
 
 
 def _write(out: Path, content: dict[str, Any]) -> None:

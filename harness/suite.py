@@ -60,6 +60,7 @@ def run(cfg: DictConfig) -> int:
             f"suite {cfg.suite.name}: {len(cells)} cells, {len(missing)} to run, {jobs} side by side, in {suite_dir}",
             soft_wrap=True,
             highlight=False,
+            markup=False,
         )
         if missing:
             prepare(missing[0].cfg, console)
@@ -70,7 +71,7 @@ def run(cfg: DictConfig) -> int:
         write_plan(suite_dir, cfg, cells)
         html = report.run(suite_dir, suite_dir / "report")
         report.show(suite_dir, console)
-        console.print(f"report: {html}", soft_wrap=True, highlight=False)
+        console.print(f"report: {html}", soft_wrap=True, highlight=False, markup=False)
     if stop.number:
         return 128 + stop.number
     return 0 if all(cell.state == "ok" for cell in cells) else 1
