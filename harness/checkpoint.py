@@ -4,16 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import msgspec
 import torch
+from torch import Tensor
 
 from harness import checksum, files
+from harness.escape import plain
+from harness.readback import Count, reason
+from harness.train import Counters
 from harness.types import RunError, UserError
+
+_NAME = re.compile(r"step-([0-9]{8,})\.pt")
+
+
+class _Content(msgspec.Struct):
+    """What a checkpoint holds; the last four are for taking a run up again, its networks can be used without."""
+
+    step: Count
+    identity: dict[str, str]
+    method: dict[str, Tensor]
+    optimizer: dict[str, Any] = {}
+    pipeline: dict[str, Any] = {}
+    counters: Counters | None = None
+    detector: str = ""
 
 
 class RunLock:
@@ -85,8 +105,20 @@ def _step_of(path: Path) -> int:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """Checkpoints of a run, oldest first."""
-    return sorted((run_dir / "checkpoints").glob("step-*.pt"), key=_step_of)
+    """Checkpoints of a run, oldest first; what else lies in their folder is left alone."""
+    found = (run_dir / "checkpoints").glob("step-*.pt")
+    return sorted((path for path in found if _NAME.fullmatch(path.name) and path.is_file()), key=_step_of)
+
+
+def path_of(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run_dir / "checkpoints" / f"step-{step:08d}.pt"
+
+
+def misfit(path: Path, error: Exception) -> str:
+    """The sentence about a checkpoint whose content cannot be loaded into this run."""
+    what = f"it lacks {error}" if isinstance(error, KeyError) else plain(error)[:300]
+    return f"the checkpoint {path} does not fit this run ({what}): delete it and start again"
 
 
 def save(run_dir: Path, state: dict[str, Any], keep: int, keep_every: int | None) -> Path:
@@ -98,7 +130,7 @@ def save(run_dir: Path, state: dict[str, Any], keep: int, keep_every: int | None
         RunError: when the disk is full; what was there before stays.
     """
     folder = run_dir / "checkpoints"
-    path = folder / f"step-{state['step']:08d}.pt"
+    path = path_of(run_dir, state["step"])
     try:
         _remove_temporaries(folder)
         with files.replacing(path) as file, checksum.sealing(file) as sealed:
@@ -135,17 +167,32 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """One checkpoint's state, as tensors and plain values alone.
 
     Raises:
-        UserError: when the file is not a whole checkpoint, or not what was written.
+        UserError: when the file is not a whole checkpoint, not what was written, or holds what none does.
     """
     try:
         checksum.verify(path)
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
-        reason = error if isinstance(error, checksum.Damaged) else type(error).__name__
-        raise UserError(f"the checkpoint {path} is damaged ({reason}): delete it and start again") from error
+        why = error if isinstance(error, checksum.Damaged) else type(error).__name__
+        raise UserError(f"the checkpoint {path} is damaged ({why}): delete it and start again") from error
     if not isinstance(state, dict) or not {"step", "method", "identity"} <= state.keys():
         raise UserError(f"{path} is not a checkpoint of ssodbench: name a file that a run wrote")
+    if wrong := _misfit(path, state):
+        raise UserError(f"the checkpoint {path} is damaged ({wrong}): delete it and start again")
     return state
+
+
+def _misfit(path: Path, state: dict[Any, Any]) -> str | None:
+    """What of a state no run wrote, by its kind or against the rest."""
+    try:
+        content = msgspec.convert(state, _Content)
+    except (msgspec.ValidationError, RecursionError) as error:
+        return reason(error)
+    if content.counters is not None and (unknown := state["counters"].keys() - vars(content.counters).keys()):
+        return f"counters has the unknown key {min(unknown, key=str)}"
+    steps = [content.step, *([content.counters.step] if content.counters else [])]
+    steps += [_step_of(path)] if _NAME.fullmatch(path.name) else []
+    return f"its steps are {', '.join(map(str, steps))}, which should be the same" if len(set(steps)) > 1 else None
 
 
 def newest(run_dir: Path) -> dict[str, Any] | None:
@@ -174,6 +221,19 @@ def find(path: Path) -> Path:
     if not found:
         raise UserError(f"there is no checkpoint at {path}: name a run folder or a file step-NNNNNNNN.pt")
     return found[-1]
+
+
+def take_up(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Loads an optimiser's state, and checks what torch would find in the first step only.
+
+    Raises:
+        ValueError: the state belongs to other parameters.
+    """
+    optimizer.load_state_dict(state)
+    for parameter, known in optimizer.state.items():
+        for name, value in known.items():
+            if name != "step" and isinstance(value, Tensor) and value.shape != parameter.shape:
+                raise ValueError(f"{name} is of shape {list(value.shape)}, not {list(parameter.shape)}")
 
 
 def refuse_foreign(run_dir: Path, differences: Iterable[str]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from harness.console import STDERR, settle
+from harness.escape import plain
 from harness.files import open_closed_streams, refusal, require_working_folder
 from harness.types import RunError, UserError
 
@@ -186,7 +187,7 @@ def _main(arguments: Sequence[str] | None) -> int:
 
 def _tell(error: UserError | RunError) -> int:
     """Says an error in one line; gives the exit code."""
-    STDERR.say(f"ssodbench: {' '.join(str(error).split())}")
+    STDERR.say(f"ssodbench: {' '.join(plain(error).split())}")
     return 2 if isinstance(error, UserError) else 1
 
 

@@ -21,6 +21,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
 from harness import config_checks, files, layouts, split_files, validate, yaml_files
+from harness.escape import file_name
 from harness.types import UserError
 
 CONF_DIR = config_checks.CONF_DIR
@@ -339,7 +340,7 @@ def group_name(cfg: DictConfig, group: str) -> str:
 def cell_name(cfg: DictConfig) -> str:
     """A run's name: data, method, split and seed, in [A-Za-z0-9_.-] only."""
     parts = [group_name(cfg, "data"), group_name(cfg, "method"), _split_name(cfg.split), f"seed{cfg.seed}"]
-    return re.sub(r"[^A-Za-z0-9_.-]", "-", "_".join(parts))
+    return file_name("_".join(parts))
 
 
 def _split_name(split: DictConfig) -> str:

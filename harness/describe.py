@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from harness import prepare, split_files
 from harness.console import Console
 from harness.datasets import CocoIndex, Dataset
+from harness.escape import literal
 from harness.files import write_atomically
 from harness.images import ImageCheck
 from harness.prepare import Checks
@@ -227,7 +227,7 @@ def _print_classes(console: Console, found: dict[str, Any]) -> None:
     for part in parts:
         table.add_column(part, justify="right")
     for name in found["classes"]:
-        table.add_row(escape(name), *(f"{c[name]:,}" for c in counts))
+        table.add_row(literal(name), *(f"{c[name]:,}" for c in counts))
     console.print(table)
 
 
@@ -252,7 +252,7 @@ def _split_table(splits: list[dict[str, Any]], classes: list[str]) -> Table:
     first, few = splits[0], len(classes) <= _FEW
     kept = f"empty images: {first['empty_images']}, crowd boxes: {first['crowd_boxes']}, min side: {first['min_side']}"
     table = _table(f"splits by protocol {first['protocol']} ({kept})", "%")
-    per_class = [escape(name) for name in classes] if few else ["least", "median", "most", "no box"]
+    per_class = [literal(name) for name in classes] if few else ["least", "median", "most", "no box"]
     for heading in ("fold", "labelled", "shown", "boxes", *per_class):
         table.add_column(heading, justify="right")
     table.add_column("sha256", no_wrap=True)

@@ -1,4 +1,7 @@
-"""Numbers to text: what the report's templates and the suite's table say. Records hold numbers, text is made here."""
+"""Numbers to text: what the report's templates and the suite's table say. Records hold numbers, text is made here.
+
+Text that comes from outside is escaped in `harness.escape`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import base64
 from typing import Any
 
 from harness.tables import Cell, Row, Section, method_label
+from harness.types import RunRecord
 
 
 def number(value: float | None, digits: int = 1) -> str:
@@ -48,20 +52,6 @@ def cell_text(cell: Cell) -> str:
     return text if cell.gain is None else f"{text} [{signed(cell.gain)}]"
 
 
-def latex(text: object) -> str:
-    """Escapes what LaTeX takes as a command."""
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
-    special |= {"\N{MINUS SIGN}": "$-$", "†": r"\dag{}", "‡": r"\ddag{}"} | {
-        character: "\\" + character for character in "&%$#_{}"
-    }
-    return "".join(special.get(character, character) for character in str(text))
-
-
-def percent(value: float) -> str:
-    """10.0 -> "10 %"."""
-    return f"{value:g} %"
-
-
 def metric(key: str) -> str:
     """ap_s -> "APs"."""
     return key.replace("ap", "AP").replace("_", "")
@@ -86,6 +76,20 @@ def labelled(section: Section, at: float) -> str:
     low, high = min(counts), max(counts)
     unit = "image" if high == 1 else "images"
     return f"{low:,} {unit}" if low == high else f"{low:,} to {high:,} {unit}"
+
+
+def pseudo_cells(section: Section) -> list[tuple[Row, Cell]]:
+    """The cells of methods that learn from pseudo labels."""
+    return [(row, cell) for row, cell in filled(section) if any(_uses_pseudo_labels(run.record) for run in cell.runs)]
+
+
+def _uses_pseudo_labels(record: RunRecord) -> bool:
+    return record.pseudo_precision is not None or record.batch_unlabeled > 0
+
+
+def known(value: float | None) -> str:
+    """A share of pseudo labels; "unknown" where the truth is."""
+    return "unknown" if value is None else number(value, 2)
 
 
 def filled(section: Section) -> list[tuple[Row, Cell]]:
@@ -196,8 +200,3 @@ def distinct_values(row: dict[str, Any], key: str) -> str:
 def data_uri(svg: str) -> str:
     """An image that lies within the page, so that one file is the whole report."""
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
-
-
-def markdown(text: object) -> str:
-    """Text for a cell of a Markdown table."""
-    return str(text).replace("|", "\\|").replace("\n", " ")

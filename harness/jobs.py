@@ -11,10 +11,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 
 from harness import train
 from harness.files import open_to_append, refusal
+from harness.readback import Progress
 from harness.record import available_cores, read_record, write_record
 from harness.types import RunRecord, UserError
 
@@ -52,14 +53,14 @@ class Cell:
     urgency: float = 0.0  # its cost and that of what waits for it
     state: str = "waiting"  # waiting, running, ok, failed, skipped, interrupted
     reason: str | None = None
-    progress: dict[str, Any] = field(default_factory=dict)
+    progress: Progress | None = None
 
     @property
     def done(self) -> float:
         """Share of its steps that are done, 0..1."""
         if self.state == "ok":
             return 1.0
-        return self.progress["step"] / self.progress["steps"] if self.progress.get("steps") else 0.0
+        return min(1.0, self.progress.step / self.progress.steps) if self.progress is not None else 0.0
 
 
 def default_jobs(cfg: DictConfig) -> int:

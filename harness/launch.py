@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from harness import build, cluster, dist
+from harness import build, cluster, dist, escape
 from harness.config import places
 from harness.console import STDERR, settle
 from harness.dist import World
@@ -108,7 +108,7 @@ def run_rank(plain: Any, device: str, signals: Sequence[int] | None = None) -> i
             raise
         if told is None:
             return 1
-        say(world, f"ssodbench: {told[0]}")
+        say(world, f"ssodbench: {escape.plain(told[0])}")
         return told[1]
     finally:
         dist.leave()

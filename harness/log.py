@@ -29,6 +29,7 @@ from torch import Tensor
 from harness.console import STDERR
 from harness.files import open_to_append, read_bytes, write_atomically
 from harness.loggers import open_logger
+from harness.readback import EvalLine, Line, metrics_line
 
 _PLAIN_SECONDS = 30.0
 _PROGRESS_SECONDS = 1.0
@@ -201,7 +202,7 @@ def to_host(values: Mapping[str, float | Tensor]) -> dict[str, float]:
 
 
 def cut_lines(path: Path, start_step: int) -> set[tuple[int, str]]:
-    """Removes the lines of metrics.jsonl of `start_step` and later, and torn ones.
+    """Removes the lines of metrics.jsonl of `start_step` and later, and those that are torn or damaged.
 
     Returns:
         (step, network) of the evaluations that stay.
@@ -211,21 +212,20 @@ def cut_lines(path: Path, start_step: int) -> set[tuple[int, str]]:
     kept, evaluated = [], set()
     for line in read_bytes(path).splitlines(keepends=True):
         content = _parse(line)
-        if content.get("step", start_step) < start_step:
+        if content is not None and content.step < start_step:
             kept.append(line)
-            if content.get("kind") == "eval":
-                evaluated.add((content["step"], content["network"]))
+            if isinstance(content, EvalLine):
+                evaluated.add((content.step, content.network))
     write_atomically(path, b"".join(kept))
     return evaluated
 
 
-def _parse(line: bytes) -> dict[str, Any]:
-    """A line's content; empty when the line is torn."""
-    with contextlib.suppress(msgspec.DecodeError):
-        content = msgspec.json.decode(line)
-        if line.endswith(b"\n") and isinstance(content, dict):
-            return content
-    return {}
+def _parse(line: bytes) -> Line | None:
+    """A line's content; None when the line is torn or damaged."""
+    try:
+        return metrics_line(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
 
 
 def train_scalars(line: Mapping[str, Any]) -> dict[str, float]:
@@ -274,5 +274,6 @@ class EtaColumn(ProgressColumn):
 
 def progress_bar(console: Console) -> Progress:
     """The bar of a run; tasks carry the fields `note` and `eta`."""
-    columns = ("[bold]{task.description}", BarColumn(bar_width=24), MofNCompleteColumn(), "ETA", EtaColumn())
+    name = TextColumn("{task.description}", style="bold", markup=False)
+    columns = (name, BarColumn(bar_width=24), MofNCompleteColumn(), "ETA", EtaColumn())
     return Progress(*columns, TextColumn("{task.fields[note]}", markup=False), console=console, refresh_per_second=2)

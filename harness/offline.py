@@ -12,21 +12,24 @@ import io
 import json
 import logging
 import warnings
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
 from detectors.detector import Detector
 from detectors.pseudo_labels import label_offline, offline_quality
-from harness import build, checkpoint, checksum, config, dist
+from harness import build, checkpoint, checksum, config, dist, readback
+from harness.annotations import positions
 from harness.build import Data
-from harness.record import read_record, write_atomically
+from harness.files import write_atomically
+from harness.readback import Count
+from harness.record import read_record
 from harness.train import Interrupted, StopRequest
 from harness.types import ImageSource, UserError
 
@@ -71,7 +74,7 @@ def label(cfg: DictConfig, data: Data, world: dist.World, stop: StopRequest) -> 
                 "unlabelled images: train it longer, or keep images without a box by method.offline.drop_empty=false"
             )
         dist.from_main(world, lambda: _write(path, source, made_by, steps))
-    source, extra = _read(path, data.unlabeled)
+    source, extra = _read(path, data.unlabeled, len(data.dataset.train.category_ids))
     if data.hidden is not None:
         extra.quality = offline_quality(source, data.hidden)
     return dataclasses.replace(data, unlabeled=source), extra
@@ -101,11 +104,9 @@ def _are_there(path: Path, made_by: dict[str, str | None]) -> bool:
     if not path.exists():
         return False
     try:
-        checksum.verify(path)
-        with np.load(path) as arrays:
-            known = json.loads(str(arrays["made_by"]))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        logger.warning("the pseudo labels %s are damaged (%s) and are made again", path, error)
+        known = _decode(path).made_by
+    except UserError as error:
+        logger.warning("%s; they are made again", error)
         return False
     return all(value is None or known.get(key) == value for key, value in made_by.items())
 
@@ -167,7 +168,7 @@ def _label_with(
     state = checkpoint.read(file)
     known = {"split": data.split.sha256, "dataset": data.dataset.train.sha256}
     for what, expected in known.items():
-        if state["identity"][what] != expected:
+        if state["identity"].get(what) != expected:
             raise UserError(
                 f"the stage 1 checkpoint {file} was trained on another {what}: "
                 "set method.offline.checkpoint to a supervised run of the same split, or leave it null to train one"
@@ -244,19 +245,80 @@ def _write(path: Path, source: ImageSource, made_by: dict[str, str | None], step
     write_atomically(path, checksum.sealed(content.getvalue()))
 
 
-def _read(path: Path, unlabeled: ImageSource) -> tuple[ImageSource, Extra]:
+class _Labels(msgspec.Struct):
+    """pseudo_labels.npz. K images with M boxes."""
+
+    ids: np.ndarray  # (K,) int64, of images
+    boxes: np.ndarray  # (M, 4) float32 xyxy, original pixels
+    labels: np.ndarray  # (M,) int64 in 1..C
+    scores: np.ndarray  # (M,) float32
+    offsets: np.ndarray  # (K + 1,) int64
+    made_by: dict[str, str | None]
+    steps: Count  # of stage 1
+
+
+def _decode(path: Path) -> _Labels:
+    """pseudo_labels.npz by schema.
+
+    Raises:
+        UserError: it is missing, damaged, or holds what no stage 1 gives.
+    """
+    remedy = "put the file back as the run wrote it, or start anew in another run_dir=DIR"
+    content = readback.content_of(path, remedy)
+    try:
+        checksum.verify(path)
+        with np.load(io.BytesIO(content)) as archive:
+            arrays = {name: archive[name] for name in _Labels.__struct_fields__ if name in archive}
+        arrays["made_by"] = msgspec.json.decode(str(arrays["made_by"]))
+        arrays["steps"] = arrays["steps"].item()
+        found = msgspec.convert(arrays, _Labels)
+    except (msgspec.MsgspecError, KeyError) as error:
+        what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else readback.reason(error)
+        raise readback.damaged(path, what, remedy) from error
+    except Exception as error:  # numpy and zipfile raise many kinds for a damaged archive
+        raise readback.damaged(path, f"{type(error).__name__}: {error}", remedy) from error
+    if wrong := _misfit(found):
+        raise readback.damaged(path, wrong, remedy)
+    return found
+
+
+def _misfit(found: _Labels) -> str | None:
+    """What of the arrays does not fit the others."""
+    images, boxes = len(np.atleast_1d(found.ids)), len(np.atleast_1d(found.labels))
+    expected = {
+        "ids": ((images,), np.int64),
+        "boxes": ((boxes, 4), np.float32),
+        "labels": ((boxes,), np.int64),
+        "scores": ((boxes,), np.float32),
+        "offsets": ((images + 1,), np.int64),
+    }
+    for name, (shape, kind) in expected.items():
+        array = getattr(found, name)
+        if array.shape != shape or array.dtype != kind:
+            return f"{name} is {array.dtype} of shape {list(array.shape)}, not {kind.__name__} of {list(shape)}"
+    if found.offsets[0] != 0 or found.offsets[-1] != boxes or (np.diff(found.offsets) < 0).any():
+        return f"offsets do not divide the {boxes} boxes"
+    if not np.isfinite(found.boxes).all() or not ((found.scores >= 0) & (found.scores <= 1)).all():
+        return "a box or a score is not a number that it can be"
+    return "a label is below 1" if (found.labels < 1).any() else None
+
+
+def _read(path: Path, unlabeled: ImageSource, classes: int) -> tuple[ImageSource, Extra]:
     """The unlabelled images that have pseudo labels, with them; and what stage 1 was."""
-    with np.load(path) as arrays:
-        rows = {int(image_id): row for row, image_id in enumerate(unlabeled.ids.tolist())}
-        chosen = np.array([rows[int(i)] for i in arrays["ids"].tolist()], dtype=np.int64)
-        source = ImageSource(
-            paths=[unlabeled.paths[i] for i in chosen],
-            ids=unlabeled.ids[chosen],
-            sizes=unlabeled.sizes[chosen],
-            boxes=arrays["boxes"],
-            labels=arrays["labels"],
-            scores=arrays["scores"],
-            offsets=arrays["offsets"],
-        )
-        made_by = json.loads(str(arrays["made_by"]))
-        return source, Extra(int(arrays["steps"]), stage_one=made_by["stage 1"])
+    found = _decode(path)
+    rows = positions(unlabeled.ids, found.ids)
+    remedy = "start anew in another run_dir=DIR"
+    if (rows < 0).any():
+        raise readback.damaged(path, f"image {found.ids[rows < 0][0]} is not an unlabelled one", remedy)
+    if (found.labels > classes).any():
+        raise readback.damaged(path, f"a label is above the number of classes, {classes}", remedy)
+    source = ImageSource(
+        paths=[unlabeled.paths[i] for i in rows],
+        ids=unlabeled.ids[rows],
+        sizes=unlabeled.sizes[rows],
+        boxes=found.boxes,
+        labels=found.labels,
+        scores=found.scores,
+        offsets=found.offsets,
+    )
+    return source, Extra(found.steps, stage_one=found.made_by["stage 1"])

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import io
-import os
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
-import msgspec
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
-from harness.files import read_bytes, refusal
-
-if TYPE_CHECKING:
-    from harness.tables import Row, Run, Section
+from harness.escape import figure_label
+from harness.readback import EvalLine, Line, PseudoLine, TrainLine, read_metrics
+from harness.tables import UNKNOWN_SHARE, Row, Run, Section
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; markers repeat the distinction. A method keeps its
 # colour in every figure and report.
@@ -30,7 +28,7 @@ _KNOWN = {
     "mean_teacher": ("#009e73", "v"),
 }
 _OTHERS = (("#e69f00", "P"), ("#56b4e9", "X"), ("#8c6d31", "*"))
-Curves = dict[Path | None, list[dict[str, Any]]]  # run folder -> lines of its metrics.jsonl
+Curves = dict[Path | None, list[Line]]  # run folder -> lines of its metrics.jsonl
 _STYLES = ("-", "--", ":", "-.")
 _RC: Any = {
     "svg.hashsalt": "ssodbench",  # the same records give the same file
@@ -51,39 +49,23 @@ _RC: Any = {
 def draw(section: Section, problems: list[str] | None = None) -> dict[str, str]:
     """Figures of a section, name -> SVG; a figure that would be empty is left out.
 
-    A run whose metrics cannot be read has no curve, and a sentence about it goes to `problems`.
+    Args:
+        section: whose runs are drawn.
+        problems: gets a sentence about each metrics.jsonl that is damaged.
     """
     curves: Curves = {}
     for run in section.runs:
-        try:
-            if run.folder is not None:
-                curves[run.folder] = read_metrics(run.folder)
-        except OSError as error:
-            curves[run.folder] = []
-            if problems is not None:
-                problems.append(f"{refusal(error)}; the run's curves are left out")
+        if run.folder is not None:
+            metrics = read_metrics(run.folder)
+            curves[run.folder] = metrics.lines
+            if problems is not None and metrics.problem:
+                problems.append(metrics.problem)
     figures = {
         "ap_by_ratio": _ap_by_ratio(section),
         "learning_curves": _learning_curves(section, curves),
         "pseudo_labels": _pseudo_labels(section, curves),
     }
     return {name: svg for name, svg in figures.items() if svg is not None}
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Lines of a run's metrics.jsonl; torn ones, which a killed run may leave, are passed over.
-
-    Raises:
-        OSError: the file is there and cannot be read.
-    """
-    path = folder / "metrics.jsonl"
-    lines = []
-    for line in read_bytes(path).splitlines() if os.path.lexists(path) else []:
-        try:
-            lines.append(msgspec.json.decode(line))
-        except msgspec.DecodeError:
-            continue
-    return [line for line in lines if isinstance(line, dict) and "kind" in line]
 
 
 def look(rows: Iterable[Row]) -> dict[str, tuple[str, str]]:
@@ -100,15 +82,22 @@ def look(rows: Iterable[Row]) -> dict[str, tuple[str, str]]:
     return looks
 
 
+def _label(row: Row) -> str:
+    return figure_label(row.label)
+
+
 def _svg(figure: Figure) -> str:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of names whose letters the font has not: a box stands for each
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue().decode()
 
 
 def _ap_by_ratio(section: Section) -> str | None:
     """Mean AP with its standard deviation against the percentage of labels; every run as a dot."""
-    rows = [row for row in section.rows if any(cell.n for cell in row.cells.values())]
+    percents = [percent for percent in section.percents if percent != UNKNOWN_SHARE]
+    rows = [row for row in section.rows if any(row.cells[percent].n for percent in percents)]
     if not rows:
         return None
     looks = look(section.rows)
@@ -118,13 +107,13 @@ def _ap_by_ratio(section: Section) -> str | None:
         count = len(rows)
         for number, row in enumerate(rows):
             colour, marker = looks[row.label]
-            cells = [cell for cell in row.cells.values() if cell.n]
+            cells = [row.cells[percent] for percent in percents if row.cells[percent].n]
             # Rows stand a little beside each other, so that their spreads do not hide one another.
             x = [cell.percent * 1.035 ** (number - (count - 1) / 2) for cell in cells]
             means = [cell.mean("ap") or 0.0 for cell in cells]
             spreads = [cell.std("ap") or 0.0 for cell in cells]
             axes.errorbar(
-                x, means, spreads, color=colour, marker=marker, markersize=6, capsize=3, lw=1.6, label=row.label
+                x, means, spreads, color=colour, marker=marker, markersize=6, capsize=3, lw=1.6, label=_label(row)
             )
             for at, cell in zip(x, cells, strict=True):
                 if cell.n > 1:
@@ -133,12 +122,12 @@ def _ap_by_ratio(section: Section) -> str | None:
         for row in section.reference:
             for cell in row.cells.values():
                 if (mean := cell.mean("ap")) is not None:
-                    axes.axhline(mean, color="#4d4d4d", lw=1.2, ls=(0, (5, 3)), label=f"{row.label}, all labels")
+                    axes.axhline(mean, color="#4d4d4d", lw=1.2, ls=(0, (5, 3)), label=f"{_label(row)}, all labels")
         axes.set_xscale("log")
-        axes.set_xticks(section.percents, [f"{percent:g} %" for percent in section.percents])
+        axes.set_xticks(percents, [figure_label(section.column(percent)) for percent in percents])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlim(section.percents[0] / 1.4, section.percents[-1] * 1.4)
+        axes.set_xlim(percents[0] / 1.4, percents[-1] * 1.4)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("labelled images")
         axes.set_ylabel("AP (COCO, 0.50:0.95)")
@@ -174,7 +163,7 @@ def _learning_curves(section: Section, curves: Curves) -> str | None:
     percents = [percent for percent in section.percents if _runs_by(section, percent)]
     reported = {run.folder: run.record.reported_network for run in section.runs}
     scored = {folder: eval_curve(lines, reported[folder]) for folder, lines in curves.items()}
-    losses = {folder: train_curve(lines, "loss") for folder, lines in curves.items()}
+    losses = {folder: loss_curve(lines) for folder, lines in curves.items()}
     kinds = [("AP", scored)] if any(len(curve) > 1 for curve in scored.values()) else []
     kinds += [("training loss", losses)] if any(len(curve) > 1 for curve in losses.values()) else []
     if not percents or not kinds:
@@ -184,7 +173,7 @@ def _learning_curves(section: Section, curves: Curves) -> str | None:
         figure = Figure(figsize=(2.2 + 2.6 * len(percents), 0.4 + 2.3 * len(kinds)), layout="constrained")
         axes = _panels(len(percents), len(kinds), figure)
         for column, percent in enumerate(percents):
-            axes[0][column].set_title(f"{percent:g} % labels")
+            axes[0][column].set_title(f"{figure_label(section.column(percent))} labels")
             axes[-1][column].set_xlabel("student step")
             for line, (name, found) in enumerate(kinds):
                 panel = axes[line][column]
@@ -198,7 +187,7 @@ def _learning_curves(section: Section, curves: Curves) -> str | None:
                     if points:
                         mark = {"marker": marker, "markersize": 4} if name == "AP" else {}
                         mean = _mean_curve(points)
-                        panel.plot(mean.index, mean, color=colour, lw=1.6, label=row.label, **mark)
+                        panel.plot(mean.index, mean, color=colour, lw=1.6, label=_label(row), **mark)
                         for one in points if len(points) > 1 else []:
                             panel.plot(one.index, one, color=colour, lw=0.7, alpha=0.35)
         for panel in axes.flat:
@@ -225,7 +214,7 @@ def _pseudo_labels(section: Section, curves: Curves) -> str | None:
         figure = Figure(figsize=(10.4, 0.5 + 2.1 * len(percents)), layout="constrained")
         axes = figure.subplots(len(percents), len(measures), squeeze=False, sharex=True, sharey=True)
         for line, percent in enumerate(percents):
-            axes[line][0].set_ylabel(f"{percent:g} % labels")
+            axes[line][0].set_ylabel(f"{figure_label(section.column(percent))} labels")
             for column, measure in enumerate(measures):
                 panel = axes[line][column]
                 panel.set_ylim(0, 1.02)
@@ -240,43 +229,43 @@ def _pseudo_labels(section: Section, curves: Curves) -> str | None:
                     for style, name in zip(_STYLES * 3, names, strict=False):
                         mean = _mean_curve([cell[name] for cell in cells if name in cell])
                         mark = "o" if len(mean) == 1 else None
-                        label = f"{row.label}: {name}"
+                        label = f"{_label(row)}: {figure_label(name)}"
                         panel.plot(mean.index, mean, color=colour, ls=style, lw=1.5, marker=mark, label=label)
                     if not names:
                         level = row.cells[percent].mean(f"pseudo_{measure}")
                         if level is not None:
-                            panel.axhline(level, color=colour, lw=1.5, label=f"{row.label}: made once, before training")
+                            panel.axhline(
+                                level, color=colour, lw=1.5, label=f"{_label(row)}: made once, before training"
+                            )
         _legend(figure, axes.flat)
         return _svg(figure)
 
 
-def eval_curve(lines: list[dict[str, Any]], network: str) -> pd.Series[float]:
+def eval_curve(lines: list[Line], network: str) -> pd.Series[float]:
     """AP of a network, by the number of student steps done."""
     found = {
-        line["step"] + 1: line["metrics"].get("ap")
+        line.step + 1: line.metrics.get("ap")
         for line in lines
-        if line["kind"] == "eval" and line["network"] == network
+        if isinstance(line, EvalLine) and line.network == network
     }
     return pd.Series(found, dtype="float64").dropna()
 
 
-def train_curve(lines: list[dict[str, Any]], key: str) -> pd.Series[float]:
-    """A field of the "train" lines by student step, as a running mean over a twentieth of the run."""
-    found = pd.Series(
-        {line["step"] + 1: line[key] for line in lines if line["kind"] == "train"}, dtype="float64"
-    ).dropna()
-    return _running_mean(found)
+def loss_curve(lines: list[Line]) -> pd.Series[float]:
+    """The training loss by student step, as a running mean over a twentieth of the run."""
+    found = {line.step + 1: line.loss for line in lines if isinstance(line, TrainLine)}
+    return _running_mean(pd.Series(found, dtype="float64").dropna())
 
 
-def pseudo_curves(lines: list[dict[str, Any]], measure: str) -> dict[str, pd.Series[float]]:
+def pseudo_curves(lines: list[Line], measure: str) -> dict[str, pd.Series[float]]:
     """Threshold set -> a measure of pseudo-label quality by student step, as a running mean."""
     points: dict[str, dict[int, Any]] = {}
     for line in lines:
-        if line["kind"] == "pseudo":
-            for name, part in line["quality"].items():
+        if isinstance(line, PseudoLine):
+            for name, part in line.quality.items():
                 # Without a pseudo label there is recall (0), but neither precision nor IoU.
                 empty = measure != "recall" and part.get("labels") == 0
-                points.setdefault(name, {})[line["step"] + 1] = None if empty else part.get(measure)
+                points.setdefault(name, {})[line.step + 1] = None if empty else part.get(measure)
     curves = {name: pd.Series(found, dtype="float64").dropna() for name, found in points.items()}
     return {name: _running_mean(curve) for name, curve in curves.items() if len(curve)}
 

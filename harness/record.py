@@ -15,13 +15,47 @@ import msgspec
 import psutil
 import torch
 
-from harness.files import read_bytes, write_atomically
+from harness import readback
+from harness.files import write_atomically
 from harness.types import RunRecord, UserError
 
 SCHEMA_VERSION = 1
 STATUSES = ("running", "ok", "failed", "interrupted")
 _PACKAGES = ("torch", "torchvision", "numpy", "numba", "pycocotools", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
 _FIELDS = {field.name for field in dataclasses.fields(RunRecord)}
+# What decides where a run stands in a table: a record without one of these would stand in the wrong place.
+_NEEDED = (
+    "status",
+    "suite",
+    "method",
+    "preset",
+    "detector",
+    "seed",
+    "dataset",
+    "dataset_sha256",
+    "val_sha256",
+    "protocol",
+    "percent",
+    "fold",
+    "split_sha256",
+    "steps",
+    "score_threshold",
+    "ap",
+    "config_sha256",
+)
+_MOST = dict.fromkeys(("percent", "ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l"), 100) | dict.fromkeys(
+    ("data_stall", "score_threshold", "pseudo_precision", "pseudo_recall", "pseudo_iou"), 1
+)
+
+
+class _Environment(msgspec.Struct):
+    """What a report reads of a record's environment."""
+
+    packages: dict[str, str] = {}
+    cpu: str | None = None
+    cores: int | None = None
+    threads: int | None = None
+    gpus: list[str] | None = None
 
 
 def write_record(path: Path, record: RunRecord) -> None:
@@ -36,29 +70,43 @@ def read_record(path: Path) -> RunRecord:
     Raises:
         UserError: the file is missing, damaged, not a record, or was written by a newer ssodbench.
     """
-    try:
-        content = read_bytes(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): give the folder of a run.") from error
     remedy = "delete it (or its folder) and run the cell again"
-    try:
-        raw = msgspec.json.decode(content)
-    except msgspec.DecodeError as error:
-        raise UserError(f"{path} is damaged, it is not valid JSON ({error}): {remedy}.") from error
+    raw: Any = readback.decode(path, readback.content_of(path, "give the folder of a run"), Any, remedy)
     version = raw.get("schema_version") if isinstance(raw, dict) else None
-    if type(version) is not int:
+    if not isinstance(raw, dict) or type(version) is not int or version < 1:
         raise UserError(f"{path} is not a run record, it has no schema_version: {remedy}.")
-    unknown = sorted(set(raw) - _FIELDS)
-    if version > SCHEMA_VERSION or unknown:
-        what = f"schema {version}" if version > SCHEMA_VERSION else f"the unknown key {unknown[0]!r}"
-        raise UserError(f"{path} has {what}, so a newer ssodbench wrote it: update ssodbench to read it.")
+    if version > SCHEMA_VERSION:
+        raise UserError(
+            f"{path} is too new (schema {version}, this ssodbench reads up to {SCHEMA_VERSION}): update ssodbench."
+        )
+    if unknown := sorted(set(raw) - _FIELDS):
+        raise UserError(
+            f"{path} has the unknown key {unknown[0]!r}, so it is too new for this ssodbench, or damaged: update "
+            f"ssodbench, or {remedy}."
+        )
+    readback.require_shallow(path, raw, remedy)
     try:
         record = msgspec.convert(raw, RunRecord)
+        msgspec.convert(record.environment, _Environment)
     except msgspec.ValidationError as error:
-        raise UserError(f"{path} is damaged ({error}): {remedy}.") from error
-    if record.status not in STATUSES:
-        raise UserError(f"{path} is damaged (status is {record.status!r}, not one of {', '.join(STATUSES)}): {remedy}.")
+        raise readback.damaged(path, readback.reason(error), f"{remedy}.") from error
+    if wrong := _misfit(raw, record):
+        raise readback.damaged(path, wrong, f"{remedy}.")
     return record
+
+
+def _misfit(raw: dict[str, Any], record: RunRecord) -> str | None:
+    """What no run could have written although its type is right."""
+    if record.status not in STATUSES:
+        return f"status is {record.status!r}, not one of {', '.join(STATUSES)}"
+    if missing := [key for key in _NEEDED if key not in raw]:
+        return f"the key {missing[0]} is missing"
+    for key, value in vars(record).items():
+        for number in value if isinstance(value, list) else [value]:
+            most = _MOST.get(key.removeprefix("student_").removeprefix("teacher_"), 2**63 - 1)
+            if isinstance(number, int | float) and not 0 <= number <= most * (1 + 1e-9):  # a mean may round up
+                return f"{key} is {str(number)[:30]}, not within 0 to {most}"
+    return None
 
 
 def environment() -> dict[str, Any]:

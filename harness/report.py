@@ -5,19 +5,26 @@ Reads records (and metrics.jsonl for curves), never logs. Numbers become text in
 
 from __future__ import annotations
 
+import csv
+import functools
 import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from harness import formatting, plots
+from harness.escape import csv_cell, latex, literal, markdown, plain
 from harness.files import refusal, require_writable, write_atomically
 from harness.formatting import cell_text
+from harness.readback import read_published
 from harness.tables import BASELINE, Section, load, method_label
+from harness.types import UserError
 
 TEMPLATES = Path(__file__).parent / "templates"
 PUBLISHED = Path(__file__).parent.parent / "results" / "published.csv"
@@ -60,19 +67,18 @@ def run(folder: Path, out: Path | None = None) -> Path:
         section.plots = plots.draw(section, problems)
     content = {
         "sections": sections,
+        "published": published(problems),
         "problems": problems,
-        "published": published(),
         "baseline": method_label(BASELINE),
         "scores": SCORES,
         "published_percents": ("1", "2", "5", "10", "full"),
     }
-    environment = _templates()
     require_writable(out, "out", folder=True)
     try:
-        for name in ("report.html", "report.md", "report.tex"):
+        for name, environment in _templates().items():
             text = environment.get_template(f"{name}.j2").render(content)
             write_atomically(out / name, text.encode())
-        write_atomically(out / "report.csv", summary(sections).to_csv(index=False, lineterminator="\n").encode())
+        write_atomically(out / "report.csv", _csv(summary(sections)))
         for number, section in enumerate(sections, 1):
             for name, svg in section.plots.items():
                 write_atomically(out / f"{number}_{name}.svg", svg.encode())
@@ -102,44 +108,75 @@ def summary(sections: list[Section]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def published() -> list[dict[str, Any]]:
-    """Published COCO numbers, one dict per source: its six comparability columns and `values`, percent -> its row."""
-    frame = pd.read_csv(PUBLISHED, dtype=str, keep_default_na=False)
-    rows = []
-    for _, part in frame.groupby("method", sort=False):
-        first: dict[str, Any] = {str(key): value for key, value in part.iloc[0].items()}
-        first["values"] = {line["percent"]: line for line in part.to_dict("records")}
-        rows.append(first)
-    return rows
+def _csv(frame: pd.DataFrame) -> bytes:
+    """The table as CSV; names that a spreadsheet would take for a formula are told apart."""
+    harmless = frame.map(lambda value: csv_cell(value) if isinstance(value, str) else value)
+    has_return = harmless.map(lambda value: isinstance(value, str) and "\r" in value).to_numpy().any()
+    # Before Python 3.13 the csv module does not quote a text for its carriage returns.
+    quoting: Literal[0, 2] = csv.QUOTE_NONNUMERIC if has_return else csv.QUOTE_MINIMAL
+    return harmless.to_csv(index=False, lineterminator="\n", quoting=quoting).encode()
+
+
+def published(problems: list[str]) -> list[dict[str, Any]]:
+    """Published COCO numbers, one dict per source: its six comparability columns and `values`, percent -> its row.
+
+    Args:
+        problems: gets a sentence where the file is damaged; there are no published numbers then.
+    """
+    try:
+        lines = read_published(PUBLISHED)
+    except UserError as error:
+        problems.append(str(error))
+        return []
+    rows: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        rows.setdefault(line["method"], {**line, "values": {}})["values"][line["percent"]] = line
+    return list(rows.values())
 
 
 def show(folder: Path, console: Console) -> None:
     """Prints the tables of all records below a folder."""
+
+    def text(value: object, style: str = "") -> Text:
+        shown = literal(value, console.encoding)
+        shown.stylize(style)
+        return shown
+
     for section in load(folder)[0]:
-        console.print(
-            f"\n[bold]{section.title}[/]: COCO AP, mean ± standard deviation (n runs)", highlight=False, soft_wrap=True
-        )
+        title = text(section.title, "bold") + text(": COCO AP, mean ± standard deviation (n runs)")
+        console.print(Text("\n") + title, soft_wrap=True)
         table = Table()
         table.add_column("method")
         for percent in section.percents:
-            table.add_column(f"{percent:g} %", justify="right")
+            table.add_column(text(section.column(percent)), justify="right")
         for row in section.rows:
-            table.add_row(row.label, *(cell_text(row.cells[percent]) for percent in section.percents))
+            table.add_row(text(row.label), *(text(cell_text(row.cells[percent])) for percent in section.percents))
         for row in section.reference:
             for cell in row.cells.values():
-                table.add_row(f"{row.label}, all labels", cell_text(cell), *[""] * (len(section.percents) - 1))
+                empty = [""] * (len(section.percents) - 1)
+                table.add_row(text(f"{row.label}, all labels"), text(cell_text(cell)), *empty)
         console.print(table)
         console.print(f"in brackets: difference to {method_label(BASELINE).lower()}, paired", style="dim")
         for run in section.missing:
-            console.print(
-                f"- {run.record.cell}: {run.record.status}: {run.record.error}", markup=False, highlight=False
-            )
+            console.print(text(f"- {run.record.cell}: {run.record.status}: {run.record.error}"))
 
 
-def _templates() -> Environment:
+@functools.cache
+def _templates() -> dict[str, Environment]:
+    """File -> how it is rendered: all that a template puts in is escaped for its form, by jinja itself for HTML."""
+    escapes: dict[str, Callable[[Any], Any]] = {"report.html": _seen, "report.md": markdown, "report.tex": latex}
+    return {name: _environment(finalize, name.endswith(".html")) for name, finalize in escapes.items()}
+
+
+def _seen(value: Any) -> Any:
+    return plain(value) if type(value) is str else value  # what is Markup is left alone
+
+
+def _environment(finalize: Callable[[Any], Any], autoescape: bool) -> Environment:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
-        autoescape=lambda name: name is not None and ".html" in name,
+        autoescape=autoescape,
+        finalize=finalize,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

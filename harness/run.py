@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from harness import build, checkpoint, config, dist, offline
+from harness import build, checkpoint, config, dist, offline, readback
 from harness.build import Experiment
 from harness.checkpoint import RunLock
 from harness.console import STDERR
@@ -81,15 +81,9 @@ def _is_finished(cfg: DictConfig, run_dir: Path) -> bool:
         checkpoint.refuse_foreign(run_dir, config.differences(before, own) or ["its record is of another run"])
     is_run = (run_dir / "config.yaml").exists()
     if is_run and (finished or checkpoint.checkpoints(run_dir)):
-        before = config.identity(_load_yaml(run_dir / "config.yaml"))
+        before = config.identity(readback.read_config(run_dir))
         checkpoint.refuse_foreign(run_dir, config.differences(before, own))
     return finished and is_run
-
-
-def _load_yaml(path: Path) -> DictConfig:
-    cfg = OmegaConf.load(path)
-    assert isinstance(cfg, DictConfig)
-    return cfg
 
 
 class _Session:
@@ -176,10 +170,13 @@ class _Session:
             return
         own = {key: value for key, value in self._identity().items() if key in state["identity"]}  # old ones have fewer
         checkpoint.refuse_foreign(self.run_dir, config.differences(state["identity"], own))
-        self.run_.method.load_state_dict(state["method"])
-        self.run_.optimizer.load_state_dict(state["optimizer"])
-        self.run_.pipeline.load_state(state["pipeline"])
-        self.counters = Counters(**state["counters"])
+        try:
+            self.run_.method.load_state_dict(state["method"])
+            checkpoint.take_up(self.run_.optimizer, state["optimizer"])
+            self.run_.pipeline.load_state(state["pipeline"])
+            self.counters = Counters(**state["counters"])
+        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:  # whatever a load may find
+            raise UserError(checkpoint.misfit(checkpoint.path_of(self.run_dir, state["step"]), error)) from error
         if self.counters.step < self.cfg.schedule.steps:
             self.counters.resumed_from.append(self.counters.step)
         say(self.world, f"continuing from step {self.counters.step} of {self.cfg.schedule.steps}")

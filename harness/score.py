@@ -8,14 +8,16 @@ from typing import Any
 
 import msgspec
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.table import Table
+from rich.text import Text
 
-from harness import build, checkpoint, config, dist
+from harness import build, checkpoint, config, dist, readback
 from harness.console import STDERR, Console
 from harness.datasets import Dataset
+from harness.escape import literal
 from harness.evaluate import METRICS, evaluate
-from harness.files import require_regular, require_writable, trouble, write_atomically
+from harness.files import require_writable, write_atomically
 from harness.record import read_record
 from harness.types import UserError
 
@@ -37,7 +39,7 @@ def run(cfg: DictConfig) -> int:
             of the run, a key is given that cannot be used, or `out` cannot be written.
     """
     run_dir = Path(cfg.run_dir)
-    trained = _configuration(run_dir)
+    trained = readback.read_config(run_dir)
     given = _given(cfg)
     _refuse_unused(cfg, given, trained)
     other = "run_dir" in given and "data" in given
@@ -54,7 +56,10 @@ def run(cfg: DictConfig) -> int:
     if "pipeline" in given:
         trained.pipeline = cfg.pipeline
     method = build.method(trained, build.detector(trained, len(classes))).to(world.device)
-    method.load_state_dict(state["method"])
+    try:
+        method.load_state_dict(state["method"])
+    except RuntimeError as error:
+        raise UserError(checkpoint.misfit(file, error)) from error
     pipeline = build.pipeline(trained, world, method.networks()[method.reported].normalize)
     try:
         scores = {
@@ -74,19 +79,10 @@ def run(cfg: DictConfig) -> int:
     on = f" on data={opened.name}" if other else ""
     content = {"score_threshold": threshold, "data": opened.name, "val_sha256": opened.val.sha256, "networks": scores}
     write_atomically(out, msgspec.json.format(msgspec.json.encode(content)))
-    Console().print(_table(f"{file}{on}, scores above {threshold:g}", scores, method.reported))
+    console = Console()
+    title = literal(f"{file}{on}, scores above {threshold:g}", console.encoding)
+    console.print(_table(title, scores, method.reported))
     return 0
-
-
-def _configuration(run_dir: Path) -> DictConfig:
-    """What the run in a folder was started with."""
-    path = run_dir / "config.yaml"
-    if why := trouble(path):
-        raise UserError(f"there is no run in {run_dir} ({path.name}: {why}): set run_dir to the folder of a run")
-    require_regular(path)
-    trained = OmegaConf.load(path)
-    assert isinstance(trained, DictConfig)
-    return trained
 
 
 def _given(cfg: DictConfig) -> set[str]:
@@ -177,7 +173,7 @@ def _file_name(cfg: DictConfig, other: bool, threshold: float) -> str:
     return f"evaluation_{data}{threshold:g}.json"
 
 
-def _table(title: str, scores: dict[str, dict[str, float | None]], reported: str) -> Table:
+def _table(title: Text, scores: dict[str, dict[str, float | None]], reported: str) -> Table:
     table = Table(title=title, title_justify="left")
     for heading in ("network", *METRICS):
         table.add_column(heading, justify="left" if heading == "network" else "right")

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import codecs
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import numpy as np
 
 from harness.datasets import CocoIndex, Dataset
+from harness.escape import plain
 from harness.files import make_folder, read_bytes
+from harness.readback import reason
 from harness.types import Split, UserError
 
+T = TypeVar("T")
+_Id = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 _MARK = "split exported by ssodbench"
 _BEGIN = f'{{"info":{{"description":"{_MARK}"'.encode()  # an earlier export is known by it without reading all of it
 _NAME = re.compile(r"\.(\d+)@([\d.]+?)(-unlabeled)?$")
@@ -119,9 +123,28 @@ def names_percent(pattern: str) -> bool:
     return "{percent}" in pattern or bool(_NAME.search(Path(pattern).stem))
 
 
-def read_index(path: Path) -> Any:
-    """Unbiased Teacher's index file, a JSON object."""
-    return _json(path, _read(path))
+def read_index(path: Path) -> dict[str, dict[str, list[int]]]:
+    """Unbiased Teacher's index file: {percent: {fold: [positions]}}.
+
+    Raises:
+        UserError: it cannot be read, or is something else.
+    """
+    remedy = "give a JSON file {percent: {fold: [positions]}} such as Unbiased Teacher's dataseed/COCO_supervision.txt"
+    index: dict[str, dict[str, list[int]]] = {}
+    for percent, folds in _fit(path, _json(path, _read(path)), dict[str, Any], "", remedy).items():
+        key = f"[{percent[:20]!r}]"
+        for fold, rows in _fit(path, folds, dict[str, Any], key, remedy).items():
+            index.setdefault(percent, {})[fold] = _fit(path, rows, list[_Id], f"{key}[{fold[:20]!r}]", remedy)
+    return index
+
+
+def _fit(path: Path, value: Any, kind: type[T], key: str, remedy: str) -> T:
+    """The value, which is at `key` of the file, checked against its schema."""
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        where = f"{key}: " if key else ""
+        raise UserError(f"split.index_file={path} does not fit ({where}{reason(error)}): {remedy}") from error
 
 
 def read_ids(path: Path, percent: float, fold: int) -> tuple[Any, Any]:
@@ -137,10 +160,13 @@ def read_ids(path: Path, percent: float, fold: int) -> tuple[Any, Any]:
     if path.suffix.lower() != ".json" and content.lstrip()[:1] not in (b"[", b"{"):
         return _text(path, content), None
     entry = _json(path, content)
+    remedy = "give image ids, which are whole numbers"
     if isinstance(entry, list):
-        return entry, None
+        return _fit(path, entry, list[_Id], "", remedy), None
     if isinstance(entry, Mapping) and "labeled" in entry:
-        return entry["labeled"], entry.get("unlabeled")
+        rest = entry.get("unlabeled")
+        labeled = _fit(path, entry["labeled"], list[_Id], "labeled", remedy)
+        return labeled, None if rest is None else _fit(path, rest, list[_Id], "unlabeled", remedy)
     if isinstance(entry, Mapping) and "images" in entry:
         _check_name(path, percent, fold)
         partner = path.with_name(f"{path.stem}-unlabeled.json")
@@ -165,31 +191,36 @@ def _check_name(path: Path, percent: float, fold: int) -> None:
         )
 
 
-def _image_ids(path: Path, entry: Any) -> list[Any]:
-    try:
-        return [image["id"] for image in entry["images"]]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"split.index_file={path} has images without an id: give a COCO annotation file") from error
+class _Image(msgspec.Struct):
+    """An image of a COCO annotation file."""
+
+    id: _Id
+
+
+def _image_ids(path: Path, entry: Any) -> list[int]:
+    remedy = "give a COCO annotation file whose images have ids"
+    images = entry.get("images") if isinstance(entry, Mapping) else None
+    return [image.id for image in _fit(path, images, list[_Image], "images", remedy)]
 
 
 def _text(path: Path, content: bytes) -> list[int]:
-    try:
-        return [int(word) for word in content.split()]
-    except ValueError as error:
-        raise UserError(
-            f"split.index_file={path} has a line that is no image id ({error}): give one per line"
-        ) from error
+    words = content.split()
+    for word in words:
+        if not re.fullmatch(rb"-?[0-9]{1,18}", word):
+            shown = plain(word[:40].decode(errors="replace"))
+            raise UserError(f"split.index_file={path} has the line '{shown}', no image id: give one per line")
+    return [int(word) for word in words]
 
 
 def _read(path: Path) -> bytes:
     try:
-        return read_bytes(path)
+        return read_bytes(path).removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise UserError(f"cannot read split.index_file={path} ({error.strerror}): give an existing file") from error
 
 
 def _json(path: Path, content: bytes) -> Any:
     try:
-        return json.loads(content)
-    except ValueError as error:
-        raise UserError(f"split.index_file={path} is not JSON ({error}): give an index file") from error
+        return msgspec.json.decode(content)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"split.index_file={path} is not JSON ({reason(error)}): give an index file") from error

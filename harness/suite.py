@@ -61,6 +61,7 @@ def run(cfg: DictConfig) -> int:
             f"suite {cfg.suite.name}: {len(cells)} cells, {len(missing)} to run, {jobs} side by side, in {suite_dir}",
             soft_wrap=True,
             highlight=False,
+            markup=False,
         )
         if missing:
             prepare(missing, console)

@@ -6,13 +6,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from harness.files import read_bytes
 from harness.jobs import Cell, tail
 from harness.log import EtaColumn, duration
+from harness.readback import Progress as RunProgress
+from harness.readback import read_progress
 from harness.record import read_record
 
 
@@ -23,7 +23,8 @@ class View:
         self.cells, self.console = cells, console
         self.begin = time.monotonic()
         self.done_before = self._done()
-        columns = ("[bold]{task.description}", BarColumn(bar_width=24), "{task.percentage:>3.0f}%", "ETA", EtaColumn())
+        name = TextColumn("{task.description}", style="bold", markup=False)
+        columns = (name, BarColumn(bar_width=24), "{task.percentage:>3.0f}%", "ETA", EtaColumn())
         self.bars = Progress(*columns, TextColumn("{task.fields[note]}", markup=False), console=console)
         self.total = self.bars.add_task("suite", total=1.0, note="", eta=None)
         self.tasks: dict[str, Any] = {}
@@ -67,9 +68,9 @@ class View:
         """Reads how far the running cells are."""
         for cell in self.cells:
             if cell.state == "running":
-                cell.progress = read_progress(cell.run_dir)
+                cell.progress = read_progress(cell.run_dir) or cell.progress
                 if cell.name in self.tasks:
-                    note, eta = progress_note(cell.progress), cell.progress.get("eta")
+                    note, eta = progress_note(cell.progress), cell.progress.eta if cell.progress else None
                     self.bars.update(self.tasks[cell.name], completed=cell.done, note=note, eta=eta)
         if self.live is not None:
             ended = sum(c.state not in ("waiting", "running") for c in self.cells)
@@ -88,22 +89,13 @@ class View:
         return (time.monotonic() - self.begin) / done * left if done > 0 else None
 
 
-def read_progress(run_dir: Path) -> dict[str, Any]:
-    """progress.json of a run, empty while there is none."""
-    try:
-        found = msgspec.json.decode(read_bytes(run_dir / "progress.json"))
-    except (OSError, msgspec.DecodeError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def progress_note(progress: dict[str, Any]) -> str:
+def progress_note(progress: RunProgress | None) -> str:
     """Loss, img/s and data-wait of a running cell."""
     parts = []
-    if progress.get("loss") is not None:
-        parts.append(f"loss {progress['loss']:.3f}")
-    if progress.get("images_per_s") is not None:
-        parts.append(f"{progress['images_per_s']:.0f} img/s")
-    if progress.get("data_wait") is not None:
-        parts.append(f"wait {progress['data_wait']:.0%}")
+    if progress is not None and progress.loss is not None:
+        parts.append(f"loss {progress.loss:.3f}")
+    if progress is not None and progress.images_per_s is not None:
+        parts.append(f"{progress.images_per_s:.0f} img/s")
+    if progress is not None and progress.data_wait is not None:
+        parts.append(f"wait {progress.data_wait:.0%}")
     return "  ".join(parts) or "starting"

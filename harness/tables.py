@@ -14,16 +14,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pandas as pd
 
 from harness import config
-from harness.files import read_bytes, refusal, trouble
+from harness.files import refusal, trouble
+from harness.readback import PlannedCell, read_plan
 from harness.record import read_record
 from harness.types import RunRecord, UserError
 
 BASELINE = "supervised"
 ALL_LABELS = 100.0
+UNKNOWN_SHARE = 0.0  # no run has labels for no image
+
+GIVEN = ("ids", "full")  # split protocols that are told what is labelled, and draw nothing
 
 # Runs that differ in one of these are never shown in one table.
 TABLE_KEYS = (
@@ -55,6 +58,7 @@ class Run:
     record: RunRecord
     folder: Path | None
     variant: str = ""  # what its configuration has that others of the same method have not
+    share: float = UNKNOWN_SHARE  # percentage of the images that are labelled, by which it stands in a column
 
 
 @dataclass
@@ -139,6 +143,11 @@ class Section:
         suite = f"suite {self.keys['suite']}" if self.keys["suite"] else "single runs"
         return f"{self.keys['dataset']}, split protocol {self.keys['protocol']}, {suite}"
 
+    def column(self, percent: float) -> str:
+        """The heading of a column: "10 %"; the protocol is named where it does not draw by a percentage."""
+        text = "share unknown" if percent == UNKNOWN_SHARE else f"{percent:g} %"
+        return f"{text} ({self.keys['protocol']})" if self.keys["protocol"] in GIVEN else text
+
     def distinct(self, key: str) -> list[Any]:
         """The different values of a record's field, in order."""
         values = {json.dumps(getattr(run.record, key), default=str): getattr(run.record, key) for run in self.runs}
@@ -168,8 +177,9 @@ def load(folder: Path) -> tuple[list[Section], list[str]]:
             problems.append(str(error))
     if not runs:
         raise UserError(f"{problems[0] if problems else f'there is no record.json below {folder}'}")
-    runs += planned_without_record(folder, runs)
+    runs += planned_without_record(folder, runs, problems)
     runs = _without_copies(runs, problems)
+    _set_shares(runs)
     by_table: dict[str, list[Run]] = {}
     for one in runs:
         keys = [getattr(one.record, key) for key in TABLE_KEYS]
@@ -194,29 +204,62 @@ def find_records(folder: Path, problems: list[str] | None = None) -> Iterator[Pa
             folders.clear()
 
 
-def planned_without_record(folder: Path, runs: list[Run]) -> list[Run]:
-    """The cells that a suite planned and that left no record, each with the reason."""
+def planned_without_record(folder: Path, runs: list[Run], problems: list[str]) -> list[Run]:
+    """The cells that a suite planned and that left no record, each with the reason; adds plans that are damaged."""
     known = {(run.record.suite, run.record.cell) for run in runs}
     found = []
     for path in sorted(folder.rglob("suite.json")):
         try:
-            plan = msgspec.json.decode(read_bytes(path))
-        except (OSError, msgspec.DecodeError):
+            plan = read_plan(path)
+        except UserError as error:
+            problems.append(str(error))
             continue
-        for cell in plan["cells"]:
-            if (plan["suite"], cell["name"]) in known:
-                continue
-            alike = [
-                r.record for r in runs if r.record.suite == plan["suite"] and r.record.protocol == cell["protocol"]
-            ]
-            same = [r for r in alike if r.dataset == cell["dataset"]]
-            template = (same or alike or [RunRecord(dataset=cell["dataset"], protocol=cell["protocol"])])[0]
-            record = RunRecord(**{key: getattr(template, key) for key in TABLE_KEYS})
-            record.suite, record.cell, record.method = plan["suite"], cell["name"], cell["method"]
-            record.percent, record.fold, record.seed = cell["percent"], cell["fold"], cell["seed"]
-            record.status, record.error = cell["state"], cell["reason"] or "not run"
-            found.append(Run(record, None))
+        of_suite = [run.record for run in runs if run.record.suite == plan.suite]
+        for cell in plan.cells:
+            if (plan.suite, cell.name) not in known:
+                found.append(Run(_planned_record(plan.suite, cell, of_suite), None))
     return found
+
+
+def _planned_record(suite: str, cell: PlannedCell, of_suite: list[RunRecord]) -> RunRecord:
+    """A record for a cell that left none, to stand in the table of the suite's other records."""
+    alike = [record for record in of_suite if record.protocol == cell.protocol]
+    same = [record for record in alike if record.dataset == cell.dataset]
+    template = (same or alike or [RunRecord(dataset=cell.dataset, protocol=cell.protocol)])[0]
+    record = RunRecord(**{key: getattr(template, key) for key in TABLE_KEYS})
+    record.suite, record.cell, record.method = suite, cell.name, cell.method
+    record.percent, record.fold, record.seed = cell.percent, cell.fold, cell.seed
+    record.status, record.error = cell.state, cell.reason or "not run"
+    return record
+
+
+def _set_shares(runs: list[Run]) -> None:
+    """Sets each run's share: what was asked for, or counted where the protocol is given ids and asks for none."""
+    totals: dict[str, int] = {}
+    for run in runs:  # of one split all runs count the same images, but a method may leave some unlabelled ones out
+        record = run.record
+        images = record.labeled_images + record.unlabeled_images
+        totals[record.split_sha256] = max(totals.get(record.split_sha256, 0), images)
+    counted: dict[Any, float] = {}  # percent in the configuration -> share, for cells that left no record
+    for run in runs:
+        record = run.record
+        if record.protocol == "full":
+            run.share = ALL_LABELS
+        elif record.protocol != "ids" and record.percent is not None:
+            run.share = record.percent
+        elif record.labeled_images:
+            run.share = float(f"{100 * record.labeled_images / totals[record.split_sha256]:.3g}")
+            counted[_asked(record)] = run.share
+    for run in runs:
+        if run.folder is None and run.share == UNKNOWN_SHARE:
+            run.share = counted.get(run.record.percent, UNKNOWN_SHARE)
+
+
+def _asked(record: RunRecord) -> float | None:
+    """split.percent of a run's configuration."""
+    split = record.config.get("split")
+    asked = split.get("percent") if isinstance(split, dict) else None
+    return asked if isinstance(asked, int | float) else None
 
 
 def _without_copies(runs: list[Run], problems: list[str]) -> list[Run]:
@@ -265,7 +308,7 @@ def _place(method: str) -> tuple[int, str]:
 def _section(runs: list[Run]) -> Section:
     """Sorts the runs that share a table into rows and columns."""
     methods = sorted({run.record.method for run in runs}, key=_place)
-    percents = sorted({run.record.percent for run in runs})
+    percents = sorted({run.share for run in runs})
     columns = [percent for percent in percents if percent < ALL_LABELS] or percents
     rows, reference = [], []
     for method in methods:
@@ -275,7 +318,7 @@ def _section(runs: list[Run]) -> Section:
             row = Row(method, variant, {})
             extra = Row(method, variant, {})
             for percent in percents:
-                here = [run for run in own if run.variant == variant and run.record.percent == percent]
+                here = [run for run in own if run.variant == variant and run.share == percent]
                 cell = _cell(percent, here, runs)
                 if percent in columns:
                     row.cells[percent] = cell
@@ -319,7 +362,7 @@ def _baseline_of(record: RunRecord, runs: list[Run]) -> RunRecord | None:
 
 def first_line(text: str | None) -> str:
     """The first line of an error, not too long for a table."""
-    line = (text or "no reason recorded").strip().splitlines()[0]
+    line = ((text or "").strip() or "no reason recorded").splitlines()[0]
     return line if len(line) <= 200 else line[:197] + "..."
 
 

@@ -193,7 +193,7 @@ class RunRecord:
     dataset_sha256: str = ""
     val_sha256: str = ""
     protocol: str = ""
-    percent: float = 0.0
+    percent: float | None = 0.0  # None where the split is given as ids, whose share nobody asked for
     fold: int = 0
     split_sha256: str = ""
     labeled_images: int = 0

@@ -54,6 +54,40 @@ def test_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path, damage: str
     assert state["step"] == 1
 
 
+def test_stray_files_are_left_alone(tmp_path: Path) -> None:
+    own = checkpoint.save(tmp_path, _state(3), keep=1, keep_every=None)
+    folder = own.parent
+    for name in ("step-00000004 (copy).pt", "step-abc.pt", ".step-00000005.pt.swp", "step-00000006.pt~", "step-7.pt"):
+        (folder / name).write_bytes(b"x")
+    (folder / "step-00000009.pt").mkdir()
+    assert checkpoint.checkpoints(tmp_path) == [own]
+    assert checkpoint.find(tmp_path) == own
+    checkpoint.save(tmp_path, _state(8), keep=1, keep_every=None)
+    assert len(list(folder.iterdir())) == 7  # the six, and the new one
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"step": "2"}, "step: Expected `int`"),
+        ({"step": 3}, "its steps are 3, 2"),
+        ({"step": -1}, "step: Expected `int` >= 0"),
+        ({"method": {"w": 1.0}}, "method.*Expected `Tensor`"),
+        ({"identity": {"config": 1}}, "identity.*Expected `str`"),
+        ({"counters": {"step": 9}}, "its steps are 2, 9, 2"),
+        ({"counters": {"luck": 9}}, "unknown key luck"),
+        ({"counters": [1]}, "counters: Expected"),
+        ({"optimizer": 1}, "optimizer: Expected"),
+    ],
+)
+def test_content_of_another_kind_is_named(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    path = checkpoint.save(tmp_path, _state(2), keep=1, keep_every=None)
+    torch.save(_state(2) | changes, path)
+    with pytest.raises(UserError, match=words) as caught:
+        checkpoint.read(path)
+    assert str(path) in str(caught.value)
+
+
 def test_full_disk_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint.save(tmp_path, _state(1), keep=1, keep_every=None)
 

@@ -517,7 +517,7 @@ ID_FILES: dict[str, tuple[str | None, str, Any]] = {
     "not JSON": ("[1, 2", "ids.json", "is not JSON"),
     "other JSON": ('{"ids": []}', "ids.json", "is neither a list"),
     "names": ("a.jpg\nb.jpg\n", "ids.txt", "no image id"),
-    "images without ids": ('{"images": ["a"]}', "x.json", "images without an id"),
+    "images without ids": ('{"images": ["a"]}', "x.json", "whose images have ids"),
     "unknown id": ("[99]", "ids.json", "first 99, are not in the dataset"),
 }
 

@@ -17,8 +17,8 @@ _numbers = st.none() | st.floats(0, 100)
 
 @given(
     ap=_numbers,
-    stall=_numbers,
-    percent=st.floats(0.01, 100),
+    stall=st.none() | st.floats(0, 1),
+    percent=st.none() | st.floats(0.01, 100),
     error=st.none() | st.text(),
     resumed=st.lists(st.integers(0, 10**6)),
     config=st.dictionaries(st.text(), st.none() | st.integers(-(2**53), 2**53) | st.text() | st.lists(st.booleans())),
@@ -51,6 +51,11 @@ def test_numbers_stay_numbers(tmp_path):
         (b'{"schema_version": 1, "flavour": 1}', "unknown key 'flavour'"),
         (b'{"schema_version": 1, "ap": "12.3"}', "damaged"),
         (b'{"schema_version": 1, "status": "fine"}', "status is 'fine'"),
+        (b'{"schema_version": 1, "status": "ok"}', "the key suite is missing"),
+        (b'{"schema_version": 1, "status": "ok", "fold": -1}', "the key suite"),
+        (b'{"schema_version": 1, "config": ' + b"[" * 60 + b"]" * 60 + b"}", "nested more than 50"),
+        (b'{"schema_version": 1, "config": ' + b"[" * 9999 + b"]" * 9999 + b"}", "nested too deeply"),
+        (b'{"schema_version": 1, "environment": {"gpus": "A100"}}', "gpus: Expected `array|null`"),
     ],
 )
 def test_bad_records_are_named(tmp_path, content, words):

@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from harness import formatting, plots, report, tables
+from harness.readback import read_metrics
 from harness.record import write_record
 from harness.types import RunRecord, UserError
 
@@ -272,9 +273,9 @@ def write_curves(run_dir):
 
 def test_curves_are_read_from_metrics(tmp_path):
     write_curves(tmp_path)
-    lines = plots.read_metrics(tmp_path)
+    lines = read_metrics(tmp_path).lines
     assert plots.eval_curve(lines, "teacher").to_dict() == dict.fromkeys(range(10, 101, 10), 2.0)
-    assert plots.train_curve(lines, "loss")[10] == 10.0
+    assert plots.loss_curve(lines)[10] == 10.0
     assert plots.pseudo_curves(lines, "precision")["box"][100] == 0.99
     assert set(plots.pseudo_curves(lines, "precision")) == {"box"}  # no label, no precision
     assert plots.pseudo_curves(lines, "recall")["rpn"][100] == 0.0
@@ -354,7 +355,6 @@ def test_published_numbers_are_marked_and_apart(runs):
         (formatting.seconds, 754, "12.6 min"),
         (formatting.seconds, 9000, "2.5 h"),
         (formatting.metric, "ap_s", "APs"),
-        (formatting.percent, 0.5, "0.5 %"),
     ],
 )
 def test_numbers_to_text(function, value, text):

@@ -24,7 +24,7 @@ import harness.log
 import harness.loggers
 import harness.run
 from detectors.supervised import Supervised
-from harness import checkpoint, pretrain
+from harness import checkpoint, pretrain, readback
 from harness.cli import main
 from harness.train import RunError, stop_signals
 from harness.types import Batch
@@ -313,7 +313,7 @@ def test_folder_in_which_nothing_was_trained_takes_another_configuration(
     assert main(_command(cache, tmp_path / "run", "logging.loggers=[wandb]")) == 2
     assert "wandb, which is not installed" in capfd.readouterr().err
     assert main(_command(cache, tmp_path / "run", "schedule.optimizer.lr=0.001")) == 0
-    assert harness.run._load_yaml(tmp_path / "run" / "config.yaml").schedule.optimizer.lr == 0.001
+    assert readback.read_config(tmp_path / "run").schedule.optimizer.lr == 0.001
 
 
 # Batches of an evaluation: 3 per network, two networks after 6 steps, two at the end.

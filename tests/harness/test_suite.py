@@ -37,7 +37,8 @@ def tell(word):
 record = {"schema_version": 1, "status": "ok", "cell": cell, "suite": os.environ["SSODBENCH_SUITE"], "ap": 50.0,
           "method": given["method"], "percent": float(given["split.percent"]), "fold": int(given["split.fold"]),
           "seed": int(given["seed"]), "dataset": "shapes", "protocol": "soft_teacher", "steps": 6,
-          "config_sha256": plan["sha256"][cell], "config": plan["config"][cell]}
+          "config_sha256": plan["sha256"][cell], "config": plan["config"][cell], "score_threshold": 0.05}
+record |= dict.fromkeys(("preset", "detector", "dataset_sha256", "val_sha256", "split_sha256"), "")
 def write(**changes):
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, "record.json"), "w") as file:
