@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import hashlib
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -286,3 +288,19 @@ def test_caffe_statistics_are_declared():
     assert weights.CAFFE.bgr
     assert weights.CAFFE.std == (1.0, 1.0, 1.0)
     assert isinstance(ResNetBackbone(18, "group", 0), nn.Module)
+
+
+def test_a_damaged_download_is_named_and_made_again(tmp_path, monkeypatch, caplog):
+    content = b"weights" * 100
+    path = tmp_path / "weights" / f"resnet18-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    path.parent.mkdir()
+    known = SimpleNamespace(IMAGENET1K_V1=SimpleNamespace(url=f"https://example.org/{path.name}"))
+    monkeypatch.setattr(weights, "models", SimpleNamespace(ResNet18_Weights=known))
+    there = []
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *_, **__: there.append(path.exists()) or {})
+    path.write_bytes(content)
+    weights._download(18, tmp_path)
+    path.write_bytes(bytes([content[0] ^ 4]) + content[1:])
+    weights._download(18, tmp_path)
+    assert there == [True, False]
+    assert f"{path} are damaged" in caplog.text
