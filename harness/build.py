@@ -92,7 +92,12 @@ def pipeline(
 
 
 def sampler(
-    cfg: DictConfig, views: Views, unlabeled_from: int, labeled: int, unlabeled: int, world: World
+    cfg: DictConfig,
+    views: Views,
+    unlabeled_from: int,
+    labeled: ImageSource,
+    unlabeled: ImageSource | None,
+    world: World,
 ) -> BatchSampler:
     """Which images each step draws.
 
@@ -111,8 +116,8 @@ def sampler(
     if micro is not None and total % micro:
         raise UserError(f"batch.micro={micro} does not divide the {total} images of a step: choose a divisor")
     drawn = BatchSampler(
-        num_labeled=labeled,
-        num_unlabeled=unlabeled if images else 0,
+        num_labeled=len(labeled),
+        num_unlabeled=len(unlabeled) if unlabeled is not None and images else 0,
         labeled=int(cfg.batch.labeled),
         unlabeled=images,
         micro=micro,
@@ -121,6 +126,8 @@ def sampler(
         anneal_steps=int(cfg.batch.get("anneal_steps", 0)),
         steps=int(cfg.schedule.steps),
         unlabeled_from=unlabeled_from,
+        group=cfg.batch.get("group_by_aspect"),
+        landscape=(_landscape(labeled), _landscape(unlabeled if images else None)),
     )
     if drawn.micro_batches % world.size:
         raise UserError(
@@ -128,6 +135,11 @@ def sampler(
             f"set batch.micro so that their number ({total} images / batch.micro) is a multiple of devices"
         )
     return drawn
+
+
+def _landscape(source: ImageSource | None) -> np.ndarray:
+    """(N,) bool: images that are wider than high, as mmdetection and detectron2 group them."""
+    return np.zeros(0, dtype=bool) if source is None else source.sizes[:, 1] > source.sizes[:, 0]
 
 
 @dataclass
@@ -186,8 +198,7 @@ def experiment(cfg: DictConfig, world: World, data: Data) -> Experiment:
     if cfg.compile:
         for part in trained.networks().values():
             part.backbone.compile()
-    unlabeled = len(data.unlabeled) if data.unlabeled is not None else 0
-    drawn = sampler(cfg, trained.views, trained.unlabeled_from, len(data.labeled), unlabeled, world)
+    drawn = sampler(cfg, trained.views, trained.unlabeled_from, data.labeled, data.unlabeled, world)
     feed = pipeline(cfg, world, network.normalize, trained.views, drawn, data.labeled, data.unlabeled)
     optimizer = build_optimizer(trained.trainable(), cfg.schedule.optimizer)
     return Experiment(cfg, world, data, trained, optimizer, drawn, feed)

@@ -108,14 +108,15 @@ def load(overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()) -> Di
 def stage_one(cfg: DictConfig) -> DictConfig:
     """The configuration of the run that makes a method's pseudo labels: the same but for the method.
 
-    What `offline.stage1_overrides` says differently counts where the command line does not say it.
+    What `offline.stage1_overrides` says differently counts where the command line does not say it. The split is this
+    run's, whatever protocol a preset gives the other method.
     """
     kept = [o for o in cfg.cli.overrides if not re.match(r"[+~]*(method[=./@]|method$|run_dir=)", o)]
     said = {_key(override) for override in kept}
     options = cfg.method.offline
     own = [str(o) for o in options.get("stage1_overrides") or [] if _key(str(o)) not in said]
-    place = f"run_dir={Path(cfg.run_dir) / 'stage1'}"
-    return load([*kept, f"method={options.stage1}", *own, place], list(cfg.cli.config_dirs))
+    place = [f"split.protocol={cfg.split.protocol}", f"run_dir={Path(cfg.run_dir) / 'stage1'}"]
+    return load([*kept, f"method={options.stage1}", *own, *place], list(cfg.cli.config_dirs))
 
 
 def _key(override: str) -> str:

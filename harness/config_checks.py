@@ -84,6 +84,7 @@ _CHOICES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("precision", ("fp32", "bf16")),
     ("evaluation.between", ("all", "reported")),
     ("batch.ratio", ("exact", "bernoulli")),
+    ("batch.group_by_aspect", (None, "joint", "separate")),
     ("split.protocol", ("stac", "soft_teacher", "unbiased_teacher", "ids", "full")),
     ("split.empty_images", (None, "keep", "drop", "drop_unannotated")),
     ("split.crowd_boxes", (None, "keep", "drop")),
