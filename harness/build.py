@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,9 @@ def pipeline(
     sampler: BatchSampler | None = None,
     labeled: ImageSource | None = None,
     unlabeled: ImageSource | None = None,
+    known_bad: Mapping[str, str] | None = None,
 ) -> Pipeline:
-    """A pipeline: for training with all arguments, for evaluation without the last four."""
+    """A pipeline: for training with all arguments, for evaluation without the last five."""
     return _make(
         cfg.pipeline,
         f"pipeline={cfg.pipeline.name}",
@@ -88,6 +90,7 @@ def pipeline(
         rank=world.rank,
         world_size=world.size,
         eval_batch=cfg.evaluation.batch,
+        known_bad=known_bad,
     )
 
 
@@ -153,7 +156,7 @@ class Data:
     unlabeled: ImageSource | None  # without boxes, or with the pseudo labels that were made offline
     hidden: ImageSource | None  # ground truth of the unlabelled images, to measure pseudo labels; no method sees it
     val: ImageSource
-    bad_images: int = 0  # training pictures that the check before training found unusable and left out
+    bad_images: dict[str, str] = field(default_factory=dict)  # file -> reason, as the check before training found them
 
 
 @dataclass
@@ -179,13 +182,20 @@ def data(cfg: DictConfig) -> Data:
     opened = dataset(cfg)
     split = prepare.resolve_split(opened, cfg.split)
     checks = prepare.check(opened, unlabeled=prepare.needs_unlabeled(cfg.split))
-    labeled, unlabeled = prepare.sources(opened, split, cfg.split, checks)
+    bad = prepare.bad_files(opened, checks)
+    if bad and cfg.pipeline.on_bad_image == "error":
+        path, reason = next(iter(bad.items()))
+        raise UserError(
+            f"{path} is {reason}; repair it or take it off the annotations, or set pipeline.on_bad_image=skip"
+        )
+    # Bad pictures stay in their lists, so that what a step draws does not depend on which are bad at the moment.
+    labeled, unlabeled = prepare.sources(opened, split, cfg.split)
     hidden = None
     if unlabeled is not None:
         index = prepare.unlabeled_index(opened, split)
         hidden = index.source(unlabeled.ids) if len(index.boxes) else None
     val = opened.val.source()
-    return Data(opened, split, prepare.policy(cfg.split), labeled, unlabeled, hidden, val, checks.bad_images)
+    return Data(opened, split, prepare.policy(cfg.split), labeled, unlabeled, hidden, val, bad)
 
 
 def experiment(cfg: DictConfig, world: World, data: Data) -> Experiment:
@@ -199,7 +209,8 @@ def experiment(cfg: DictConfig, world: World, data: Data) -> Experiment:
         for part in trained.networks().values():
             part.backbone.compile()
     drawn = sampler(cfg, trained.views, trained.unlabeled_from, data.labeled, data.unlabeled, world)
-    feed = pipeline(cfg, world, network.normalize, trained.views, drawn, data.labeled, data.unlabeled)
+    lists = (data.labeled, data.unlabeled, data.bad_images)
+    feed = pipeline(cfg, world, network.normalize, trained.views, drawn, *lists)
     optimizer = build_optimizer(trained.trainable(), cfg.schedule.optimizer)
     return Experiment(cfg, world, data, trained, optimizer, drawn, feed)
 

@@ -77,6 +77,11 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return sorted((run_dir / "checkpoints").glob("step-*.pt"), key=_step_of)
 
 
+def is_saved(run_dir: Path, step: int) -> bool:
+    """Whether there is a checkpoint of the state after so many steps."""
+    return step in map(_step_of, checkpoints(run_dir))
+
+
 def save(run_dir: Path, state: dict[str, Any], keep: int, keep_every: int | None) -> Path:
     """Writes a checkpoint so that at any moment the folder holds a whole one: temporary name, fsync, rename.
 

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -161,10 +162,25 @@ def _label_with(
     assert isinstance(options, dict)
     thresholds = {str(k): v for k, v in options.items() if k not in _STAGE_ONE}
     try:
-        own = label_offline(reported, pipeline.eval(data.unlabeled, "pseudo"), data.unlabeled, **thresholds)
+        usable = _without(data.unlabeled, data.bad_images)
+        own = label_offline(reported, pipeline.eval(usable, "pseudo"), usable, **thresholds)
     finally:
         pipeline.close()
     return _merge(dist.gather(world, own), data.unlabeled), int(state["step"])
+
+
+def _without(unlabeled: ImageSource, bad: Mapping[str, str]) -> ImageSource:
+    """Unlabelled images but for bad ones: nothing is found in them."""
+    if not bad:
+        return unlabeled
+    rows = [row for row, path in enumerate(unlabeled.paths) if path not in bad]
+    return dataclasses.replace(
+        unlabeled,
+        paths=[unlabeled.paths[row] for row in rows],
+        ids=unlabeled.ids[rows],
+        sizes=unlabeled.sizes[rows],
+        offsets=unlabeled.offsets[: len(rows) + 1],  # all 0
+    )
 
 
 def _merge(parts: list[ImageSource], unlabeled: ImageSource) -> ImageSource:

@@ -37,6 +37,7 @@ def run(cfg: DictConfig) -> int:
     trained = OmegaConf.load(path)
     assert isinstance(trained, DictConfig)
     trained.evaluation, trained.cache_dir = cfg.evaluation, cfg.cache_dir
+    trained.pipeline.on_bad_image = cfg.pipeline.on_bad_image
     world = dist.join(dist.resolve_device(cfg.device, 1))
     torch.set_num_threads(int(cfg.threads))
     opened = build.dataset(trained)

@@ -22,6 +22,10 @@ class UserError(Exception):
     """A mistake in what the user gave: one sentence that names the thing and the remedy; exit code 2, no traceback."""
 
 
+class UnusableImages(UserError):  # noqa: N818  told like any other mistake
+    """A training cannot go on with the pictures as they are; what it has learnt so far is saved first."""
+
+
 @dataclass
 class Target:
     """Boxes of one image."""

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.bad_input import values
+from tests.bad_input import images, values
 from tests.bad_input.case import Case, ids
 
 pytestmark = pytest.mark.timeout(60)
 
-TABLES = [values]
+TABLES = [images, values]
 CASES = [case for table in TABLES for case in table.CASES]
 
 

@@ -251,6 +251,8 @@ def test_bad_training_pictures_are_left_out(tmp_path: Path) -> None:
     assert checks.bad_images == 2
     split = prepare.resolve_split(dataset, config("soft_teacher", 100))
     assert len(split.labeled_ids) == 20
+    files = prepare.bad_files(dataset, checks)
+    assert files == {str(tmp_path / "train" / "7.jpg"): "missing", str(tmp_path / "train" / "8.jpg"): "empty"}
     labeled, _ = prepare.sources(dataset, split, config("soft_teacher", 100), checks)
     assert sorted(labeled.ids) == [i for i in range(10, 30) if i not in (17, 18)]
 
