@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -73,8 +73,9 @@ def pipeline(
     sampler: BatchSampler | None = None,
     labeled: ImageSource | None = None,
     unlabeled: ImageSource | None = None,
+    known_bad: Mapping[str, str] | None = None,
 ) -> Pipeline:
-    """A pipeline: for training with all arguments, for evaluation without the last four."""
+    """A pipeline: for training with all arguments, for evaluation without the last five."""
     config_checks.check_extras(cfg)
     return _make(
         "pipeline",
@@ -89,6 +90,7 @@ def pipeline(
         rank=world.rank,
         world_size=world.size,
         eval_batch=cfg.evaluation.batch,
+        known_bad=known_bad,
     )
 
 
@@ -103,7 +105,12 @@ def refuse_no_unlabeled(cfg: DictConfig) -> NoReturn:
 
 
 def sampler(
-    cfg: DictConfig, views: Views, unlabeled_from: int, labeled: int, unlabeled: int, world: World
+    cfg: DictConfig,
+    views: Views,
+    unlabeled_from: int,
+    labeled: ImageSource,
+    unlabeled: ImageSource | None,
+    world: World,
 ) -> BatchSampler:
     """Which images each step draws.
 
@@ -119,8 +126,8 @@ def sampler(
     if micro is not None and total % micro:
         raise UserError(f"batch.micro={micro} does not divide the {total} images of a step: choose a divisor")
     drawn = BatchSampler(
-        num_labeled=labeled,
-        num_unlabeled=unlabeled if images else 0,
+        num_labeled=len(labeled),
+        num_unlabeled=len(unlabeled) if unlabeled is not None and images else 0,
         labeled=int(cfg.batch.labeled),
         unlabeled=images,
         micro=micro,
@@ -129,6 +136,8 @@ def sampler(
         anneal_steps=int(cfg.batch.get("anneal_steps", 0)),
         steps=int(cfg.schedule.steps),
         unlabeled_from=unlabeled_from,
+        group=cfg.batch.get("group_by_aspect"),
+        landscape=(_landscape(labeled), _landscape(unlabeled if images else None)),
     )
     if drawn.micro_batches % world.size:
         raise UserError(
@@ -136,6 +145,11 @@ def sampler(
             f"set batch.micro so that their number ({total} images / batch.micro) is a multiple of devices"
         )
     return drawn
+
+
+def _landscape(source: ImageSource | None) -> np.ndarray:
+    """(N,) bool: images that are wider than high, as mmdetection and detectron2 group them."""
+    return np.zeros(0, dtype=bool) if source is None else source.sizes[:, 1] > source.sizes[:, 0]
 
 
 @dataclass
@@ -149,7 +163,7 @@ class Data:
     unlabeled: ImageSource | None  # without boxes, or with the pseudo labels that were made offline
     hidden: ImageSource | None  # ground truth of unlabelled images, as far as it is known; no method sees it
     val: ImageSource
-    bad_images: int = 0  # training pictures that the check before training found unusable and left out
+    bad_images: dict[str, str] = field(default_factory=dict)  # file -> reason, as the check before training found them
     warnings: tuple[str, ...] = ()  # what was found that does not keep a run from being trained
 
 
@@ -177,21 +191,19 @@ def data(cfg: DictConfig) -> Data:
     split = prepare.resolve_split(opened, cfg.split)
     needs_unlabeled = prepare.needs_unlabeled(cfg.split)
     checks = prepare.check(opened, unlabeled=needs_unlabeled)
-    labeled, unlabeled = prepare.sources(opened, split, cfg.split, checks)
+    bad = prepare.bad_files(opened, checks)
+    if bad and cfg.pipeline.on_bad_image == "error":
+        path, reason = next(iter(bad.items()))
+        raise UserError(
+            f"{path} is {reason}; repair it or take it off the annotations, or set pipeline.on_bad_image=skip"
+        )
+    # Bad pictures stay in their lists, so that what a step draws does not depend on which are bad at the moment.
+    labeled, unlabeled = prepare.sources(opened, split, cfg.split)
     hidden = None if unlabeled is None else prepare.known_truth(opened, split, cfg.split, unlabeled)
     warnings = prepare.found_in_files(prepare.parts(opened, needs_unlabeled), checks)
     warnings += prepare.about_split(opened, split, cfg.split, labeled)
-    return Data(
-        opened,
-        split,
-        prepare.policy(cfg.split),
-        labeled,
-        unlabeled,
-        hidden,
-        opened.val.source(),
-        checks.bad_images,
-        tuple(warnings),
-    )
+    val = opened.val.source()
+    return Data(opened, split, prepare.policy(cfg.split), labeled, unlabeled, hidden, val, bad, tuple(warnings))
 
 
 def experiment(cfg: DictConfig, world: World, data: Data) -> Experiment:
@@ -204,9 +216,9 @@ def experiment(cfg: DictConfig, world: World, data: Data) -> Experiment:
     if cfg.compile:
         for part in trained.networks().values():
             part.backbone.compile()
-    unlabeled = len(data.unlabeled) if data.unlabeled is not None else 0
-    drawn = sampler(cfg, trained.views, trained.unlabeled_from, len(data.labeled), unlabeled, world)
-    feed = pipeline(cfg, world, network.normalize, trained.views, drawn, data.labeled, data.unlabeled)
+    drawn = sampler(cfg, trained.views, trained.unlabeled_from, data.labeled, data.unlabeled, world)
+    lists = (data.labeled, data.unlabeled, data.bad_images)
+    feed = pipeline(cfg, world, network.normalize, trained.views, drawn, *lists)
     optimizer = build_optimizer(trained.trainable(), cfg.schedule.optimizer)
     return Experiment(cfg, world, data, trained, optimizer, drawn, feed)
 

@@ -121,6 +121,11 @@ def misfit(path: Path, error: Exception) -> str:
     return f"the checkpoint {path} does not fit this run ({what}): delete it and start again"
 
 
+def is_saved(run_dir: Path, step: int) -> bool:
+    """Whether there is a checkpoint of the state after so many steps."""
+    return step in map(_step_of, checkpoints(run_dir))
+
+
 def save(run_dir: Path, state: dict[str, Any], keep: int, keep_every: int | None) -> Path:
     """Writes a checkpoint so that at any moment the folder holds a whole one: temporary name, fsync, rename.
 

@@ -176,7 +176,8 @@ def _check_stage_one(cfg: DictConfig) -> None:
 def stage_one(cfg: DictConfig) -> DictConfig:
     """The configuration of the run that makes a method's pseudo labels: the same but for the method.
 
-    What `offline.stage1_overrides` says differently counts where the command line does not say it.
+    What `offline.stage1_overrides` says differently counts where the command line does not say it. The split is this
+    run's, whatever protocol a preset gives the other method.
     """
     return load(*_stage_one_arguments(cfg))
 
@@ -186,8 +187,8 @@ def _stage_one_arguments(cfg: DictConfig) -> tuple[list[str], list[str]]:
     said = {_key(override) for override in kept}
     options = cfg.method.offline
     own = [str(o) for o in options.get("stage1_overrides") or [] if _key(str(o)) not in said]
-    place = f"run_dir={Path(cfg.run_dir) / 'stage1'}"
-    return [*kept, f"method={options.stage1}", *own, place], list(cfg.cli.config_dirs)
+    place = [f"split.protocol={cfg.split.protocol}", f"run_dir={Path(cfg.run_dir) / 'stage1'}"]
+    return [*kept, f"method={options.stage1}", *own, *place], list(cfg.cli.config_dirs)
 
 
 def _key(override: str) -> str:

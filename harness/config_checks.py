@@ -38,7 +38,7 @@ GROUPS = {
         "harness.types:Pipeline",
         (
             *("policy", "normalize", "views", "sampler", "labeled", "unlabeled"),
-            *("device", "rank", "world_size", "eval_batch"),
+            *("known_bad", "device", "rank", "world_size", "eval_batch"),
         ),
         ("name",),
     ),

@@ -6,9 +6,10 @@ Text that comes from outside is escaped in `harness.escape`.
 from __future__ import annotations
 
 import base64
+import json
 from typing import Any
 
-from harness.tables import Cell, Row, Section, method_label
+from harness.tables import Cell, Row, Section, borrows_stage_one, method_label
 from harness.types import RunRecord
 
 
@@ -120,6 +121,13 @@ def facts(section: Section) -> list[tuple[str, str]]:
     ]
     deviations = sorted({line for run in section.runs for line in run.record.augment_deviations})
     found += [("augmentation differs from the paper", "; ".join(deviations))] if deviations else []
+    on_cpu = [run.record.environment for run in section.runs if not run.record.environment.get("gpus")]
+    counts = {json.dumps(environment.get("threads")) for environment in on_cpu}
+    if len(counts) > 1 or any(text.startswith("[") for text in counts):
+        found.append(("not of equal rounding", "runs differ in CPU threads, which change the order of sums"))
+    lenders = sorted({method_label(run.record.method) for run in section.runs if borrows_stage_one(run.record)})
+    if lenders:
+        found.append((f"stage 1 of {', '.join(lenders)}", "the supervised baseline of this suite, not the paper's own"))
     machines = sorted({machine(run.record.environment) for run in section.runs})
     found += [
         ("machine", "; ".join(machines)),
@@ -137,7 +145,11 @@ def machine(environment: dict[str, Any]) -> str:
     packages = environment.get("packages", {})
     versions = [f"{name} {packages[name]}" for name in ("torch", "torchvision") if name in packages]
     threads = environment.get("threads", "-")
-    return ", ".join([what, f"{threads} thread{'' if threads == 1 else 's'} per process", *versions])
+    changed = isinstance(threads, list)
+    text = (
+        f"{' then '.join(map(str, threads))} threads" if changed else f"{threads} thread{'' if threads == 1 else 's'}"
+    )
+    return ", ".join([what, f"{text} per process", *versions])
 
 
 def cost_statement(section: Section) -> str:

@@ -6,6 +6,7 @@ EXIF orientation is never applied: COCO's boxes and sizes refer to the stored pi
 from __future__ import annotations
 
 import errno
+import io
 import os
 import stat
 import struct
@@ -31,6 +32,8 @@ _EXAMPLES = 5
 _ORIENTATION = 0x0112  # EXIF tag; 1 is upright, 5 to 8 swap the sides
 _NOT_REGULAR = "not a regular file"  # a FIFO or a device, which may never end
 _TAIL = 64  # bytes at the end in which a whole JPEG has its end marker
+_END = b"\xff\xd9"  # a JPEG's end marker
+_MORE = bytes(np.random.default_rng(0).integers(0, 255, 1 << 16, np.uint8))  # without 0xff: no marker
 _TASK = 64  # pictures handed to a thread at once
 
 T = TypeVar("T")
@@ -72,6 +75,8 @@ def read_header(path: str, decode: bool = False) -> Header:
             header = Header(*image.size, _pixels(image, path), orientation)
             if decode or (image.format == "JPEG" and not _ends(path)):
                 image.load()
+            if decode and image.format == "JPEG" and _is_cut_short(path, image.tobytes()):
+                raise BadImage("cut short, with an end marker put on")
             return header
     except FileNotFoundError as error:
         raise BadImage("missing") from error
@@ -114,7 +119,24 @@ def _ends(path: str) -> bool:
     with open(path, "rb") as file:
         file.seek(0, os.SEEK_END)
         file.seek(max(0, file.tell() - _TAIL))
-        return b"\xff\xd9" in file.read()
+        return _END in file.read()
+
+
+def _is_cut_short(path: str, pixels: bytes) -> bool:
+    """Whether a JPEG file ends before its last pixels, though its end marker is there.
+
+    Decoders fill up such a picture with grey and report nothing, or write a line to stderr that names no file. It shows
+    when more data is put before the end marker: a whole picture has no use for it and stays the same, one that lacks
+    pixels takes it for them. This costs a second decoding.
+
+    Args:
+        path: the file.
+        pixels: what Pillow decoded it to.
+    """
+    data = Path(path).read_bytes()
+    end = data.rfind(_END)
+    with Image.open(io.BytesIO(data[:end] + _MORE + _END)) as longer:
+        return end > 0 and longer.tobytes() != pixels
 
 
 def check_images(

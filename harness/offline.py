@@ -12,7 +12,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -190,8 +190,9 @@ def _label_with(
     assert isinstance(options, dict)
     thresholds = {str(k): v for k, v in options.items() if k not in _STAGE_ONE}
     try:
-        batches = _until_asked(pipeline.eval(data.unlabeled, "pseudo"), stop)
-        own = label_offline(reported, batches, data.unlabeled, **thresholds)
+        usable = _without(data.unlabeled, data.bad_images)
+        batches = _until_asked(pipeline.eval(usable, "pseudo"), stop)
+        own = label_offline(reported, batches, usable, **thresholds)
     finally:
         pipeline.close()
     parts = dist.gather(world, (own, stop.signal_number))
@@ -207,6 +208,20 @@ def _until_asked(batches: Iterator[T], stop: StopRequest) -> Iterator[T]:
         if stop.signal_number:
             return
         yield batch
+
+
+def _without(unlabeled: ImageSource, bad: Mapping[str, str]) -> ImageSource:
+    """Unlabelled images but for bad ones: nothing is found in them."""
+    if not bad:
+        return unlabeled
+    rows = [row for row, path in enumerate(unlabeled.paths) if path not in bad]
+    return dataclasses.replace(
+        unlabeled,
+        paths=[unlabeled.paths[row] for row in rows],
+        ids=unlabeled.ids[rows],
+        sizes=unlabeled.sizes[rows],
+        offsets=unlabeled.offsets[: len(rows) + 1],  # all 0
+    )
 
 
 def _merge(parts: list[ImageSource], unlabeled: ImageSource) -> ImageSource:

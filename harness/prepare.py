@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -168,7 +169,7 @@ def sources(
         dataset: what was split.
         split: from `resolve_split`.
         split_config: for its policy.
-        checks: from `check`; pictures found bad are left out.
+        checks: from `check`, to leave pictures out that were found bad; a training draws from whole lists instead.
 
     Returns:
         Labelled images with boxes; unlabelled images without, or None where there is none.
@@ -202,6 +203,19 @@ def known_truth(
 def _without(ids: np.ndarray, checks: Checks | None, part: str) -> np.ndarray:
     bad = list(checks.pictures[part].bad) if checks and part in checks.pictures else []
     return ids[~np.isin(ids, bad)] if bad else ids
+
+
+def bad_files(dataset: Dataset, checks: Checks) -> dict[str, str]:
+    """File -> reason of every picture that was found bad, as `ImageSource.paths` name it."""
+    found: dict[str, str] = {}
+    for part, index in parts(dataset, "unlabeled" in checks.pictures).items():
+        bad = checks.pictures[part].bad
+        rows = index.positions(list(bad)).tolist()
+        found |= {
+            os.path.join(index.image_dir, index.file_names[row]): reason
+            for row, reason in zip(rows, bad.values(), strict=True)
+        }
+    return found
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import fcntl
 import os
 import resource
 import shlex
@@ -104,9 +105,12 @@ class _Session:
     def run(self) -> int:
         """Resumes or starts, trains, evaluates, records."""
         dist.on_every_rank(self.world, self._resume)
+        threads = self.counters.threads
+        threads += [torch.get_num_threads()] if torch.get_num_threads() not in threads else []
+        self.record.environment["threads"] = threads[0] if len(threads) == 1 else list(threads)
         try:
             dist.from_main(self.world, self._open)
-            train(self.run_, self.counters, self.log, self.stop, self._save, self._evaluate)
+            train(self.run_, self.counters, self.log, self.stop, self._save, self._evaluate, self._rescue)
             self._evaluate()
             self._finish()
             self._close_log()
@@ -175,13 +179,28 @@ class _Session:
             checkpoint.take_up(self.run_.optimizer, state["optimizer"])
             self.run_.pipeline.load_state(state["pipeline"])
             self.counters = Counters(**state["counters"])
+            self._warn_of_threads()
         except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:  # whatever a load may find
             raise UserError(checkpoint.misfit(checkpoint.path_of(self.run_dir, state["step"]), error)) from error
         if self.counters.step < self.cfg.schedule.steps:
             self.counters.resumed_from.append(self.counters.step)
         say(self.world, f"continuing from step {self.counters.step} of {self.cfg.schedule.steps}")
 
-    def _state(self) -> dict[str, Any]:
+    def _warn_of_threads(self) -> None:
+        """Says so where steps to come are rounded in another way than those of the run so far.
+
+        PyTorch splits the sums of matrix products and of convolutions' weight gradients by the number of CPU threads.
+        """
+        before, now = self.counters.threads, torch.get_num_threads()
+        if self.world.device.type == "cpu" and before and now not in before:
+            say(
+                self.world,
+                f"ssodbench: warning: this run was computed with threads={', '.join(map(str, before))} and goes on "
+                f"with threads={now}: sums are added up in another order, so that its weights will not be those of one "
+                "number of threads; the record says so",
+            )
+
+    def _state(self, pipeline: dict[str, Any]) -> dict[str, Any]:
         self.counters.wall_seconds += time.perf_counter() - self.started
         self.started = time.perf_counter()
         return {
@@ -189,7 +208,7 @@ class _Session:
             "identity": self._identity(),
             "method": self.run_.method.state_dict(),
             "optimizer": self.run_.optimizer.state_dict(),
-            "pipeline": self._pipeline_state(),
+            "pipeline": pipeline,
             "counters": dataclasses.asdict(self.counters),
             "detector": self.run_.method.networks()[self.run_.method.reported].name,
             "classes": list(self.run_.data.dataset.train.category_names),
@@ -203,8 +222,20 @@ class _Session:
 
     def _save(self) -> None:
         keep = self.cfg.checkpointing
-        state = self._state()
+        state = self._state(self._pipeline_state())
         dist.from_main(self.world, lambda: checkpoint.save(self.run_dir, state, keep.keep, keep.keep_every) and None)
+
+    def _rescue(self) -> None:
+        """Saves from this rank alone, unless the step is saved: all ranks have the same method and optimiser."""
+        keep, pipeline = self.cfg.checkpointing, self.run_.pipeline.state()
+        pipeline["bad_images"] = self.bad_images | pipeline["bad_images"]
+        folder = os.open(self.run_dir, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)  # one rank after the other
+            if not checkpoint.is_saved(self.run_dir, self.counters.step):
+                checkpoint.save(self.run_dir, self._state(pipeline), keep.keep, keep.keep_every)
+        finally:
+            os.close(folder)
 
     def _evaluate(self) -> None:
         """Scores the networks: at the end all, before it those that `evaluation.between` names."""
@@ -259,7 +290,7 @@ class _Session:
         record.peak_memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         if world.device.type == "cuda":
             record.peak_gpu_memory_mb = torch.cuda.max_memory_allocated() / 2**20
-        record.bad_images = self.run_.data.bad_images + len(self.bad_images.keys() | self.run_.pipeline.bad_images)
+        record.bad_images = len(self.run_.data.bad_images | self.bad_images | self.run_.pipeline.bad_images)
         if world.is_main or alone:
             write_record(self.run_dir / "record.json", record)
 

@@ -49,6 +49,7 @@ class Batch:
     micro: Images | None
     ratio: Literal["exact", "bernoulli"]
     anneal_steps: Annotated[int, Limits(ge=0, le=10**9)]
+    group_by_aspect: Literal["joint", "separate"] | None
 
 
 @dataclass(frozen=True, kw_only=True)

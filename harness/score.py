@@ -55,6 +55,7 @@ def run(cfg: DictConfig) -> int:
     trained.evaluation = cfg.evaluation
     if "pipeline" in given:
         trained.pipeline = cfg.pipeline
+    trained.pipeline.on_bad_image = cfg.pipeline.on_bad_image
     method = build.method(trained, build.detector(trained, len(classes))).to(world.device)
     try:
         method.load_state_dict(state["method"])

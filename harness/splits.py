@@ -148,8 +148,9 @@ def _lookup(table: Any, number: float, key: str) -> Any:
     """The entry of a JSON object whose key, a string, is this number."""
     if not isinstance(table, Mapping):
         raise UserError(
-            "split.protocol=unbiased_teacher needs split.index_file, a JSON file {percent: {fold: [positions]}} "
-            "such as Unbiased Teacher's dataseed/COCO_supervision.txt"
+            "split.protocol=unbiased_teacher needs split.index_file, a JSON file {percent: {fold: [positions]}}: for "
+            "COCO take dataseed/COCO_supervision.txt from https://github.com/facebookresearch/unbiased-teacher, or set "
+            "split.protocol=stac"
         )
     for name, entry in table.items():
         try:

@@ -139,6 +139,10 @@ def plan(cfg: DictConfig) -> list[Cell]:
     composed = {method: config.load(extra[method], config_dirs) for method in named}
     for of_method in composed.values():
         config_checks.check_devices(of_method)
+    protocols = {method: str(of_method.split.protocol) for method, of_method in composed.items()}
+    if len(set(protocols.values())) > 1:
+        listed = ", ".join(f"{method} {protocol}" for method, protocol in protocols.items())
+        raise UserError(f"the methods of a suite share one split protocol, not {listed}: set split.protocol=NAME")
     cells = []
     for percent, fold, seed, method in wanted:
         number = fold if seed is None else seed

@@ -51,6 +51,14 @@ def method_label(name: str) -> str:
     return _LABELS.get(name, name.replace("_", " ").title())
 
 
+def borrows_stage_one(record: RunRecord) -> bool:
+    """Whether a run of the paper's preset took its pseudo labels from a suite's baseline, not the paper's stage 1."""
+    method = record.config.get("method")
+    offline = method.get("offline") if isinstance(method, dict) else None
+    in_suite = record.suite is not None and record.preset == "paper"
+    return in_suite and isinstance(offline, dict) and not offline.get("stage1_overrides")
+
+
 @dataclass
 class Run:
     """One record, and its folder (None for a cell that left no record)."""
@@ -114,7 +122,10 @@ class Row:
     @property
     def label(self) -> str:
         """The method's name, with what is particular about its configuration."""
-        return method_label(self.method) + (f" ({self.variant})" if self.variant else "")
+        borrows = any(borrows_stage_one(run.record) for cell in self.cells.values() for run in cell.runs)
+        notes = [self.variant, "stage 1: the suite's baseline" if borrows else ""]
+        shown = ", ".join(note for note in notes if note)
+        return method_label(self.method) + (f" ({shown})" if shown else "")
 
 
 @dataclass

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from detectors.method import Method
 from detectors.pseudo_labels import quality, unknown_quality
 from harness.boxes import transform_source
 from harness.build import Experiment
@@ -32,7 +33,7 @@ from harness.config import evaluation_interval
 from harness.dist import FlatGradients, average_buffers, average_values, on_all_ranks
 from harness.log import RunLog
 from harness.optim import learning_rate_factor, set_learning_rate
-from harness.types import Batch, RunError
+from harness.types import Batch, RunError, UnusableImages
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +114,7 @@ class Counters:
     eval_seconds: float = 0.0
     wall_seconds: float = 0.0
     resumed_from: list[int] = field(default_factory=list)
+    threads: list[int] = field(default_factory=list)  # CPU threads that steps were computed with, in order of first use
     # precision, recall and IoU of the pseudo labels, summed over measurements in the last tenth of the schedule
     pseudo: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
     pseudo_count: int = 0
@@ -178,8 +180,15 @@ class StepFlags:
             RunError: a loss or the gradient of `taken` or of the step before is not finite.
         """
         self._unread.append((taken, *self._copy(taken.norm)))
+        return self._read(keep=int(self._late and not at_once))
+
+    def read_rest(self) -> None:
+        """Takes the flags that are not known yet; raises as `read` does."""
+        self._read(keep=0)
+
+    def _read(self, keep: int) -> bool:
         stop = False
-        while len(self._unread) > int(self._late and not at_once and not stop):
+        while len(self._unread) > (0 if stop else keep):
             known, values, event = self._unread.popleft()
             if event is not None:
                 event.synchronize()
@@ -207,6 +216,7 @@ def train(
     stop: StopRequest,
     save: Callable[[], None],
     evaluate: Callable[[], None],
+    rescue: Callable[[], None],
 ) -> None:
     """Trains from `counters.step` to the end of the schedule.
 
@@ -217,14 +227,34 @@ def train(
         stop: looked at after every step.
         save: writes a checkpoint.
         evaluate: scores the networks and logs that; raises Interrupted when asked to stop.
+        rescue: writes a checkpoint from this rank alone, whatever the others do.
 
     Raises:
         RunError: a loss or the gradient is not finite.
+        UnusableImages: the pictures have gone; the state after the last step is saved.
         Interrupted: after a request to stop; the state is saved.
     """
-    cfg, method = run.cfg, run.method
-    gradients = FlatGradients(method.trainable(), run.sampler.micro_batches)
+    gradients = FlatGradients(run.method.trainable(), run.sampler.micro_batches)
     flags = StepFlags(run, gradients.flags, late=run.world.device.type == "cuda")
+    try:
+        _steps(run, counters, log, stop, save, evaluate, gradients, flags)
+    except UnusableImages as error:
+        flags.read_rest()
+        raise _rescued(error, counters.step, rescue) from error
+
+
+def _steps(
+    run: Experiment,
+    counters: Counters,
+    log: RunLog | None,
+    stop: StopRequest,
+    save: Callable[[], None],
+    evaluate: Callable[[], None],
+    gradients: FlatGradients,
+    flags: StepFlags,
+) -> None:
+    """The loop of `train`."""
+    cfg, method = run.cfg, run.method
     batches = run.pipeline.train(counters.step)
     method.train()
     interval = evaluation_interval(cfg)
@@ -234,7 +264,6 @@ def train(
         begin = time.perf_counter()
         rate = cfg.schedule.optimizer.lr * learning_rate_factor(step, cfg.schedule)
         set_learning_rate(run.optimizer, rate)
-        method.before_step(step)
         gradients.zero()
         work = accumulate(run, batches, step, gradients)
         losses, metrics, waited = work.losses, work.metrics, work.waited
@@ -272,6 +301,19 @@ def train(
             save()
 
 
+def _rescued(error: UnusableImages, step: int, rescue: Callable[[], None]) -> UnusableImages:
+    """Saves what was learnt before the pictures went; the error with what became of that."""
+    if step == 0:
+        return error
+    try:
+        rescue()
+    except (RunError, OSError) as other:
+        return UnusableImages(f"{error}; the state could not be saved: {other}")
+    return UnusableImages(
+        f"{error}; the state after step {step} is saved: start the same command again to continue from it"
+    )
+
+
 def _evaluation_due(steps_done: int, interval: int | None, steps: int) -> bool:
     """Whether the networks are scored after so many steps; the caller of `train` does so at the end."""
     return bool(interval) and 0 < steps_done < steps and steps_done % (interval or 1) == 0
@@ -291,19 +333,30 @@ def _evaluate_or_save(counters: Counters, evaluate: Callable[[], None], save: Ca
 
 
 def accumulate(run: Experiment, batches: Iterator[Batch], step: int, gradients: FlatGradients) -> Work:
-    """Forward and backward of this rank's micro-batches of a step.
+    """The beginning of a step: forward and backward of this rank's micro-batches.
 
     Losses are normalised within a micro-batch, as they were within a GPU in the papers, and averaged over the
     micro-batches of all ranks.
+
+    Raises:
+        UnusableImages: the pictures have gone; the method is as it was before the step.
     """
     count = run.sampler.micro_batches // run.world.size
+    begin = time.perf_counter()
+    first = next(batches)  # before the method changes
+    waited = time.perf_counter() - begin
+    before = _unlearnt(run.method) if count > 1 else {}
+    run.method.before_step(step)
     losses: dict[str, Tensor] = {}
     metrics: dict[str, Tensor] = {}
     taken: list[MicroBatchTaken] = []
-    waited = 0.0
-    for _ in range(count):
+    for number in range(count):
         begin = time.perf_counter()
-        batch = next(batches)
+        try:
+            batch = next(batches) if number else first
+        except UnusableImages:
+            run.method.load_state_dict(before, strict=False)
+            raise
         waited += time.perf_counter() - begin
         with torch.autocast(run.world.device.type, torch.bfloat16, enabled=run.cfg.precision == "bf16"):
             terms, measured = run.method(batch, step)
@@ -317,6 +370,12 @@ def accumulate(run: Experiment, batches: Iterator[Batch], step: int, gradients: 
             for name, value in values.items():
                 into[name] = into.get(name, 0) + value.detach() / count
     return Work(losses, metrics, batch, taken, waited)
+
+
+def _unlearnt(method: Method) -> dict[str, Tensor]:
+    """Copies of what a step changes before the optimiser does: averaged networks and running statistics."""
+    learnt = {name for name, parameter in method.named_parameters() if parameter.requires_grad}
+    return {name: value.clone() for name, value in method.state_dict().items() if name not in learnt}
 
 
 def non_finite(run: Experiment, taken: StepTaken, of_loss: bool) -> RunError:

@@ -26,6 +26,10 @@ class RunError(Exception):
     """What a command cannot go on from, though nothing was wrong with what was given; exit code 1, no traceback."""
 
 
+class UnusableImages(UserError):  # noqa: N818  told like any other mistake
+    """A training cannot go on with the pictures as they are; what it has learnt so far is saved first."""
+
+
 @dataclass
 class Target:
     """Boxes of one image."""

@@ -9,7 +9,7 @@ import itertools
 import logging
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from harness.files import require_regular
 from harness.sampling import BatchSampler, MicroBatch, image_keys
-from harness.types import Batch, ImageSource, Normalize, Target, UserError, View, Views
+from harness.types import Batch, ImageSource, Normalize, Target, UnusableImages, View, Views
 from harness.validate import Limits, Threads
 from pipelines.plan import ViewPlan, boxes_through, plan_view, shrunk_sizes
 from pipelines.policy import Policy
@@ -126,6 +126,8 @@ class BasePipeline:
         prefetch: batches prepared ahead.
         eval_batch: images per batch of `eval`.
         on_bad_image: "skip" replaces a bad image by the next good one of the list, warns and counts; "error" stops.
+        known_bad: files of the two lists that are known to be bad, with the reason: replaced in training without being
+            tried. They stay in their list, so that what a step draws does not depend on them.
     """
 
     name = "base"
@@ -146,6 +148,7 @@ class BasePipeline:
         prefetch: Annotated[int, Limits(ge=0, le=1000)] = 2,
         eval_batch: int = 8,
         on_bad_image: Literal["skip", "error"] = "skip",
+        known_bad: Mapping[str, str] | None = None,
     ) -> None:
         self.policy, self.normalize, self.device = policy, normalize, torch.device(device)
         self.rank, self.world_size, self.threads, self.prefetch = rank, world_size, threads, max(1, prefetch)
@@ -153,7 +156,8 @@ class BasePipeline:
         self._views, self._sampler, self._labeled, self._unlabeled = views, sampler, labeled, unlabeled
         self._drawn = [torch.zeros(len(s) if s is not None else 0, dtype=torch.bool) for s in (labeled, unlabeled)]
         self._open: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
-        self.bad_images: dict[str, str] = {}  # file -> what is wrong with it
+        self._known_bad = dict(known_bad or {})
+        self.bad_images: dict[str, str] = {}  # file -> what is wrong with it; those that were met
         for name in (*views.labeled, *views.unlabeled) if views else ():
             policy.view(name)
 
@@ -184,7 +188,7 @@ class BasePipeline:
         """Endless micro-batches of this rank, from the first one of `start_step` on.
 
         Raises:
-            UserError: if too many images are bad, or one is and `on_bad_image` is "error".
+            UnusableImages: if too many images are bad, or one is and `on_bad_image` is "error".
         """
         assert self._views is not None
         assert self._sampler is not None
@@ -249,14 +253,17 @@ class BasePipeline:
     def eval(self, source: ImageSource, view: str = "test") -> Iterator[tuple[View, Tensor]]:
         """(View, image ids), every image of `source` exactly once over all ranks.
 
-        Targets are the source's boxes, if it is annotated. A bad image comes as an empty (all 0) view.
+        A batch holds images whose views are padded to the same size alone, so that what a network sees of an image does
+        not depend on `eval_batch`; images of one size come in the order of `source`. Targets are the source's boxes, if
+        it is annotated. A bad image comes as an empty (all 0) view.
+
+        Raises:
+            UnusableImages: if an image is bad and `on_bad_image` is "error".
         """
         waiting: deque[Job] = deque()
-        mine = np.arange(self.rank, len(source), self.world_size)
 
         def jobs() -> Generator[Job, None, None]:
-            for start in range(0, len(mine), self.eval_batch):
-                positions = mine[start : start + self.eval_batch]
+            for positions in self._eval_batches(source, view):
                 job = make_job(self.policy, (view,), source, positions, image_keys(0, 0, source.ids[positions]))
                 waiting.append(job)
                 yield job
@@ -268,6 +275,17 @@ class BasePipeline:
             images = rendered if isinstance(rendered, list) else self._blank_bad(job, rendered)
             (result,) = self._assemble(job, images)
             yield result, torch.from_numpy(source.ids[job.positions])
+
+    def _eval_batches(self, source: ImageSource, view: str) -> Iterator[np.ndarray]:
+        """Positions of this rank's images in batches, each of images whose padded views have one size."""
+        plan = plan_view(self.policy.view(view), image_keys(0, 0, source.ids), source.sizes)
+        padded = -(-plan.sizes // PAD)
+        order = np.lexsort((padded[:, 1], padded[:, 0]))  # stable
+        mine = order[self.rank :: self.world_size]
+        changes = np.flatnonzero((np.diff(padded[mine], axis=0) != 0).any(1)) + 1
+        for alike in np.split(mine, changes):
+            for start in range(0, len(alike), self.eval_batch):
+                yield alike[start : start + self.eval_batch]
 
     def render(self, source: ImageSource, view: str, positions: np.ndarray, keys: np.ndarray) -> View:
         """One view of the images at `positions`, drawn by `keys`, with their boxes: for looking at.
@@ -308,15 +326,18 @@ class BasePipeline:
 
     def _good(self, source: ImageSource, positions: np.ndarray) -> np.ndarray:
         """Positions with known bad images replaced by the next good one of the list."""
-        if not self.bad_images:
+        if not self.bad_images and not self._known_bad:
             return positions
         positions = positions.copy()
         for row, position in enumerate(positions):
             steps = 0
-            while source.paths[position] in self.bad_images:
+            while source.paths[position] in self.bad_images or source.paths[position] in self._known_bad:
                 position, steps = (position + 1) % len(source), steps + 1
                 if steps > len(source):
-                    raise UserError("every image of the list is bad; check data.root")
+                    raise UnusableImages(
+                        f"every image of the list is bad, as {source.paths[position]}: put the files there again, or "
+                        "set data.root"
+                    )
             positions[row] = position
         return positions
 
@@ -324,7 +345,9 @@ class BasePipeline:
         """Counts the one image of a job as bad."""
         path = job.paths[0]
         if self.on_bad_image == "error":
-            raise UserError(f"{path}: {error}; repair or remove it, or set pipeline.on_bad_image=skip") from error
+            raise UnusableImages(
+                f"{path}: {error}; repair it or take it off the annotations, or set pipeline.on_bad_image=skip"
+            ) from error
         if path not in self.bad_images:
             logger.warning("bad image skipped: %s: %s", path, error)
             self.bad_images[path] = str(error)
@@ -336,6 +359,16 @@ class BasePipeline:
         """
         if isinstance(rendered, Exception):
             rendered = self._render_now(job)  # another batch's error may have broken this one
+        if not isinstance(rendered, Exception):
+            return job, rendered
+        before = dict(self.bad_images)
+        try:
+            return self._replace_bad(job, rendered)
+        except UnusableImages:
+            self.bad_images = before  # a folder that went away is whole when it is back
+            raise
+
+    def _replace_bad(self, job: Job, rendered: list[Tensor] | Exception) -> tuple[Job, list[Tensor]]:
         while isinstance(rendered, Exception):
             known = len(self.bad_images)
             replaced = self._good(job.source, job.positions)
@@ -362,7 +395,9 @@ class BasePipeline:
         bad = len(self.bad_images)
         if bad >= MIN_BAD_IMAGES and bad > MAX_BAD_SHARE * self.drawn:
             path, reason = next(iter(self.bad_images.items()))
-            raise UserError(f"{bad} of {self.drawn} images drawn so far are bad, as {path}: {reason}; check data.root")
+            raise UnusableImages(
+                f"{bad} of {self.drawn} images drawn so far are bad, as {path}: {reason}; check data.root"
+            )
 
     def state(self) -> dict[str, Any]:
         """What resuming needs beside the step number: the bad images, and which images were drawn."""

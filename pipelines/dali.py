@@ -204,7 +204,9 @@ class DaliPipeline(BasePipeline):
         self, under_way: deque[tuple[Job, _Runner, Exception | None]], runners: dict[tuple[str, ...], deque[_Runner]]
     ) -> list[Tensor] | Exception:
         job, runner, error = under_way.popleft()
-        result = error or runner.collect(job)
+        if error is not None:  # a file could not be read, and the graph was given nothing
+            return error
+        result = runner.collect(job)
         # DALI says that a pipeline is not valid after an error: what it has under way is tried, new jobs get another.
         if isinstance(result, Exception) and runner in runners[job.views]:
             runners[job.views].remove(runner)
@@ -212,8 +214,9 @@ class DaliPipeline(BasePipeline):
 
     def _render_now(self, job: Job) -> list[Tensor] | Exception:
         runner = self._borrow(job)
-        result = runner.submit(job) or runner.collect(job)
-        if not isinstance(result, Exception):
+        error = runner.submit(job)
+        result = error or runner.collect(job)
+        if error is not None or not isinstance(result, Exception):
             self._idle[job.views].append(runner)
         return result
 

@@ -314,3 +314,28 @@ def test_extras_that_are_not_chosen_are_not_needed(monkeypatch: pytest.MonkeyPat
         config_checks.check_extras(cfg, logs=True)
     with pytest.raises(UserError, match=r"ssodbench\[cu13\]"):
         config_checks.check_extras(config.load([]))
+
+
+@pytest.mark.parametrize(
+    ("method", "protocol", "group"),
+    [
+        ("supervised", "soft_teacher", None),
+        ("stac", "stac", None),
+        ("soft_teacher", "soft_teacher", "joint"),
+        ("mean_teacher", "stac", "joint"),
+        ("unbiased_teacher", "unbiased_teacher", "separate"),
+    ],
+)
+def test_papers_take_their_own_split_and_sampler(method: str, protocol: str, group: str | None) -> None:
+    cfg = config.load([f"method={method}", "preset=paper"])
+    assert (cfg.split.protocol, cfg.batch.group_by_aspect) == (protocol, group)
+    given = config.load([f"method={method}", "preset=paper", "split.protocol=ids", "batch.group_by_aspect=null"])
+    assert (given.split.protocol, given.batch.group_by_aspect) == ("ids", None)
+    small = config.load([f"method={method}"])
+    assert (small.split.protocol, small.batch.group_by_aspect) == ("soft_teacher", None)
+
+
+@pytest.mark.parametrize("given", [[], ["split.protocol=soft_teacher"]])
+def test_stage_one_has_the_split_of_the_run(given: list[str]) -> None:
+    cfg = config.load(["method=stac", "preset=paper", *given])
+    assert config.stage_one(cfg).split == cfg.split

@@ -99,6 +99,24 @@ def test_half_a_png_shows_when_it_is_decoded(tmp_path: Path) -> None:
     assert check_images(*arguments, "full").bad == {1: "truncated"}
 
 
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}, {"quality": 30}])
+@pytest.mark.parametrize("share", [0.5, 0.8, 0.97])
+def test_jpeg_cut_short_with_an_end_marker_shows_when_it_is_decoded(
+    tmp_path: Path, options: dict[str, Any], share: float
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (120, 160, 3), np.uint8)
+    path = tmp_path / "a.jpg"
+    Image.fromarray(pixels).save(path, **options)
+    whole = path.read_bytes()
+    arguments: Any = ([str(path)], np.array([1]), np.array([[120, 160]]))
+    assert check_images(*arguments, "full").bad == {}
+    path.write_bytes(whole + b"what a camera puts after the picture")
+    assert check_images(*arguments, "full").bad == {}
+    path.write_bytes(whole[: int(len(whole) * share)] + b"\xff\xd9")
+    assert check_images(*arguments, "headers").bad == {}
+    assert check_images(*arguments, "full").bad == {1: "cut short, with an end marker put on"}
+
+
 @pytest.mark.timeout(60)
 def test_many_pictures(tmp_path: Path) -> None:
     """In order, by threads, each exactly once; quick looks at every file but reads only a sample of headers."""
@@ -334,6 +352,8 @@ def test_bad_training_pictures_are_left_out(tmp_path: Path) -> None:
     assert checks.bad_images == 2
     split = prepare.resolve_split(dataset, config("soft_teacher", 100))
     assert len(split.labeled_ids) == 20
+    files = prepare.bad_files(dataset, checks)
+    assert files == {str(tmp_path / "train" / "7.jpg"): "missing", str(tmp_path / "train" / "8.jpg"): "empty"}
     labeled, _ = prepare.sources(dataset, split, config("soft_teacher", 100), checks)
     assert sorted(labeled.ids) == [i for i in range(10, 30) if i not in (17, 18)]
 

@@ -359,3 +359,31 @@ def test_published_numbers_are_marked_and_apart(runs):
 )
 def test_numbers_to_text(function, value, text):
     assert function(value) == text
+
+
+def test_stage_one_of_a_suite_is_not_the_papers(tmp_path):
+    method = {"name": "stac", "offline": {"stage1": "supervised", "stage1_overrides": []}}
+    changes = {"suite": "coco", "preset": "paper"}
+    make(tmp_path, "supervised", 1, 1, 9.0, **changes)
+    make(tmp_path, "stac", 1, 1, 13.0, config={"method": method}, **changes)
+    own = {**method, "offline": {"stage1": "supervised", "stage1_overrides": ["augment=stac"]}}
+    make(tmp_path / "own", "stac", 1, 1, 14.0, config={"method": own}, suite="mine", preset="paper")
+    report.run(tmp_path, tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| STAC (stage 1: the suite's baseline) | 13.0" in text
+    assert "- stage 1 of STAC: the supervised baseline of this suite, not the paper's own" in text
+    assert "| STAC | 14.0" in text
+    assert text.count("baseline of this suite") == 1
+
+
+@pytest.mark.parametrize(
+    ("threads", "gpus", "told"),
+    [((1, 1), [], False), ((1, 2), [], True), ((1, [1, 2]), [], True), ((1, 2), ["x"], False)],
+)
+def test_other_numbers_of_threads_are_told(tmp_path, threads, gpus, told):
+    for fold, count in enumerate(threads, 1):
+        make(tmp_path, "supervised", 1, fold, 9.0, environment={"threads": count, "gpus": gpus})
+    report.run(tmp_path, tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert ("runs differ in CPU threads" in text) == told
+    assert ("1 then 2 threads per process" in text) == (threads == (1, [1, 2]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -143,6 +144,7 @@ def test_exact_counts_slots_and_burn_in() -> None:
         ((0, 5, 4, 4), "batch.labeled"),
         ((5, 5, 1, 7, 2), "batch.labeled=1"),
         ((5, 5, 4, 4, None, 0, "even"), "batch.ratio=even"),
+        ((5, 5, 4, 4, None, 0, "exact", 0, 0, 0, "both"), "batch.group_by_aspect=both"),
     ],
 )
 def test_impossible_numbers_are_named(arguments: tuple, word: str) -> None:
@@ -173,3 +175,105 @@ def test_annealing_lowers_the_labelled_share_over_the_last_steps():
         BatchSampler(**{**options, "ratio": "exact"}, anneal_steps=5, steps=10)
     with pytest.raises(UserError, match="anneal_steps"):
         BatchSampler(**options, anneal_steps=20, steps=10)
+
+
+LANDSCAPE = (np.arange(40) % 3 > 0, np.arange(300) % 4 > 0)  # 26 of 40 and 225 of 300
+
+
+def grouped(group: str | None, landscape: tuple[np.ndarray, np.ndarray] = LANDSCAPE, **options: Any) -> BatchSampler:
+    arguments = {"labeled": 8, "unlabeled": 16, "micro": 6, "seed": 3, **options}
+    return BatchSampler(len(landscape[0]), len(landscape[1]), group=group, landscape=landscape, **arguments)
+
+
+@pytest.mark.parametrize("ratio", ["exact", "bernoulli"])
+@pytest.mark.parametrize("group", ["joint", "separate"])
+@pytest.mark.parametrize("unlabeled_from", [0, 3])
+def test_grouped_micro_batches_have_one_aspect(ratio: str, group: str, unlabeled_from: int) -> None:
+    """Each list's images of a micro-batch are alike; jointly also those of the two lists; separately not always."""
+    sampler, agree = grouped(group, ratio=ratio, unlabeled_from=unlabeled_from), []
+    for step, micro in itertools.product(range(2, 60), range(4)):
+        drawn = sampler.draw(step, micro)
+        kinds = [set(LANDSCAPE[0][drawn.labeled].tolist()), set(LANDSCAPE[1][drawn.unlabeled].tolist())]
+        assert len(kinds[0]) == 1
+        assert len(kinds[1]) == int(step >= unlabeled_from)
+        agree.append(kinds[0] == kinds[1] or not kinds[1])
+    assert all(agree) == (group == "joint")
+
+
+@pytest.mark.parametrize("ratio", ["exact", "bernoulli"])
+@pytest.mark.parametrize("group", ["joint", "separate"])
+def test_grouped_images_come_once_in_every_epoch_of_their_group(ratio: str, group: str) -> None:
+    for drawn, flags in zip(walk(grouped(group, ratio=ratio), 120), LANDSCAPE, strict=True):
+        for kind in (False, True):
+            own, members = [i for i in drawn if flags[i] == kind], np.flatnonzero(flags == kind).tolist()
+            epochs = [own[i : i + len(members)] for i in range(0, len(own) - len(members) + 1, len(members))]
+            assert len({tuple(epoch) for epoch in epochs}) == len(epochs) > 1
+            assert all(sorted(epoch) == members for epoch in epochs)
+
+
+@pytest.mark.parametrize(("group", "shares"), [("joint", (251 / 340, 251 / 340)), ("separate", (26 / 40, 225 / 300))])
+def test_groups_have_their_shares_of_every_block(group: str, shares: tuple[float, float]) -> None:
+    """Of 64 successive micro-batches, as many as the group's share of both lists, or of its own, to one."""
+    sampler = grouped(group)
+    kinds = []
+    for step, micro in itertools.product(range(96), range(4)):
+        drawn = sampler.draw(step, micro)
+        kinds.append([LANDSCAPE[0][drawn.labeled[0]], LANDSCAPE[1][drawn.unlabeled[0]]])
+    blocks = np.array(kinds).reshape(6, 64, 2).sum(1)
+    assert (np.abs(blocks - 64 * np.array(shares)) < 1).all()
+    patterns = {tuple(block) for block in np.array(kinds)[:, 1].reshape(6, 64).tolist()}
+    assert len(patterns) == 6
+
+
+@pytest.mark.parametrize("group", ["joint", "separate"])
+def test_a_list_without_a_group_gives_images_of_the_other(group: str) -> None:
+    portrait = (np.zeros(5, bool), np.arange(30) % 2 > 0)
+    labeled, unlabeled = walk(grouped(group, portrait), 60)
+    assert set(labeled) == set(range(5))
+    assert set(unlabeled) == set(range(30))
+    assert max(np.bincount(labeled)) - min(np.bincount(labeled)) <= 1
+
+
+@given(st.data())
+@settings(max_examples=12, deadline=None)
+def test_grouped_draw_is_a_pure_function(data: st.DataObject) -> None:
+    options = {
+        "ratio": data.draw(st.sampled_from(["exact", "bernoulli"])),
+        "seed": data.draw(st.integers(0, 99)),
+        "unlabeled_from": data.draw(st.sampled_from([0, 2, 1500])),
+    }
+    group = data.draw(st.sampled_from(["joint", "separate"]))
+    fresh, used = grouped(group, **options), grouped(group, **options)
+    walk(used, 6)
+    step = data.draw(st.integers(0, 3000))
+    used.draw(step // 2)
+    for micro in range(4):
+        a, b = fresh.draw(step, micro), used.draw(step, micro)
+        np.testing.assert_array_equal(a.labeled, b.labeled)
+        np.testing.assert_array_equal(a.unlabeled, b.unlabeled)
+        np.testing.assert_array_equal(a.unlabeled_slots, b.unlabeled_slots)
+
+
+def test_grouped_starts_follow_from_counting_every_step_before() -> None:
+    """Across chunks: the draws of a group, one after the other, are its walk without a gap or a repetition."""
+    sampler = grouped("joint", ratio="bernoulli", unlabeled_from=1000)
+    seen = {(part, kind): 0 for part in range(2) for kind in (False, True)}
+    orders = {(part, kind): grouped("joint")._walks[part] for part, kind in seen}  # the same seed, whatever the ratio
+    for step in range(1100):
+        for micro in range(4):
+            drawn = sampler.draw(step, micro)
+            for part, positions in enumerate((drawn.labeled, drawn.unlabeled)):
+                if not len(positions):
+                    continue
+                kind = bool(LANDSCAPE[part][positions[0]])
+                expected = orders[part, kind](int(kind), seen[part, kind], len(positions))
+                np.testing.assert_array_equal(positions, expected)
+                seen[part, kind] += len(positions)
+
+
+def test_ungrouped_draws_are_those_of_before() -> None:
+    """Vectors of the sampler as it was before it could group."""
+    drawn = BatchSampler(9, 40, 8, 12, micro=5, seed=2, ratio="bernoulli", unlabeled_from=7).draw(1030, 2)
+    assert (drawn.labeled.tolist(), drawn.unlabeled.tolist()) == ([1], [22, 4, 9, 37])
+    drawn = BatchSampler(9, 40, 8, 12, micro=5, seed=2).draw(1030, 2)
+    assert (drawn.labeled.tolist(), drawn.unlabeled.tolist()) == ([6, 8], [2, 14, 5])

@@ -420,6 +420,14 @@ def test_the_suites_that_are_shipped(name):
     assert len({c.name for c in cells}) == len(cells)
     assert all((c.needs is not None) == (c.method == "stac") for c in cells)
     assert len({c.cfg.schedule.steps for c in cells}) == 1  # an equal number of student steps
+    assert {c.cfg.split.protocol for c in cells} == {"stac" if name == "coco" else "soft_teacher"}
+
+
+def test_a_suite_has_one_protocol():
+    chosen = suite.plan(config.load(["suite=coco", "split.protocol=soft_teacher"]))
+    assert {c.cfg.split.protocol for c in chosen} == {"soft_teacher"}
+    with pytest.raises(UserError, match=r"supervised soft_teacher, stac stac, .*: set split.protocol=NAME"):
+        suite.plan(config.load(["suite=quick", "preset=paper"]))
 
 
 SUITE_AND_CELL = """

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
+from detectors.detector import join_views
 from harness.sampling import BatchSampler
-from harness.types import ImageSource, Normalize, Views
+from harness.types import ImageSource, Normalize, View, Views
 from pipelines.base import BasePipeline
 from pipelines.dali import DaliPipeline
 from pipelines.opencv import OpencvPipeline
@@ -114,6 +116,20 @@ def build() -> Iterator[Callable[..., Any]]:
     yield make
     for pipeline in made:
         pipeline.close()
+
+
+@pytest.fixture(scope="session")
+def whole() -> Callable[..., tuple[View, torch.Tensor]]:
+    """All that `eval` gives as one batch in the source's order, padded to a common size: whole(pipeline, source)."""
+
+    def joined(pipeline: BasePipeline, source: ImageSource, view: str = "test") -> tuple[View, torch.Tensor]:
+        views, ids = zip(*pipeline.eval(source, view), strict=True)
+        joint, numbers = join_views(list(views)), torch.cat(ids)
+        order = numbers.argsort()
+        assert (source.ids[1:] > source.ids[:-1]).all()
+        return View(joint.images[order], joint.sizes[order], joint.to_view[order]), numbers[order]
+
+    return joined
 
 
 @pytest.fixture

@@ -75,21 +75,21 @@ def test_backends_agree(name: str, policy_config: Callable[..., Any], training: 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("affine", [None, {"rotate": [-20, 20]}, {"shear_xy": [-20, 20]}, {"translate_x": [-0.3, 0.3]}])
-def test_resampling_agrees_to_one_level(affine: Any, photos: Any, build: Any) -> None:
+def test_resampling_agrees_to_one_level(affine: Any, photos: Any, build: Any, whole: Any) -> None:
     """Without colour operations, hard edges included."""
     resize = {"resize": {"short": {"range": [50, 260], "integer": True}, "max": 300}, "flip": 0.5}
     view = {**resize, "fill": [10, 100, 200], **({"affine": {"one_of": affine}} if affine else {})}
     config = {"name": "x", "color_at": "source", "views": {"v": view}}
-    ((ours, _),) = build("dali", config, eval_batch=23).eval(photos, "v")
+    ours, _ = whole(build("dali", config), photos, "v")
     for backend in ("torchvision", "opencv"):
-        ((theirs, _),) = build(backend, config, eval_batch=23).eval(photos, "v")
+        theirs, _ = whole(build(backend, config), photos, "v")
         assert (ours.images - theirs.images).abs().max() <= 1, backend
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("bgr", [False, True])
 @pytest.mark.parametrize("backend", ["dali", "torchvision", "opencv"])
-def test_erased_regions(backend: str, bgr: bool, photos: Any, build: Any) -> None:
+def test_erased_regions(backend: str, bgr: bool, photos: Any, build: Any, whole: Any) -> None:
     """Constant patches cover exactly the plan's rectangles; noise is the same on every backend."""
     erase = [{"count": [1, 4], "ratio": [0.1, 0.4]}]
     noise = [{"area": [0.05, 0.2], "aspect": [0.5, 2], "noise": True}]
@@ -102,11 +102,11 @@ def test_erased_regions(backend: str, bgr: bool, photos: Any, build: Any) -> Non
     from pipelines.plan import noise_patch, plan_view
 
     normalize = Normalize((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), bgr)
-    pipeline = build(backend, {"name": "x", "views": views}, normalize, eval_batch=23)
+    pipeline = build(backend, {"name": "x", "views": views}, normalize)
     policy = Policy.from_config({"name": "x", "views": views})
-    ((plain, ids),) = pipeline.eval(photos, "plain")
+    plain, ids = whole(pipeline, photos, "plain")
     for name in ("patches", "noise"):
-        ((view, _),) = pipeline.eval(photos, name)
+        view, _ = whole(pipeline, photos, name)
         plan = plan_view(policy.views[name], image_keys(0, 0, ids.numpy()), photos.sizes)
         expected = plain.images.clone()
         step = plan.erase[0]

@@ -181,6 +181,28 @@ def test_evaluation_sees_every_image_once(
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_evaluation_shows_the_same_whatever_the_batch(backend: str, photos: ImageSource, build: Build) -> None:
+    """An image's view has the size and pixels that it has alone, padding included, also where ranks share images."""
+    config = {"name": "x", "views": {"test": {"resize": {"short": 70, "max": 100}}}}
+    alone = {int(ids): view.images[0] for view, ids in build(backend, config, eval_batch=1).eval(photos)}
+    assert len({image.shape for image in alone.values()}) > 3
+    for rank in range(2):
+        batches = list(build(backend, config, eval_batch=8, rank=rank, world_size=2).eval(photos))
+        assert max(len(ids) for _, ids in batches) > 1
+        for view, ids in batches:
+            for image, number in zip(view.images, ids.tolist(), strict=True):
+                assert torch.equal(image, alone[number])
+
+
+@pytest.mark.timeout(60)
+def test_evaluation_of_images_of_one_size_keeps_their_order(photos: ImageSource, build: Build) -> None:
+    config = {"name": "x", "views": {"test": {"resize": {"short": 32, "max": 32}}}}  # one canvas for all
+    batches = [ids.tolist() for _, ids in build("dali", config, eval_batch=5).eval(photos)]
+    assert batches == [photos.ids[start : start + 5].tolist() for start in range(0, 23, 5)]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_evaluation_beside_training(backend: str, training: Any, build: Build, photos: ImageSource) -> None:
     """Evaluating in the middle of training does not disturb it, and an evaluation can be left early."""
     expected = take(build(backend, LIGHT, **training()), 6)
@@ -200,11 +222,11 @@ def test_evaluation_beside_training(backend: str, training: Any, build: Build, p
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_normalization_and_channel_order(backend: str, photos: ImageSource, build: Build) -> None:
+def test_normalization_and_channel_order(backend: str, photos: ImageSource, build: Build, whole: Any) -> None:
     config = {"name": "x", "views": {"test": {}}}
-    ((raw, _),) = build(backend, config, eval_batch=23).eval(photos)
+    raw, _ = whole(build(backend, config), photos)
     mean, std = (10.0, 20.0, 30.0), (2.0, 4.0, 5.0)
-    ((view, _),) = build(backend, config, Normalize(mean, std, bgr=True), eval_batch=23).eval(photos)
+    view, _ = whole(build(backend, config, Normalize(mean, std, bgr=True)), photos)
     expected = ((raw.images - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]).flip(1)
     for got, wanted, (height, width) in zip(view.images, expected, view.sizes.tolist(), strict=True):
         torch.testing.assert_close(got[:, :height, :width], wanted[:, :height, :width], atol=1e-4, rtol=1e-4)

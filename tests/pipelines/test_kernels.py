@@ -137,7 +137,7 @@ def test_normalize() -> None:
 
 
 @pytest.mark.timeout(60)
-def test_rendering_at_once_changes_nothing(build: Any, photos: Any) -> None:
+def test_rendering_at_once_changes_nothing(build: Any, photos: Any, whole: Any) -> None:
     """Noise patches of probability 0 keep the steps apart; all the rest is the same."""
     views: dict[str, dict[str, Any]] = {
         "plain": {"resize": {"short": {"range": [50, 200], "integer": True}, "max": 300}, "flip": 0.5},
@@ -156,7 +156,7 @@ def test_rendering_at_once_changes_nothing(build: Any, photos: Any) -> None:
                 policy = {"name": "x", "color_at": "source", "views": {name: {**view, "erase": erase}}}
                 graph = dali_graph.Graph(Policy.from_config(policy), normalize, gpu=False)
                 assert graph.renders_at_once(graph.policy.views[name]) == (not extra)
-                ((rendered, _),) = build("dali", policy, normalize, eval_batch=23).eval(photos, name)
+                rendered, _ = whole(build("dali", policy, normalize), photos, name)
                 images.append(rendered.images)
             np.testing.assert_allclose(images[0], images[1], rtol=1e-6, atol=1e-6, err_msg=name)
 
