@@ -87,7 +87,7 @@ def _taps(at: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     """
     last = (size - 1)[:, None]
     inside = (at >= -1) & (at <= size[:, None])
-    at = at.clamp(min=0)
+    at = at.nan_to_num(nan=0.0).clamp(min=0)  # what diverged is told by its loss, not by an index that is out of range
     low = torch.minimum(at.floor(), last)
     share = torch.where(low == last, 0.0, at - low)
     index = torch.stack([low, torch.minimum(low + 1, last)], -1).long()

@@ -51,6 +51,14 @@ _CIRCUMSTANCES = (
     "check",
     "export_dir",
 )
+# Keys that came after runs had been made: null is what those did, so that such runs keep their identity. Those of the
+# detector only in torchvision's style; in the others null now means something else than it did.
+_ADDED = (
+    "batch.group_by_aspect",
+    "detector.rpn.low_quality_iou",
+    "detector.rpn.low_quality_of",
+    "detector.rpn.candidates",
+)
 # What of a run a suite varies, and by which key.
 _SUITE_AXES = {
     "method": "suite.methods",
@@ -364,13 +372,21 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
 def without_circumstances(plain: dict[str, Any]) -> dict[str, Any]:
     """`identity` of a configuration that is plain data already, such as a record's; changes what it is given."""
     for dotted in _CIRCUMSTANCES:
-        *parents, last = dotted.split(".")
-        node: Any = plain
-        for parent in parents:
-            node = node.get(parent) if isinstance(node, dict) else None
-        if isinstance(node, dict):
-            node.pop(last, None)
+        _remove(plain, dotted)
+    style = (plain.get("detector") or {}).get("style")
+    for dotted in _ADDED if style == "torchvision" else _ADDED[:1]:
+        _remove(plain, dotted, where_null=True)
     return plain
+
+
+def _remove(plain: dict[str, Any], dotted: str, where_null: bool = False) -> None:
+    """Takes a dotted key out of nested dictionaries, if it is there (and null)."""
+    *parents, last = dotted.split(".")
+    node: Any = plain
+    for parent in parents:
+        node = node.get(parent) if isinstance(node, dict) else None
+    if isinstance(node, dict) and (not where_null or node.get(last) is None):
+        node.pop(last, None)
 
 
 def is_circumstance(key: str) -> bool:

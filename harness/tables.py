@@ -26,7 +26,7 @@ BASELINE = "supervised"
 ALL_LABELS = 100.0
 UNKNOWN_SHARE = 0.0  # no run has labels for no image
 
-GIVEN = ("ids", "full")  # split protocols that are told what is labelled, and draw nothing
+GIVEN = ("ids", "annotated", "full")  # split protocols that are told what is labelled, and draw nothing
 
 # Runs that differ in one of these are never shown in one table.
 TABLE_KEYS = (
@@ -245,32 +245,44 @@ def _planned_record(suite: str, cell: PlannedCell, of_suite: list[RunRecord]) ->
 
 
 def _set_shares(runs: list[Run]) -> None:
-    """Sets each run's share: what was asked for, or counted where the protocol is given ids and asks for none."""
+    """Sets each run's share: the percentage that was drawn by, or that the list of images really is."""
     totals: dict[str, int] = {}
     for run in runs:  # of one split all runs count the same images, but a method may leave some unlabelled ones out
-        record = run.record
-        images = record.labeled_images + record.unlabeled_images
-        totals[record.split_sha256] = max(totals.get(record.split_sha256, 0), images)
-    counted: dict[Any, float] = {}  # percent in the configuration -> share, for cells that left no record
+        images = run.record.labeled_images + run.record.unlabeled_images
+        totals[run.record.split_sha256] = max(totals.get(run.record.split_sha256, 0), images)
+    by_asked: dict[Any, float] = {}  # split.percent of the configuration -> share, for cells that left no record
     for run in runs:
-        record = run.record
-        if record.protocol == "full":
-            run.share = ALL_LABELS
-        elif record.protocol != "ids" and record.percent is not None:
-            run.share = record.percent
-        elif record.labeled_images:
-            run.share = float(f"{100 * record.labeled_images / totals[record.split_sha256]:.3g}")
-            counted[_asked(record)] = run.share
+        run.share = _share(run.record, totals[run.record.split_sha256])
+        if run.folder is not None:
+            by_asked[_split_of(run.record).get("percent")] = run.share
     for run in runs:
-        if run.folder is None and run.share == UNKNOWN_SHARE:
-            run.share = counted.get(run.record.percent, UNKNOWN_SHARE)
+        if run.folder is None and run.record.protocol in GIVEN:
+            run.share = by_asked.get(run.record.percent, UNKNOWN_SHARE)
 
 
-def _asked(record: RunRecord) -> float | None:
-    """split.percent of a run's configuration."""
+def _share(record: RunRecord, images: int) -> float:
+    """The percentage of `images` that a run has labelled; of lists, three digits of it."""
+    if record.protocol == "full":
+        return ALL_LABELS
+    if record.protocol not in GIVEN and record.percent is not None:
+        return record.percent
+    split = _split_of(record)
+    # Older records repeat the percentage of the configuration, which means nothing unless the list was made for it.
+    made_for_it = "{percent}" in str(split.get("index_file")) or "@" in str(split.get("index_file"))
+    share = record.percent if record.percent != split.get("percent") or made_for_it else None
+    if share is None and record.labeled_images:
+        share = 100 * record.labeled_images / images
+    return UNKNOWN_SHARE if share is None else float(f"{share:.3g}")
+
+
+def _split_of(record: RunRecord) -> dict[str, Any]:
+    """`split` of a run's configuration."""
     split = record.config.get("split")
-    asked = split.get("percent") if isinstance(split, dict) else None
-    return asked if isinstance(asked, int | float) else None
+    return {key: value for key, value in split.items() if _is_plain(value)} if isinstance(split, dict) else {}
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, str | int | float)
 
 
 def _without_copies(runs: list[Run], problems: list[str]) -> list[Run]:

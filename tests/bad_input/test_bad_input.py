@@ -16,9 +16,10 @@ pytestmark = pytest.mark.timeout(60)
 NAMES = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if "CASES" in path.read_text())
 TABLES = [importlib.import_module(f"tests.bad_input.{name}") for name in NAMES if name != Path(__file__).stem]
 CASES = [case for table in TABLES for case in table.CASES]
+IDS = [f"{table.__name__.rpartition('.')[2]}: {name}" for table in TABLES for name in ids(table.CASES)]
 
 
-@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+@pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_mistake_is_told_in_one_sentence(case: Case, check: Callable[[Case], None]) -> None:
     check(case)
 

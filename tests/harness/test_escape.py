@@ -132,6 +132,11 @@ def test_csv_gives_the_text_and_no_formula(name: str, number: float) -> None:
     assert float(value) == number  # a negative number stays one
 
 
+@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@x", "\tx", "\rx"])
+def test_formulas_are_guarded(name: str) -> None:
+    assert escape.csv_cell(name) == f"'{name}"
+
+
 @given(NAMES)
 def test_rich_prints_the_name_itself(name: str) -> None:
     console = Console(file=io.StringIO(), width=500, force_terminal=False)

@@ -247,18 +247,29 @@ CONFIG: list[str] = []
 
 def test_ids_stand_under_the_share_that_they_are(tmp_path: Path) -> None:
     """20 of 128 images are 15.6 %, whatever split.percent says; a method may leave unlabelled images out."""
-    ids = {"protocol": "ids", "labeled_images": 20, "split_sha256": "s"}
-    for percent, cell in ((10.0, "a"), (None, "a"), (15.625, "a")):
-        record = _record(cell, "supervised", unlabeled_images=108, percent=percent, **ids)
+    ids = {"labeled_images": 20, "split_sha256": "s"}
+    for percent, protocol in ((10.0, "ids"), (None, "ids"), (15.625, "ids"), (15.625, "annotated")):
+        ids |= {"protocol": protocol}
+        record = _record("a", "supervised", unlabeled_images=108, percent=percent, **ids)
         write_record(tmp_path / "runs/quick/a/record.json", record)
         write_record(
             tmp_path / "runs/quick/b/record.json", _record("b", "stac", unlabeled_images=50, percent=percent, **ids)
         )
         text = _report(tmp_path)
-        assert "| method | 15.6 % (ids) (20 images) |" in text
+        assert f"| method | 15.6 % ({protocol}) (20 images) |" in text
         assert len(tables.load(tmp_path / "runs")[0][0].rows) == 2
         with (tmp_path / "out/report.csv").open() as file:
             assert {row["percent"] for row in csv.DictReader(file)} == {"15.6"}
+
+
+def test_lists_that_were_made_for_a_percentage_stand_under_it(tmp_path: Path) -> None:
+    """As STAC's, which draws with replacement: the folds of one percentage are one column."""
+    split = {"percent": 10, "fold": 1, "index_file": "lists/{percent}-{fold}.json"}
+    for fold, labeled in ((1, 950), (2, 954)):
+        record = _record(f"f{fold}", "supervised", protocol="ids", labeled_images=labeled, unlabeled_images=9000)
+        record.config, record.fold, record.split_sha256 = {"split": split}, fold, str(fold)
+        write_record(tmp_path / f"runs/{fold}/record.json", record)
+    assert "| method | 10 % (ids) (950 to 954 images) |" in _report(tmp_path)
 
 
 def test_share_that_nobody_knows(tmp_path: Path) -> None:

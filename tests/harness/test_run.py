@@ -220,7 +220,7 @@ def test_loss_that_is_not_finite_stops_the_run_and_can_be_replayed(
 ) -> None:
     overrides = (
         "schedule.optimizer.name=sgd",
-        "schedule.optimizer.lr=1e30",
+        "schedule.optimizer.lr=1000",
         "schedule.clip_norm=null",
         "checkpointing.every=1",
         "batch.unlabeled=0",
@@ -386,7 +386,7 @@ def test_run_folder_of_a_live_run_is_refused(cache: Path, tmp_path: Path, capfd:
         (["method=nonsense"], "nonsense"),
         (["data=nonsense"], "nonsense"),
         (["batch.labelled=3"], "batch.labeled"),
-        (["data=coco", "data.root=missing folder"], "missing folder"),
+        (["data=coco", "data.train_images=a", "data.val_images=b", "data.root=missing folder"], "missing folder"),
         (["split.percent=0.01"], "split.percent"),
         (["batch.micro=3"], "batch.micro"),
         (["method=soft_teacher", "split.percent=100"], "unlabelled"),
