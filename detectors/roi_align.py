@@ -35,7 +35,7 @@ class PyramidRoiAlign(nn.Module):
         """Boxes (R, 4) of images (R,) to (R, channels, output, output)."""
         finest, coarsest = int(math.log2(strides[0])), int(math.log2(strides[-1]))
         fitting = torch.floor(self.level + torch.log2(box_ops.area(boxes).sqrt() / self.scale) + 1e-6)
-        level = fitting.clamp(finest, coarsest).sub(finest).long()
+        level = fitting.nan_to_num(nan=finest).clamp(finest, coarsest).sub(finest).long()  # a loss tells of no numbers
         if not boxes.is_cuda and self.sampling_ratio == 1:
             return self.by_look_up(features, strides, boxes, images, level)
         return self.by_operator(features, strides, boxes, images, level)
