@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 
-from pipelines import kernels
+from pipelines.dali import kernels
 from pipelines.plan import hue_matrix
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (426, 640, 3), dtype=np.uint8)

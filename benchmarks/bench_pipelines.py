@@ -18,9 +18,9 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from harness.sampling import BatchSampler
-from harness.types import ImageSource, Normalize, Views
-from pipelines.dali import DaliPipeline
+from harness.core.types import ImageSource, Normalize, Views
+from harness.data.sampling import BatchSampler
+from pipelines.dali.pipeline import DaliPipeline
 from pipelines.opencv import OpencvPipeline
 from pipelines.policy import Policy
 from pipelines.torchvision import TorchvisionPipeline

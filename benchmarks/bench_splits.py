@@ -22,9 +22,9 @@ import numpy as np
 import pytest
 
 from benchmarks.coco_scale import BOXES, IMAGES, write_annotations
-from harness import prepare, split_files
-from harness.datasets import CocoIndex, Dataset, coco_index
-from harness.splits import labeled_count, make_split
+from harness.data import prepare, split_files
+from harness.data.datasets import CocoIndex, Dataset, coco_index
+from harness.data.protocols import labeled_count, make_split
 
 PERCENTS, FOLDS = (1, 2, 5, 10), (1, 2, 3, 4, 5)
 
@@ -40,7 +40,7 @@ peak = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())
 print(json.dumps([*seconds, peak]))
 """
 OPEN = (
-    "from harness.datasets import coco_index",
+    "from harness.data.datasets import coco_index",
     "index = coco_index(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[2]))\nassert len(index.boxes)",
 )
 # How Soft Teacher's and mmdetection's scripts do it: everything into dictionaries, the chosen ones out again.

@@ -22,11 +22,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness import build, checkpoint, config
-from harness.dist import World
-from harness.log import RunLog
-from harness.train import Counters, StopRequest, train
-from harness.types import Batch
+from harness.config import compose
+from harness.core.distributed import World
+from harness.core.types import Batch
+from harness.engine import build, checkpoint
+from harness.engine.log import RunLog
+from harness.engine.loop import Counters, StopRequest, train
 
 STEPS = 100
 STEP_SECONDS = 0.5  # of the step that the overhead is compared with
@@ -51,7 +52,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _experiment(cache: Path, run_dir: Path, *overrides: str) -> build.Experiment:
-    cfg = config.load([*SMALL, *overrides, f"cache_dir={cache}", f"run_dir={run_dir}"])
+    cfg = compose.load([*SMALL, *overrides, f"cache_dir={cache}", f"run_dir={run_dir}"])
     torch.set_num_threads(1)
     return build.experiment(cfg, World(0, 1, torch.device("cpu")), build.data(cfg))
 

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 from omegaconf import DictConfig
 
-from harness import build, config
-from harness.sampling import BatchSampler, MicroBatch, image_keys
+from harness.config import compose
+from harness.data.sampling import BatchSampler, MicroBatch, image_keys
+from harness.engine import build
 from pipelines.base import PAD, canvas
 from pipelines.plan import plan_view
 from pipelines.policy import Policy
@@ -93,7 +94,7 @@ def main() -> None:
     parts = [sizes[labeled], sizes[~labeled]]
     print(f"{len(sizes)} images, {(sizes[:, 1] > sizes[:, 0]).mean():.0%} landscape, {labeled.sum()} labelled")
     for method in METHODS:
-        cfg = config.load([f"method={method}", "preset=paper", "data=coco"])
+        cfg = compose.load([f"method={method}", "preset=paper", "data=coco"])
         shares = {group: training(cfg, parts, group, given.steps) for group in (None, "joint", "separate")}
         saved = {g: 1 - (1 + share) / (1 + shares[None]) for g, share in shares.items()}
         print(method, *(f"{g}: +{share:.1%} padding, {saved[g]:.1%} fewer pixels;" for g, share in shares.items()))

@@ -16,8 +16,8 @@ from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from detectors.weights import CAFFE, RGB, first_weights, load_backbone
-from harness.types import Normalize, UserError
-from harness.validate import Limits
+from harness.core.types import Normalize, UserError
+from harness.core.validate import Limits
 
 _GROUPS = 32  # of GroupNorm
 
@@ -68,7 +68,7 @@ class FrozenStatistics(nn.Module):
         channels: of the maps (B, channels, h, w).
     """
 
-    no_weight_decay = True  # see `harness.optim`
+    no_weight_decay = True  # see `harness.engine.optim`
 
     running_mean: Tensor
     running_var: Tensor

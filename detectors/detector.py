@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detectors.padded import PaddedTargets, pad
-from harness.types import Normalize, Target, View
+from harness.core.types import Normalize, Target, View
 
 
 class Detector(nn.Module, ABC):

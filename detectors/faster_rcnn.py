@@ -17,9 +17,9 @@ from detectors.padded import PaddedTargets
 from detectors.roi import RoiSettings, RoiStage
 from detectors.rpn import Anchors, Proposals, Rpn, RpnSettings
 from detectors.weights import load_backbone
-from harness import pretrain
-from harness.types import Normalize, UserError, View
-from harness.validate import Channels, File, Limits, Pixels, Positive, keys_of
+from harness.core.types import Normalize, UserError, View
+from harness.core.validate import Channels, File, Limits, Pixels, Positive, keys_of
+from harness.engine import pretrain
 
 # Where the codebases differ. Methods are compared on equal detectors, so the style is the detector's, not the method's.
 # `norm`: of a pre-trained ResNet.
@@ -185,7 +185,7 @@ def small_faster_rcnn(
     Args:
         num_classes, name: see `Detector`.
         cache_dir: where the generated first weights lie.
-        weights: `generated` (see `harness.pretrain`), `scratch`, or the path of a file with the backbone's state.
+        weights: `generated` (see `harness.engine.pretrain`), `scratch`, or the path of a file with the backbone's state.
         channels: of the backbone.
         pyramid_channels: of every pyramid level.
         anchor_sizes: one for each of the three levels, in pixels.

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from detectors.padded import PaddedTargets, gather
-from harness import boxes as box_ops
-from harness.sampling import torch_uniform
+from harness.core import boxes as box_ops
+from harness.data.sampling import torch_uniform
 
 _LARGEST_TABLE = 2**28  # overlaps at once; 1 GiB, of which a few are alive at the same time
 
@@ -106,7 +106,7 @@ def sample(matches: Matches, count: int, positive_fraction: float, keys: Tensor,
         positive_fraction: 0..1, of `count` as it is given: fewer candidates do not mean fewer positives, as in all of
             the official codes.
         keys: (B,) random keys of the images.
-        stream: name of the draw, see `harness.sampling`.
+        stream: name of the draw, see `harness.data.sampling`.
     """
     candidates = matches.positive.shape[1]
     room, count = min(int(count * positive_fraction), candidates), min(count, candidates)

@@ -21,9 +21,9 @@ from detectors.detector import Detector
 from detectors.matching import match
 from detectors.padded import PaddedTargets, gather, scatter_by_image
 from detectors.rpn import Anchors
-from harness import boxes as box_ops
-from harness.types import Normalize, UserError, View
-from harness.validate import Channels, File, Limits, Pixels
+from harness.core import boxes as box_ops
+from harness.core.types import Normalize, UserError, View
+from harness.core.validate import Channels, File, Limits, Pixels
 
 _CODER = (1.0, 1.0, 1.0, 1.0)
 _STRIDES = (8, 16, 32, 64, 128)  # of the five levels

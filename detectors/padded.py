@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from harness import boxes as box_ops
-from harness.types import Target, View
+from harness.core import boxes as box_ops
+from harness.core.types import Target, View
 
 
 @dataclass

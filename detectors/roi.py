@@ -13,8 +13,8 @@ from detectors.matching import match, matched_boxes, sample
 from detectors.padded import PaddedTargets, gather, scatter_by_image
 from detectors.roi_align import PyramidRoiAlign
 from detectors.rpn import Proposals
-from harness import boxes as box_ops
-from harness.validate import Channels, Limits, NotNegative, Share
+from harness.core import boxes as box_ops
+from harness.core.validate import Channels, Limits, NotNegative, Share
 
 
 class BoxHead(nn.Module):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from harness import boxes as box_ops
+from harness.core import boxes as box_ops
 
 
 class PyramidRoiAlign(nn.Module):

@@ -13,9 +13,9 @@ from torchvision.models.detection.rpn import RPNHead
 from detectors import losses
 from detectors.matching import match, matched_boxes, sample
 from detectors.padded import PaddedTargets, gather, scatter_by_image
-from harness import boxes as box_ops
-from harness.types import UserError
-from harness.validate import Limits, NotNegative, Share
+from harness.core import boxes as box_ops
+from harness.core.types import UserError
+from harness.core.validate import Limits, NotNegative, Share
 
 _CODER = (1.0, 1.0, 1.0, 1.0)
 _SMALLEST_PROPOSAL = 1e-3  # px

@@ -21,7 +21,7 @@ import torch
 import torchvision.models as models
 from torch import Tensor, nn
 
-from harness.types import Normalize, UserError
+from harness.core.types import Normalize, UserError
 
 logger = logging.getLogger(__name__)
 

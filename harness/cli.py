@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from harness.console import STDERR, settle
-from harness.escape import plain
-from harness.files import open_closed_streams, refusal, require_working_folder
-from harness.types import RunError, UserError
+from harness.core.console import STDERR, settle
+from harness.core.escape import plain
+from harness.core.files import open_closed_streams, refusal, require_working_folder
+from harness.core.types import RunError, UserError
 
 if TYPE_CHECKING:  # `--help` is quick
     from omegaconf import DictConfig
@@ -50,34 +50,34 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _prepare(cfg: DictConfig) -> int:
-    from harness import prepare
+    from harness.data import prepare
 
     prepare.run(cfg)
     return 0
 
 
 def _train(cfg: DictConfig) -> int:
-    from harness.config_checks import check_extras
+    from harness.config.checks import check_extras
 
     check_extras(cfg, logs=True)
-    from harness.jobs import end_with_suite
-    from harness.launch import run
+    from harness.launch.local import run
+    from harness.suite.cells import end_with_suite
 
     end_with_suite()
     return run(cfg)
 
 
 def _suite(cfg: DictConfig) -> int:
-    from harness.config_checks import check_extras
+    from harness.config.checks import check_extras
 
     check_extras(cfg, logs=True)
-    from harness.suite import run
+    from harness.suite.run import run
 
     return run(cfg)
 
 
 def _report(cfg: DictConfig) -> int:
-    from harness.report import run
+    from harness.report.report import run
 
     runs_dir = Path(cfg.runs_dir)
     print(run(runs_dir, Path(cfg.out) if cfg.out else runs_dir / "report"))
@@ -85,16 +85,16 @@ def _report(cfg: DictConfig) -> int:
 
 
 def _evaluate(cfg: DictConfig) -> int:
-    from harness.score import run
+    from harness.commands.evaluate import run
 
     return run(cfg)
 
 
 def _profile(cfg: DictConfig) -> int:
-    from harness.config_checks import check_extras
+    from harness.config.checks import check_extras
 
     check_extras(cfg, pipelines=[*cfg.profile.pipelines, "dali"])  # whose decoder gives the ceiling
-    from harness.profile import run
+    from harness.engine.profile import run
 
     run(cfg)
     return 0
@@ -144,7 +144,7 @@ def _run(given: list[str], places: dict[str, str]) -> int:
     if known.help or not (known.command or unknown):
         print(_HELP, end="")
         return 0 if known.help else 2
-    from harness.validate import near
+    from harness.core.validate import near
 
     if unknown:
         hint = near(unknown[0].split("=")[0], ("--config-dir", "--help", "--version"))
@@ -154,10 +154,10 @@ def _run(given: list[str], places: dict[str, str]) -> int:
     if known.command not in _COMMANDS:
         hint = near(known.command, _COMMANDS) or f": choose one of {', '.join(_COMMANDS)}"
         raise UserError(f"the command {known.command} is not known{hint}")
-    from harness import config
+    from harness.config import compose
 
-    cfg = config.load(known.overrides, known.config_dir)
-    places.update(config.places(cfg))
+    cfg = compose.load(known.overrides, known.config_dir)
+    places.update(compose.places(cfg))
     code = _COMMANDS[known.command](cfg)
     _flush_output()
     return code

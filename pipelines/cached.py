@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from harness.types import Batch, ImageSource, Pipeline, View
+from harness.core.types import Batch, ImageSource, Pipeline, View
 
 
 class CachedPipeline:
-    """A `harness.types.Pipeline` for measuring; its training sees the same few batches again and again.
+    """A `harness.core.types.Pipeline` for measuring; its training sees the same few batches again and again.
 
     Args:
         pipeline: makes the batches; closed with this one.

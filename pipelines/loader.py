@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from harness.files import require_shared_memory
-from harness.types import Normalize, UserError
+from harness.core.files import require_shared_memory
+from harness.core.types import Normalize, UserError
 from pipelines.base import BadImageError, BasePipeline, Job, canvas, read_encoded
 from pipelines.plan import IN_BOX, KINDS, NEAREST, NOTHING, ViewPlan, from_shrunk, noise_patch
 from pipelines.policy import Policy

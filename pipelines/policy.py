@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from harness import validate
-from harness.types import UserError
-from harness.validate import Limits, Name, Pixels, Share
+from harness.core import validate
+from harness.core.types import UserError
+from harness.core.validate import Limits, Name, Pixels, Share
 
 # What an operation's value means, and the smallest and largest that it may be.
 # Of colour operations PIL's enhancers, ImageOps and ImageFilter define the results.

@@ -1,3 +1,3 @@
 """Compiles what numba compiles, once and before any test's timeout runs."""
 
-import pipelines.dali_kernels  # noqa: F401
+import pipelines.dali.operators  # noqa: F401

@@ -17,10 +17,10 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image, ImageDraw
 
-from harness.drawing import render
-from harness.sampling import image_keys
-from harness.types import ImageSource, Normalize, View
-from pipelines.dali import DaliPipeline
+from harness.core.types import ImageSource, Normalize, View
+from harness.data.drawing import render
+from harness.data.sampling import image_keys
+from pipelines.dali.pipeline import DaliPipeline
 from pipelines.policy import Policy
 
 AUGMENT = Path(__file__).parents[2] / "harness" / "conf" / "augment"

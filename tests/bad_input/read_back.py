@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from harness.cli import main
-from harness.types import RunRecord
+from harness.core.types import RunRecord
 from tests.bad_input.case import Case
 from tests.bad_input.conftest import make_pets
 

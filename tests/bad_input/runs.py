@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from harness.cli import main
-from harness.config import cell_name, load
+from harness.config.compose import cell_name, load
 from tests.bad_input.case import Case
 
 SMALL = (

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from harness.types import RunRecord
+from harness.core.types import RunRecord
 from tests.bad_input.case import Case
 from tests.bad_input.refusals import (
     all_of,

@@ -187,12 +187,12 @@ _GROUPS = [
     _value("suite.method_overrides={stac: 3}", command="suite suite=smoke"),
 ]
 _TARGETS = [
-    _value("method._target_=detectors.stac.Stacc", "cannot be imported"),
+    _value("method._target_=detectors.methods.stac.Stacc", "cannot be imported"),
     _value("method._target_=os.system", "is no method"),
-    _value("method._target_=detectors.method.Method", "is no method"),
+    _value("method._target_=detectors.methods.method.Method", "is no method"),
     _value("data._target_=subprocess.Popen", "is no data"),
     _value("data._target_=builtins.eval", "is no data"),
-    _value("detector._target_=harness.shapes.shapes_dataset", "is no detector"),
+    _value("detector._target_=harness.data.shapes.shapes_dataset", "is no detector"),
     _value("pipeline._target_=json.dumps", "is no pipeline"),
     _value("pipeline._target_=null"),
     _value("detector._target_=5"),

@@ -32,7 +32,7 @@ def _writer(files: dict[str, str | bytes]) -> Callable[[Path], None]:
 
 _POLICY = "name: mine\nviews:\n  labeled: {}\n  test: {}\n"
 _DATA = "defaults: [custom]\nname: mine\n"
-_METHOD = "_target_: detectors.supervised.Supervised\nname: mine\naugment: small\n"
+_METHOD = "_target_: detectors.methods.supervised.Supervised\nname: mine\naugment: small\n"
 
 CASES = [
     # what cannot be read
@@ -113,9 +113,9 @@ CASES += [
     _unplaced("schedule/mine", "defaults: [nope]\n", "schedule=nope"),
     _unplaced("schedule/mine", "defaults: [3]\n", "defaults"),
     _unplaced("method/mine", "name: mine\naugment: small\n", "method._target_"),
-    _unplaced("method/mine", "_target_: detectors.supervised.Supervised\naugment: small\n", "method.name"),
+    _unplaced("method/mine", "_target_: detectors.methods.supervised.Supervised\naugment: small\n", "method.name"),
     _unplaced("method/mine", "_target_: nowhere.Method\nname: mine\naugment: small\n", "nowhere.Method"),
     _unplaced("data/mine", "name: mine\nroot: x\n", "data._target_"),
-    _unplaced("data/mine", "_target_: harness.datasets.coco_dataset\nname: mine\n", "data.root is missing"),
+    _unplaced("data/mine", "_target_: harness.data.datasets.coco_dataset\nname: mine\n", "data.root is missing"),
     _unplaced("suite/mine", "# @package _global_\nsuite: {name: mine}\n", "suite.methods is missing"),
 ]

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from detectors.faster_rcnn import FasterRcnn, small_faster_rcnn
-from harness.sampling import image_keys
-from harness.types import Batch, Target, View
+from harness.core.types import Batch, Target, View
+from harness.data.sampling import image_keys
 
 CLASSES = 3
 

@@ -13,8 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 
 import harness
 from detectors.detector import Detector
-from detectors.method import Method
-from harness.types import UserError
+from detectors.methods.method import Method
+from harness.core.types import UserError
 
 CONF = Path(harness.__file__).parent / "conf"
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))

@@ -11,9 +11,9 @@ from torchvision.ops import FrozenBatchNorm2d
 from detectors.backbones import FrozenStatistics, ResNetBackbone
 from detectors.detector import join_views, targets_of
 from detectors.faster_rcnn import STYLES, faster_rcnn
-from detectors.method import student_features
-from harness.optim import build_optimizer
-from harness.types import View
+from detectors.methods.method import student_features
+from harness.core.types import View
+from harness.engine.optim import build_optimizer
 
 
 def losses_of(detector, batch):

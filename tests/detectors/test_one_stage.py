@@ -8,7 +8,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from detectors.detector import targets_of
 from detectors.matching import match
 from detectors.one_stage import fcos, retinanet
-from harness.types import UserError, View
+from harness.core.types import UserError, View
 
 SIZES = (8, 16, 32, 64, 128)
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from detectors.padded import concatenate, gather, pad, scatter_by_image
-from harness.types import Target, View
+from harness.core.types import Target, View
 
 
 def target(*rows: tuple[float, float, float, float], label: int = 1) -> Target:

@@ -8,8 +8,8 @@ from torchvision.ops import box_iou
 from detectors import losses
 from detectors.padded import pad
 from detectors.rpn import Proposals
-from harness import boxes as box_ops
-from harness.types import Target
+from harness.core import boxes as box_ops
+from harness.core.types import Target
 
 
 def head_inputs(seed: int = 0, batch: int = 2, count: int = 25, classes: int = 3):

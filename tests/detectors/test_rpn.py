@@ -14,7 +14,7 @@ from detectors.detector import Detector
 from detectors.faster_rcnn import STYLES, faster_rcnn, small_faster_rcnn
 from detectors.one_stage import fcos, retinanet
 from detectors.rpn import CANDIDATES, Anchors, Rpn, RpnSettings, base_anchors
-from harness.types import UserError
+from harness.core.types import UserError
 
 SIZES = [[16.0], [32.0], [64.0]]
 RATIOS = (0.5, 1.0, 2.0)

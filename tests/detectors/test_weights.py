@@ -13,7 +13,7 @@ from torchvision.models import resnet18, resnet50
 from detectors import weights
 from detectors.backbones import ResNetBackbone, SmallBackbone, build_resnet
 from detectors.faster_rcnn import faster_rcnn, small_faster_rcnn
-from harness.types import Normalize, UserError
+from harness.core.types import Normalize, UserError
 
 
 def random_resnet(depth: int = 18) -> nn.Module:

@@ -13,10 +13,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from detectors.detector import join_views
-from harness.sampling import BatchSampler
-from harness.types import ImageSource, Normalize, View, Views
+from harness.core.types import ImageSource, Normalize, View, Views
+from harness.data.sampling import BatchSampler
 from pipelines.base import BasePipeline
-from pipelines.dali import DaliPipeline
+from pipelines.dali.pipeline import DaliPipeline
 from pipelines.opencv import OpencvPipeline
 from pipelines.policy import Policy
 from pipelines.torchvision import TorchvisionPipeline

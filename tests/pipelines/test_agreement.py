@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from harness.types import Batch, Normalize, Views
+from harness.core.types import Batch, Normalize, Views
 from pipelines.policy import Policy
 
 POLICIES = sorted(p.stem for p in (Path(__file__).parents[2] / "harness" / "conf" / "augment").glob("*.yaml"))
@@ -98,7 +98,7 @@ def test_erased_regions(backend: str, bgr: bool, photos: Any, build: Any, whole:
         "patches": {"erase_fill": [7, 77, 177], "erase": erase},
         "noise": {"erase": noise},
     }
-    from harness.sampling import image_keys
+    from harness.data.sampling import image_keys
     from pipelines.plan import noise_patch, plan_view
 
     normalize = Normalize((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), bgr)
@@ -124,7 +124,7 @@ def test_erased_regions(backend: str, bgr: bool, photos: Any, build: Any, whole:
 
 @pytest.mark.timeout(60)
 def test_padding_is_zero_and_fills_are_not(photos: Any, build: Any) -> None:
-    from harness.types import Normalize
+    from harness.core.types import Normalize
 
     config = {"name": "x", "views": {"v": {"fill": 125, "affine": {"one_of": {"rotate": {"values": [30]}}}}}}
     for backend in ("dali", "torchvision", "opencv"):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from harness.types import ImageSource, Normalize
+from harness.core.types import ImageSource, Normalize
 
 BACKENDS = ("dali", "torchvision", "opencv")
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from harness.types import Batch, ImageSource, Normalize, UserError, Views
+from harness.core.types import Batch, ImageSource, Normalize, UserError, Views
 from pipelines.cached import CachedPipeline
 from pipelines.policy import Policy
 

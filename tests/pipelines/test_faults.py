@@ -19,9 +19,9 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from harness.launch import _explain
-from harness.sampling import BatchSampler
-from harness.types import Batch, ImageSource, UserError, Views
+from harness.core.types import Batch, ImageSource, UserError, Views
+from harness.data.sampling import BatchSampler
+from harness.launch.local import _explain
 
 BACKENDS = ("dali", "torchvision", "opencv")
 CONFIG = {"name": "x", "views": {"labeled": {"flip": 0.5}, "test": {}}}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from harness.types import ImageSource, View
+from harness.core.types import ImageSource, View
 
 BACKENDS = ("dali", "torchvision", "opencv")
 GRAY = 60

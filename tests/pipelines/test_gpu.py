@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from harness.types import Normalize, Views
-from pipelines.dali_graph import Graph, define
+from harness.core.types import Normalize, Views
+from pipelines.dali.graph import Graph, define
 from pipelines.policy import Policy
 
 POLICIES = sorted(p.stem for p in (Path(__file__).parents[2] / "harness" / "conf" / "augment").glob("*.yaml"))

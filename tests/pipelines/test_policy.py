@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness import build, config
-from harness.types import UserError, Views
+from harness.config import compose
+from harness.core.types import UserError, Views
+from harness.engine import build
 from pipelines.policy import Policy, Range
 
 POLICIES = sorted(p.stem for p in (Path(__file__).parents[2] / "harness" / "conf" / "augment").glob("*.yaml"))
@@ -52,7 +53,7 @@ def test_ranges() -> None:
 
 def test_changed_keys_become_deviations(policy_config: Config) -> None:
     config = policy_config("soft_teacher")
-    stated = Policy.from_config(config).deviations
+    stated = Policy.from_config(compose).deviations
     changed = Policy.from_config({**config, "color_at": "source", "antialias": True}).deviations
     assert set(changed) - set(stated) == {"color_at=source (paper: view)", "antialias=True (paper: False)"}
 
@@ -102,7 +103,7 @@ STRONG_BASELINES = {
 @pytest.mark.parametrize("name", STRONG_BASELINES)
 def test_strong_supervised_baselines(name: str, policy_config: Config) -> None:
     """The unlabelled images' strong chain, after the labelled images' resize and flip."""
-    cfg = config.load(STRONG_BASELINES[name])
+    cfg = compose.load(STRONG_BASELINES[name])
     policy = build.policy(cfg)
     view = policy.view(str(cfg.method.labeled_view))
     theirs = Policy.from_config(policy_config("stac" if name == "labeled_strong" else "soft_teacher")).view("strong")

@@ -1,0 +1,195 @@
+"""What the training loop needs of a method. A method owns loss, teacher and state; the loop owns time."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from detectors.detector import Detector, join_views
+from detectors.methods import ema
+from detectors.padded import PaddedTargets
+from harness.core import validate
+from harness.core.types import Batch, Target, UserError, View, Views
+from harness.core.validate import Share, keys_of
+
+__all__ = ["Detector", "Ema", "Losses", "Method"]
+
+Losses = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Ema:
+    """How the teacher follows the student; the values of `method.ema` in the configuration."""
+
+    momentum: Share
+    ramp: bool = False  # let the momentum grow as `detectors.methods.ema.ramp` says, up to the one above
+    update: Literal["before", "after"] = "after"  # before or after the student's step
+    buffers: bool | None = None  # average buffers too; None: if BatchNorm keeps statistics, which would be stale
+
+    def of(self, detector: nn.Module) -> Ema:
+        """The same with `buffers` decided for this detector.
+
+        Raises:
+            UserError: the detector's statistics would never reach the teacher.
+        """
+        moving = any(isinstance(m, _BatchNorm) and m.track_running_stats for m in detector.modules())
+        if moving and self.buffers is False:
+            raise UserError(
+                "method.ema.buffers=false leaves the teacher with stale statistics, since this detector trains "
+                "BatchNorm: take null or true, or a detector without it"
+            )
+        return replace(self, buffers=moving if self.buffers is None else self.buffers)
+
+
+EmaKeys = Annotated[Mapping[str, Any], keys_of(Ema)]
+
+
+class Method(nn.Module, ABC):
+    """Base of every method: a student and, if `ema` is given, a teacher that averages it.
+
+    Args:
+        detector: the student, with its first weights.
+        steps: length of the schedule in student steps.
+        reported: `student` or `teacher`: whose numbers are the result, declared before training.
+        ema: fields of `Ema`, or None for no teacher.
+        teacher_from: step at which the teacher begins to average; it is a copy of the student until then.
+
+    Raises:
+        UserError: the method cannot train this detector, an option is wrong, or there is no such network to report.
+    """
+
+    needs: type[Detector] = Detector  # type: ignore[type-abstract]  # the kind of detector it can train
+    views: Views
+    unlabeled_from = 0  # first step that needs unlabelled images
+
+    def __init__(
+        self,
+        detector: Detector,
+        steps: int,
+        *,
+        reported: str = "student",
+        ema: Mapping[str, Any] | None = None,
+        teacher_from: int = 0,
+    ) -> None:
+        super().__init__()
+        if not isinstance(detector, self.needs):
+            raise UserError(
+                f"detector={detector.name} does not fit method {type(self).__name__}, which works on the stages of "
+                f"{self.needs.__name__}: choose a detector of that kind, or another method"
+            )
+        self.student = detector
+        self.steps = steps
+        self.reported = reported
+        self.ema = validate.make(Ema, ema, "method.ema").of(detector) if ema is not None else None
+        self.teacher_from = teacher_from
+        self.teacher: Detector | None = None
+        if self.ema is not None:
+            self.teacher = deepcopy(detector)
+            self.teacher.requires_grad_(False)
+            self.teacher.eval()
+        self._labels: dict[str, PaddedTargets] = {}
+        if reported not in self.networks():
+            raise UserError(f"method.reported={reported} does not exist here: choose {' or '.join(self.networks())}")
+
+    @abstractmethod
+    def forward(self, batch: Batch, step: int) -> tuple[Losses, Losses]:
+        """Losses, weighted and ready to be summed, and metrics: 0-d tensors, under the same keys on every call."""
+
+    def train(self, mode: bool = True) -> Method:
+        """Sets the student's mode; the teacher's statistics are never its own."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def before_step(self, step: int) -> None:
+        """Called before the forward of a student step."""
+        self._average(step, "before")
+
+    def after_step(self, step: int) -> None:
+        """Called after the optimiser has made a student step."""
+        self._average(step, "after")
+
+    def _average(self, step: int, when: str) -> None:
+        if self.teacher is None or self.ema is None:
+            return
+        if step <= self.teacher_from and when == "before":
+            ema.copy(self.teacher, self.student)
+        elif when == self.ema.update and step >= self.teacher_from:
+            momentum = ema.ramp(step - self.teacher_from, self.ema.momentum) if self.ema.ramp else self.ema.momentum
+            ema.update(self.teacher, self.student, momentum, bool(self.ema.buffers))
+
+    def trainable(self) -> nn.Module:
+        """What the optimiser changes."""
+        return self.student
+
+    def networks(self) -> dict[str, Detector]:
+        """The networks that can be evaluated: `student` and, where there is one, `teacher`."""
+        both = {"student": self.student}
+        return both if self.teacher is None else {**both, "teacher": self.teacher}
+
+    @property
+    def pseudo_labels(self) -> dict[str, list[Target]]:
+        """What the last forward took for the truth of unlabelled images, in pixels of their strong views.
+
+        By the use that was made of it, `classification` first. Waits for the device.
+        """
+        return {name: labels.unpad() for name, labels in self._labels.items()}
+
+
+def first_step(burn_in: float, steps: int) -> int:
+    """Length of a purely supervised beginning in steps.
+
+    Args:
+        burn_in: steps, or below 1 a fraction of the schedule.
+        steps: length of the schedule.
+
+    Raises:
+        UserError: nothing would be left of the schedule.
+    """
+    first = round(burn_in * steps) if burn_in < 1 else int(burn_in)
+    if not 0 <= first < steps:
+        raise UserError(f"method.burn_in={burn_in} must be below schedule.steps={steps}: lower it, or train longer")
+    return first
+
+
+def student_features(student: Detector, views: Sequence[View], joint: bool) -> tuple[list[View], list[list[Tensor]]]:
+    """Features of several views of a step.
+
+    Args:
+        student: the detector.
+        views: what it shall see.
+        joint: one forward over all of them, padded to a common size, so that BatchNorm sees them together; otherwise
+            one forward for each, as in the papers.
+
+    Returns:
+        The views as they were seen (without boxes), and the features of each.
+    """
+    if not joint or len(views) == 1:
+        return list(views), [student.features(view.images) for view in views]
+    counts = [len(view) for view in views]
+    joined = join_views(views)
+    levels = [level.split(counts) for level in student.features(joined.images)]
+    seen = [
+        View(images, sizes, to_view)
+        for images, sizes, to_view in zip(
+            joined.images.split(counts), joined.sizes.split(counts), joined.to_view.split(counts), strict=True
+        )
+    ]
+    return seen, [[level[part] for level in levels] for part in range(len(views))]
+
+
+def unlabeled_terms(losses: Losses, weight: float) -> Losses:
+    """Losses of unlabelled images, weighted, under names of their own."""
+    return {f"unlabeled_{name}": weight * value for name, value in losses.items()}
+
+
+def mean_count(mask: Tensor) -> Tensor:
+    """Marks per image of a (B, N) mask, 0-d float32."""
+    return mask.sum(1).float().mean()

@@ -1,0 +1,157 @@
+"""Pseudo labels: which detections become labels, and how good they are against a truth that no method saw."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from detectors.detector import Detector
+from harness.core import boxes as box_ops
+from harness.core.types import ImageSource, Target, View
+
+
+def confident(target: Target, threshold: float, keep_top1: bool) -> Target:
+    """STAC's rule: scores of at least the threshold; if `keep_top1`, of at least min(threshold, best score).
+
+    With it an image whose best box is uncertain still gives that box.
+    """
+    if not len(target):
+        return target
+    limit = min(threshold, float(target.scores.max())) if keep_top1 else threshold
+    return target[target.scores >= limit]
+
+
+@torch.no_grad()
+def label_offline(
+    detector: Detector,
+    batches: Iterator[tuple[View, Tensor]],
+    source: ImageSource,
+    *,
+    threshold: float = 0.9,
+    keep_top1: bool = True,
+    score_threshold: float = 0.05,
+    float16: bool = True,
+    drop_empty: bool = True,
+) -> ImageSource:
+    """Labels images once with a finished detector (stage 2 of STAC).
+
+    Args:
+        detector: it runs in evaluation mode.
+        batches: views of the images, and their ids.
+        source: the images; its own boxes are not looked at.
+        threshold, keep_top1: see `confident`.
+        score_threshold: detections start above this.
+        float16: round boxes and scores to float16 as the official code stores them, before they meet the threshold.
+        drop_empty: leave out images in which the detector found nothing, as the official code does. Those whose boxes
+            are all below the threshold stay, without a box.
+
+    Returns:
+        The images of `batches`, in the order of `source`, with the pseudo labels in original pixels as their boxes.
+    """
+    rows = {int(image_id): row for row, image_id in enumerate(source.ids)}
+    limit = float(np.float16(threshold)) if float16 else threshold  # the code compares in float16
+    labels: dict[int, Target] = {}
+    was_training = detector.training
+    detector.eval()
+    try:
+        for view, ids in batches:
+            inverse, _ = torch.linalg.inv_ex(view.to_view.double().cpu())
+            for image_id, target, matrix in zip(
+                ids.tolist(), detector.detect(view, score_threshold), inverse.float(), strict=True
+            ):
+                if len(target) or not drop_empty:
+                    row = rows[image_id]
+                    found = _in_original_pixels(target.to("cpu"), matrix, source, row)
+                    labels[row] = confident(_in_float16(found) if float16 else found, limit, keep_top1)
+    finally:
+        detector.train(was_training)
+    kept = sorted(labels)
+    return _with_boxes(source, kept, [labels[row] for row in kept])
+
+
+def _in_original_pixels(target: Target, matrix: Tensor, source: ImageSource, row: int) -> Target:
+    size = torch.from_numpy(source.sizes[row : row + 1])
+    boxes = box_ops.clip_boxes(box_ops.transform_boxes(target.boxes, matrix)[None], size)[0]
+    return Target(boxes, target.labels, target.scores)[box_ops.is_large_enough(boxes)]
+
+
+def _in_float16(target: Target) -> Target:
+    """Boxes and scores as float16 can hold them, in float32."""
+    return Target(target.boxes.half().float(), target.labels, target.scores.half().float())
+
+
+def _with_boxes(source: ImageSource, rows: list[int], targets: list[Target]) -> ImageSource:
+    def stacked(parts: list[np.ndarray], empty: np.ndarray) -> np.ndarray:
+        return np.concatenate([empty, *parts])
+
+    return ImageSource(
+        paths=[source.paths[row] for row in rows],
+        ids=source.ids[rows],
+        sizes=source.sizes[rows],
+        boxes=stacked([t.boxes.numpy() for t in targets], np.zeros((0, 4), np.float32)),
+        labels=stacked([t.labels.numpy() for t in targets], np.zeros(0, np.int64)),
+        scores=stacked([t.scores.numpy() for t in targets], np.zeros(0, np.float32)),
+        offsets=np.cumsum([0, *(len(t) for t in targets)]).astype(np.int64),
+    )
+
+
+def quality(labels: Sequence[Target], truth: Sequence[Target], iou: float = 0.5) -> dict[str, float]:
+    """Compares pseudo labels with the truth, image by image.
+
+    By falling score each label takes the free true box of its class that it overlaps most, if by at least `iou`.
+
+    Returns:
+        `precision` and `recall` in 0..1 (0 where there is nothing to divide by), `iou`, the mean overlap of the pairs
+        (0 without any), and the counts `labels` and `boxes`.
+    """
+    overlaps: list[float] = []
+    for found, true in zip(labels, truth, strict=True):
+        overlaps.extend(_pairs(found.to("cpu"), true.to("cpu"), iou))
+    number, possible = sum(map(len, labels)), sum(map(len, truth))
+    return {
+        "precision": len(overlaps) / max(1, number),
+        "recall": len(overlaps) / max(1, possible),
+        "iou": sum(overlaps) / max(1, len(overlaps)),
+        "labels": float(number),
+        "boxes": float(possible),
+    }
+
+
+def unknown_quality(labels: Sequence[Target]) -> dict[str, float | None]:
+    """`quality` of labels on images whose truth nobody knows: their number alone."""
+    return {"precision": None, "recall": None, "iou": None, "labels": float(sum(map(len, labels))), "boxes": None}
+
+
+def _pairs(found: Target, true: Target, iou: float) -> list[float]:
+    if not len(found) or not len(true):
+        return []
+    overlap = box_ops.iou(found.boxes, true.boxes)
+    overlap[found.labels[:, None] != true.labels[None]] = 0
+    taken = []
+    for row in found.scores.argsort(descending=True, stable=True).tolist():
+        best, column = overlap[row].max(0)
+        if best >= iou:
+            taken.append(float(best))
+            overlap[:, column] = 0
+    return taken
+
+
+def offline_quality(source: ImageSource, truth: ImageSource) -> dict[str, float]:
+    """`quality` of pseudo labels made offline; images of `truth` that were left out have no label.
+
+    Args:
+        source: images with pseudo labels, in original pixels.
+        truth: the same images and perhaps more, with their true boxes.
+    """
+    rows = {int(image_id): row for row, image_id in enumerate(source.ids)}
+    empty = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0))
+    labels = [_target(source, rows[int(i)]) if int(i) in rows else empty for i in truth.ids]
+    return quality(labels, [_target(truth, row) for row in range(len(truth))])
+
+
+def _target(source: ImageSource, row: int) -> Target:
+    part = source.rows(row)
+    return Target(*(torch.from_numpy(array[part]) for array in (source.boxes, source.labels, source.scores)))

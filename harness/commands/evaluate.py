@@ -1,0 +1,186 @@
+"""`ssodbench evaluate`: scores a run's networks again, for instance at another score threshold."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from omegaconf import DictConfig
+from rich.table import Table
+from rich.text import Text
+
+from harness.config import compose
+from harness.core import distributed, readback
+from harness.core.console import STDERR, Console
+from harness.core.escape import literal
+from harness.core.files import require_writable, write_atomically
+from harness.core.record import read_record
+from harness.core.types import UserError
+from harness.data.datasets import Dataset
+from harness.engine import build, checkpoint
+from harness.engine.evaluate import METRICS, evaluate
+
+# What `evaluate` takes beside the keys that find the run; a group stands for its keys too.
+_USED = (
+    "run_dir", "runs_dir", "out", "cache_dir", "device", "threads", "data", "pipeline",
+    "evaluation.score_threshold", "evaluation.batch",
+)  # fmt: skip
+
+
+def run(cfg: DictConfig) -> int:
+    """Scores the newest checkpoint of `run_dir` with this command's `evaluation` settings; prints and writes a table.
+
+    The detector and the method are those of the run; so is the dataset, unless `data` is given, whose evaluation images
+    are then scored. Metrics go to `out`, by default `run_dir/evaluation_THRESHOLD.json`.
+
+    Raises:
+        UserError: there is no run in `run_dir`, the checkpoint is of another one, the classes of `data` are not those
+            of the run, a key is given that cannot be used, or `out` cannot be written.
+    """
+    run_dir = Path(cfg.run_dir)
+    trained = readback.read_config(run_dir)
+    given = _given(cfg)
+    _refuse_unused(cfg, given, trained)
+    other = "run_dir" in given and "data" in given
+    threshold = float(cfg.evaluation.score_threshold)
+    out = Path(cfg.out) if cfg.out else run_dir / _file_name(cfg, other, threshold)
+    require_writable(out, "out")
+    file = checkpoint.find(run_dir)
+    world = distributed.join(distributed.resolve_device(cfg.device, 1))
+    state = checkpoint.read(file, world.device)
+    _refuse_foreign(run_dir, file, state["identity"], trained)
+    torch.set_num_threads(int(cfg.threads))
+    opened, classes = _open(cfg, trained, other, state)
+    trained.evaluation = cfg.evaluation
+    if "pipeline" in given:
+        trained.pipeline = cfg.pipeline
+    trained.pipeline.on_bad_image = cfg.pipeline.on_bad_image
+    method = build.method(trained, build.detector(trained, len(classes))).to(world.device)
+    try:
+        method.load_state_dict(state["method"])
+    except RuntimeError as error:
+        raise UserError(checkpoint.misfit(file, error)) from error
+    pipeline = build.pipeline(trained, world, method.networks()[method.reported].normalize)
+    try:
+        scores = {
+            name: evaluate(
+                network,
+                pipeline,
+                opened.val.source(),
+                opened.val.coco_ground_truth(),
+                opened.val.category_ids,
+                threshold,
+                world,
+            )[0]
+            for name, network in method.networks().items()
+        }
+    finally:
+        pipeline.close()
+    on = f" on data={opened.name}" if other else ""
+    content = {"score_threshold": threshold, "data": opened.name, "val_sha256": opened.val.sha256, "networks": scores}
+    write_atomically(out, msgspec.json.format(msgspec.json.encode(content)))
+    console = Console()
+    title = literal(f"{file}{on}, scores above {threshold:g}", console.encoding)
+    console.print(_table(title, scores, method.reported))
+    return 0
+
+
+def _given(cfg: DictConfig) -> set[str]:
+    """The keys of the command line; of those of a group that `evaluate` takes, the group."""
+    keys = {str(override).split("=", 1)[0].lstrip("+~") for override in cfg.cli.overrides}
+    return {key.split(".")[0] if key.split(".")[0] in _USED else key for key in keys}
+
+
+def _refuse_unused(cfg: DictConfig, given: set[str], trained: DictConfig) -> None:
+    """Refuses keys that would change nothing.
+
+    Without `run_dir` keys such as `method` and `split.percent` find the run, as they name it for `train`: they must
+    then be the run's own.
+
+    Raises:
+        UserError: naming the key, or how the run differs.
+    """
+    finds = "run_dir" not in given
+    for key in sorted(given.difference(_USED)):
+        if not finds or compose.is_circumstance(key):
+            raise UserError(
+                f"evaluate does not use {key}: leave it out; besides run_dir it takes {', '.join(_USED[2:])}"
+            )
+    if not finds:
+        return
+    before, now = compose.identity(trained), compose.identity(cfg)
+    for plain in (before, now):
+        plain.pop("pipeline", None)
+        for key in ("score_threshold", "batch"):
+            plain["evaluation"].pop(key, None)
+    differing = compose.differences(before, now)
+    if differing:
+        raise UserError(
+            f"the run in {cfg.run_dir} was trained with other settings ({'; '.join(differing[:5])}), which evaluate "
+            f"does not change: name it by run_dir={cfg.run_dir} alone, or give the settings of the run that you mean"
+        )
+
+
+def _refuse_foreign(run_dir: Path, file: Path, identity: dict[str, str], trained: DictConfig) -> None:
+    """Refuses a checkpoint, or a record, that another run has written.
+
+    Raises:
+        UserError: naming it, and what differs.
+    """
+    own = {"config": compose.config_sha256(trained)}
+    path = run_dir / "record.json"
+    if path.exists():
+        record = read_record(path)
+        if compose.differences(compose.without_circumstances(record.config), compose.identity(trained)):
+            raise UserError(f"{path} is of another run than config.yaml beside it: evaluate the folder of one run")
+        own = {
+            "config": record.config_sha256,  # as the code of its time made it, like the checkpoint's
+            "split": record.split_sha256,
+            "dataset": record.dataset_sha256,
+            "evaluation set": record.val_sha256,
+        }
+    differing = [what for what, value in own.items() if value and identity.get(what) != value]
+    if differing:
+        raise UserError(
+            f"the checkpoint {file} is of another run than the rest of {run_dir}, it has another "
+            f"{' and another '.join(differing)}: evaluate the run that wrote it, or delete it here"
+        )
+
+
+def _open(cfg: DictConfig, trained: DictConfig, other: bool, state: dict[str, Any]) -> tuple[Dataset, list[str]]:
+    """The dataset to score on, and the classes of the run, which are its classes too."""
+    trained.cache_dir = cfg.cache_dir
+    names = state.get("classes")  # checkpoints of before do not say
+    classes = list(names or build.dataset(trained).train.category_names)
+    opened = build.dataset(cfg if other else trained)
+    found = list(opened.val.category_names)
+    if found != classes:
+        raise UserError(
+            f"data={opened.name} has the classes {_some(found)}, and the run was trained on {_some(classes)}: evaluate "
+            "on data with the same classes in the same order"
+        )
+    if not other and opened.val.sha256 != state["identity"]["evaluation set"]:
+        STDERR.say(f"the evaluation images of data={opened.name} have changed since the run was trained")
+    return opened, classes
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _file_name(cfg: DictConfig, other: bool, threshold: float) -> str:
+    data = re.sub(r"[^A-Za-z0-9_.-]", "-", f"{compose.group_name(cfg, 'data')}_") if other else ""
+    return f"evaluation_{data}{threshold:g}.json"
+
+
+def _table(title: Text, scores: dict[str, dict[str, float | None]], reported: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for heading in ("network", *METRICS):
+        table.add_column(heading, justify="left" if heading == "network" else "right")
+    for name, metrics in scores.items():
+        shown = ["-" if (value := metrics[m]) is None else f"{value:.1f}" for m in METRICS]
+        table.add_row(name + (" (reported)" if name == reported else ""), *shown)
+    return table

@@ -1,0 +1,265 @@
+"""`ssodbench prepare`: what a dataset and its splits hold, as tables and as a JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+from rich.box import SIMPLE_HEAD
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from harness.core.console import Console
+from harness.core.escape import literal
+from harness.core.files import write_atomically
+from harness.core.types import UserError
+from harness.data import prepare, split_files
+from harness.data.datasets import CocoIndex, Dataset
+from harness.data.images import ImageCheck
+from harness.data.prepare import Checks
+from harness.data.protocols import BY_PERCENT
+
+_PERCENTS, _FOLDS = (1.0, 2.0, 5.0, 10.0), (1, 2, 3, 4, 5)  # of the papers
+_LONG = 10_000  # pictures from which a check without a terminal reports each tenth
+_FEW = 4  # classes up to which a table has a column for each
+
+
+def describe(cfg: Any) -> dict[str, Any]:
+    """See `harness.data.prepare.run`."""
+    from harness.engine import build
+
+    console = Console(highlight=False, soft_wrap=True)
+    if OmegaConf.select(cfg, "export_dir"):
+        split_files.check_folder(Path(cfg.export_dir).expanduser())
+    dataset = build.dataset(cfg)
+    level = OmegaConf.select(cfg, "check", default="headers")
+    unlabeled = prepare.needs_unlabeled(cfg.split)
+    indices = prepare.parts(dataset, unlabeled)
+    with _progress(console, sum(map(len, indices.values())), level) as advance:
+        checks = prepare.inspect(dataset, level, len(os.sched_getaffinity(0)), advance, unlabeled)
+    keys = _rows(cfg)
+    found: dict[str, Any] = {
+        "dataset": dataset.name,
+        "classes": list(dataset.train.category_names),
+        "parts": {part: _part(index, checks.pictures[part], level) for part, index in indices.items()},
+        "findings": [asdict(finding) for finding in checks.findings],
+        "warnings": prepare.found_in_files(indices, checks),
+        "fatal": checks.fatal,
+        "splits": [_split(dataset, cfg.split, *key, checks) for key in keys],
+        "files": [],
+    }
+    configured = (float(cfg.split.percent), int(cfg.split.fold))
+    chosen = found["splits"][keys.index(configured)] if configured in keys else {}
+    _print(console, found)
+    for line in chosen.get("warnings", ()):
+        console.print(line, markup=False)
+    if checks.fatal is None and OmegaConf.select(cfg, "export_dir"):
+        found["files"] = _export(dataset, cfg, Path(cfg.export_dir).expanduser())
+        for file in found["files"]:
+            console.print(f"wrote {file}", markup=False)
+    console.print(_write(cfg, found), markup=False)
+    for message in (checks.fatal, chosen.get("error")):
+        if message:
+            raise UserError(message)
+    return found
+
+
+def _rows(cfg: Any) -> list[tuple[float, int]]:
+    """(percent, fold) of every split to describe."""
+    if cfg.split.protocol not in BY_PERCENT:
+        return _keys(cfg, [cfg.split.percent], [cfg.split.fold])
+    return _keys(cfg, (*_PERCENTS, cfg.split.percent), (*_FOLDS, cfg.split.fold))
+
+
+def _keys(cfg: Any, percents: Sequence[float], folds: Sequence[int]) -> list[tuple[float, int]]:
+    """prepare.percents x prepare.folds, with what is given here for the one that is not set."""
+    percents = OmegaConf.select(cfg, "prepare.percents") or percents
+    folds = OmegaConf.select(cfg, "prepare.folds") or folds
+    try:
+        return list(product(sorted({float(p) for p in percents}), sorted({int(f) for f in folds})))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"prepare.percents={percents} and prepare.folds={folds} must be lists of numbers") from error
+
+
+def _part(index: CocoIndex, pictures: ImageCheck, level: str) -> dict[str, Any]:
+    usable = ~index.crowd
+    return {
+        "name": index.name,
+        "image_dir": index.image_dir,
+        "sha256": index.sha256,
+        "images": len(index),
+        "boxes": int(usable.sum()),
+        "crowd_boxes": int(index.crowd.sum()),
+        "images_without_boxes": len(index) - len(index.nonempty_ids()),
+        "boxes_per_class": _named(index, index.boxes_per_class()),
+        "findings": [asdict(finding) for finding in index.findings],
+        "pictures": {
+            "check": level,
+            "checked": pictures.checked,
+            "bad": {str(number): reason for number, reason in pictures.bad.items()},
+            "findings": [asdict(finding) for finding in pictures.findings],
+        },
+    }
+
+
+def _named(index: CocoIndex, counts: np.ndarray) -> dict[str, int]:
+    return dict(zip(index.category_names, counts.tolist(), strict=True))
+
+
+def _split(dataset: Dataset, config: Mapping[str, Any], percent: float, fold: int, checks: Checks) -> dict[str, Any]:
+    """What one split holds, or why there is none."""
+    wanted = {**config, "percent": percent, "fold": fold}
+    row: dict[str, Any] = {"protocol": wanted["protocol"], "percent": percent, "fold": fold}
+    try:
+        split = prepare.resolve_split(dataset, wanted)
+    except UserError as error:
+        return {**row, "error": str(error)}
+    labeled, unlabeled = prepare.sources(dataset, split, wanted, checks)
+    counts = np.bincount(labeled.labels - 1, minlength=dataset.train.num_classes)
+    return {
+        **row,
+        "percent": split.percent,
+        "sha256": split.sha256,
+        **asdict(prepare.policy(wanted)),
+        "labeled_ids": len(split.labeled_ids),
+        "unlabeled_ids": len(split.unlabeled_ids),
+        "labeled_images": len(labeled),
+        "unlabeled_images": len(unlabeled) if unlabeled else 0,
+        "labeled_boxes": len(labeled.boxes),
+        "boxes_per_class": _named(dataset.train, counts),
+        "classes_without_labeled_box": [
+            name for name, count in zip(dataset.train.category_names, counts, strict=True) if not count
+        ],
+        "warnings": prepare.about_split(dataset, split, wanted, labeled),
+    }
+
+
+def _export(dataset: Dataset, cfg: Any, folder: Path) -> list[str]:
+    """Writes the splits that the configuration names: those of prepare.percents and prepare.folds, else of split."""
+    keys = _keys(cfg, [cfg.split.percent], [cfg.split.fold])
+    splits = [prepare.resolve_split(dataset, {**cfg.split, "percent": p, "fold": f}) for p, f in keys]
+    return [str(path) for path in split_files.export_all(dataset, splits, folder)]
+
+
+def _write(cfg: Any, found: dict[str, Any]) -> str:
+    """Writes prepared.json beside the exported files, or in the cache under the dataset's name and hash; says where.
+
+    A cache that can only be read is no error.
+
+    Raises:
+        UserError: the exported files' folder cannot be written.
+    """
+    folder = OmegaConf.select(cfg, "export_dir")
+    if folder:
+        path = Path(folder).expanduser() / "prepared.json"
+    else:
+        short = found["parts"]["train"]["sha256"][:12]
+        path = Path(cfg.cache_dir) / "prepared" / f"{found['dataset']}-{short}" / "prepared.json"
+    try:
+        write_atomically(path, json.dumps(found, indent=1).encode(), durable=False)
+    except OSError as error:
+        if not folder:
+            return f"not written to the cache: {path} ({error.strerror})"
+        raise UserError(
+            f"cannot write {path} ({error.strerror}): set export_dir to a folder that can be written"
+        ) from error
+    return f"wrote {path}"
+
+
+@contextmanager
+def _progress(console: Console, total: int, level: str) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal; elsewhere a line for each tenth of a long check."""
+    words = {"quick": "looking at pictures", "headers": "reading headers", "full": "decoding pictures"}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(words.get(level, level), total=total)
+        seen = 0
+
+        def advance(done: int) -> None:
+            nonlocal seen
+            seen += done
+            bar.advance(task, done)
+            if not console.is_terminal and total >= _LONG and seen * 10 // total > (seen - done) * 10 // total:
+                console.print(f"{words[level]}: {seen:,} of {total:,}")
+
+        yield advance
+
+
+def _print(console: Console, found: dict[str, Any]) -> None:
+    table = _table(f"data={found['dataset']}", "part")
+    for heading in ("images", "without boxes", "boxes", "crowd", "checked", "bad"):
+        table.add_column(heading, justify="right")
+    table.add_column("sha256", no_wrap=True)
+    for part, entry in found["parts"].items():
+        counts = (entry["images"], entry["images_without_boxes"], entry["boxes"], entry["crowd_boxes"])
+        pictures = entry["pictures"]
+        cells = [f"{n:,}" for n in (*counts, pictures["checked"], len(pictures["bad"]))]
+        table.add_row(part, *cells, entry["sha256"][:12])
+    console.print(table)
+    _print_classes(console, found)
+    _print_findings(console, found)
+    _print_splits(console, found)
+
+
+def _table(title: str, first: str) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table.add_column(first)
+    return table
+
+
+def _print_classes(console: Console, found: dict[str, Any]) -> None:
+    parts = [part for part in ("train", "val") if part in found["parts"]]
+    counts = [found["parts"][part]["boxes_per_class"] for part in parts]
+    title = f"boxes of the {len(found['classes'])} classes"
+    if len(found["classes"]) > _FEW:
+        listed = ", ".join(f"{name} {'/'.join(f'{c[name]:,}' for c in counts)}" for name in found["classes"])
+        console.print(f"{title} ({'/'.join(parts)}): {listed}", markup=False, soft_wrap=False)
+        return
+    table = _table(title, "class")
+    for part in parts:
+        table.add_column(part, justify="right")
+    for name in found["classes"]:
+        table.add_row(literal(name), *(f"{c[name]:,}" for c in counts))
+    console.print(table)
+
+
+def _print_findings(console: Console, found: dict[str, Any]) -> None:
+    for line in found["warnings"] or ["nothing wrong was found in the files"]:
+        console.print(line, markup=False)
+
+
+def _print_splits(console: Console, found: dict[str, Any]) -> None:
+    splits = [row for row in found["splits"] if "error" not in row]
+    if splits:
+        console.print(_split_table(splits, found["classes"]))
+    for message in {row["error"]: None for row in found["splits"] if "error" in row}:
+        console.print(f"no split: {message}", markup=False)
+
+
+def _split_table(splits: list[dict[str, Any]], classes: list[str]) -> Table:
+    """Labelled images, those of them that a run shows, and their boxes.
+
+    Each class has a column where they are few; otherwise there are the least, median and most, and how many have none.
+    """
+    first, few = splits[0], len(classes) <= _FEW
+    kept = f"empty images: {first['empty_images']}, crowd boxes: {first['crowd_boxes']}, min side: {first['min_side']}"
+    table = _table(f"splits by protocol {first['protocol']} ({kept})", "%")
+    per_class = [literal(name) for name in classes] if few else ["least", "median", "most", "no box"]
+    for heading in ("fold", "labelled", "shown", "boxes", *per_class):
+        table.add_column(heading, justify="right")
+    table.add_column("sha256", no_wrap=True)
+    for row in splits:
+        counts = list(row["boxes_per_class"].values())
+        if not few:
+            counts = [min(counts), int(np.median(counts)), max(counts), len(row["classes_without_labeled_box"])]
+        cells = (row["labeled_ids"], row["labeled_images"], row["labeled_boxes"], *counts)
+        table.add_row(f"{row['percent']:g}", str(row["fold"]), *(f"{n:,}" for n in cells), row["sha256"][:10])
+    return table

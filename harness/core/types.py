@@ -1,0 +1,261 @@
+"""The core types that the packages share: dataclasses and Protocols, nothing else.
+
+Conventions, used everywhere without being repeated: boxes are xyxy in pixels of the image or view they belong to,
+origin top left, continuous coordinates (pixel i covers [i, i + 1]). Matrices are 3x3 and act on column vectors
+(x, y, 1). Labels are 1..C, 0 is background. N boxes, B images, C classes, H and W in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:  # only annotations name it, and the data side opens COCO in less memory than importing it takes
+    import torch
+    from torch import Tensor
+
+
+class UserError(Exception):
+    """A mistake in what the user gave: one sentence that names the thing and the remedy; exit code 2, no traceback."""
+
+
+class RunError(Exception):
+    """What a command cannot go on from, though nothing was wrong with what was given; exit code 1, no traceback."""
+
+
+class UnusableImages(UserError):  # noqa: N818  told like any other mistake
+    """A training cannot go on with the pictures as they are; what it has learnt so far is saved first."""
+
+
+@dataclass
+class Target:
+    """Boxes of one image."""
+
+    boxes: Tensor  # (N, 4) float32, pixels of the view
+    labels: Tensor  # (N,) int64 in 1..C
+    scores: Tensor  # (N,) float32, 1 for human labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, keep: Tensor) -> Target:
+        return Target(self.boxes[keep], self.labels[keep], self.scores[keep])
+
+    def to(self, device: torch.device | str) -> Target:
+        """The same target on another device."""
+        return Target(*(t.to(device, non_blocking=True) for t in (self.boxes, self.labels, self.scores)))
+
+
+@dataclass
+class View:
+    """One augmented view of B images, normalised, padded right and bottom with 0 to a common size."""
+
+    images: Tensor  # (B, 3, H, W) float32, H and W multiples of 32
+    sizes: Tensor  # (B, 2) int64 valid (height, width)
+    to_view: Tensor  # (B, 3, 3) float32, original pixels -> view pixels
+    targets: list[Target] | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def rows(self, index: Tensor) -> View:
+        """Some of the images (K,), without targets."""
+        images, sizes, to_view = (part[index.to(part.device)] for part in (self.images, self.sizes, self.to_view))
+        return View(images, sizes, to_view)
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """How uint8 RGB pixels become a network's input: (x - mean) / std per channel, then BGR order if `bgr`."""
+
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)  # of R, G, B, in 0..255
+    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    bgr: bool = False
+
+
+@dataclass(frozen=True)
+class Views:
+    """The views a method needs, by the names that the augmentation policy gives them."""
+
+    labeled: tuple[str, ...]
+    unlabeled: tuple[str, ...] = ()
+
+
+@dataclass
+class Batch:
+    """One micro-batch: what one forward of the method sees.
+
+    `labeled` and `unlabeled` hold one View for each name in `Method.views`; row i of every view of a part is the same
+    image. Either dict is empty where the step draws no such image. Ground truth of unlabelled images is never here:
+    `targets` of unlabelled views are None, or the pseudo labels that were made offline.
+    """
+
+    labeled: dict[str, View]
+    unlabeled: dict[str, View]
+    labeled_ids: Tensor  # (Bl,) int64 image ids, on the CPU
+    unlabeled_ids: Tensor  # (Bu,) int64, on the CPU
+    labeled_keys: (
+        Tensor  # (Bl,) int64, random key of (seed, step, slot), on the training device; see harness.data.sampling
+    )
+    unlabeled_keys: Tensor  # (Bu,) int64
+
+    @property
+    def weak(self) -> View | None:
+        """The unlabelled images as the teacher sees them, where the method asks for that view."""
+        return self.unlabeled.get("weak")
+
+    @property
+    def strong(self) -> View | None:
+        """The unlabelled images as the student sees them; row i shows the same image as row i of `weak`."""
+        return self.unlabeled.get("strong")
+
+    @property
+    def images_seen(self) -> int:
+        """Distinct source images, labelled and unlabelled."""
+        return len(self.labeled_ids) + len(self.unlabeled_ids)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which images are labelled."""
+
+    labeled_ids: np.ndarray  # (L,) int64
+    unlabeled_ids: np.ndarray  # (U,) int64
+    percent: float
+    fold: int
+    protocol: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Images that a pipeline reads, with the boxes it may show: arrays, not dicts, so that it scales to COCO.
+
+    Boxes of image i are rows `offsets[i]:offsets[i + 1]` of `boxes`, `labels` and `scores`.
+    """
+
+    paths: Sequence[str]
+    ids: np.ndarray  # (N,) int64
+    sizes: np.ndarray  # (N, 2) int64 (height, width) of the stored pixels
+    boxes: np.ndarray  # (M, 4) float32 xyxy, original pixels
+    labels: np.ndarray  # (M,) int64 in 1..C
+    scores: np.ndarray  # (M,) float32
+    offsets: np.ndarray  # (N + 1,) int64
+    annotated: bool = True  # whether an image without boxes is one without objects, not one that nobody labelled
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def rows(self, index: int) -> slice:
+        """Rows of image number `index` in the box arrays."""
+        return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+
+
+class Pipeline(Protocol):
+    """JPEG files to batches on the training device."""
+
+    bad_images: dict[str, str]  # file -> why it could not be used
+
+    def train(self, start_step: int = 0) -> Iterator[Batch]:
+        """Endless micro-batches of this rank, from the first one of `start_step` on."""
+
+    def eval(self, source: ImageSource, view: str = "test") -> Iterator[tuple[View, Tensor]]:
+        """(View, image ids), every image of `source` exactly once over all ranks."""
+
+    def state(self) -> dict[str, Any]:
+        """What resuming needs beside the step number: plain values and tensors."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes up what `state` gave."""
+
+    def close(self) -> None:
+        """Free threads and memory; the pipeline is unusable afterwards."""
+
+
+@dataclass
+class RunRecord:
+    """What one run was and gave: flat numbers and strings, never formatted. One record.json per run."""
+
+    schema_version: int = 1
+    status: str = "running"  # running, ok, failed, interrupted
+    error: str | None = None
+    # what ran
+    cell: str = ""
+    suite: str | None = None
+    method: str = ""
+    preset: str = ""
+    detector: str = ""
+    augment: str = ""
+    augment_deviations: list[str] = field(default_factory=list)
+    pipeline: str = ""
+    pretraining: str = ""  # where the backbone's first weights come from, in words
+    reported_network: str = ""  # declared before training
+    seed: int = 0
+    # on which data
+    dataset: str = ""
+    dataset_sha256: str = ""
+    val_sha256: str = ""
+    protocol: str = ""
+    percent: float | None = 0.0  # None where the split is given as ids, whose share nobody asked for
+    fold: int = 0
+    split_sha256: str = ""
+    labeled_images: int = 0
+    unlabeled_images: int = 0
+    labeled_boxes: int = 0
+    eval_images: int = 0
+    empty_images: str = ""  # policy for labelled images without a box: keep or drop
+    crowd_boxes: str = ""  # policy for crowd boxes: drop or keep
+    # for how much compute
+    steps: int = 0
+    extra_steps: int = 0  # student steps of other runs that this one needs (STAC's stage 1)
+    images_labeled: int = 0  # images seen by the student, with repetition
+    images_unlabeled: int = 0
+    batch_labeled: int = 0
+    batch_unlabeled: int = 0
+    micro_batch: int = 0
+    world_size: int = 1
+    wall_seconds: float = 0.0
+    train_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    images_per_s: float | None = None
+    data_stall: float | None = None  # 0..1
+    peak_memory_mb: float | None = None
+    peak_gpu_memory_mb: float | None = None
+    trainable_parameters: int = 0
+    resumed_from: list[int] = field(default_factory=list)
+    bad_images: int = 0
+    # how well, 0..100, the reported network, and each network
+    score_threshold: float = 0.0
+    ap: float | None = None
+    ap50: float | None = None
+    ap75: float | None = None
+    ap_s: float | None = None
+    ap_m: float | None = None
+    ap_l: float | None = None
+    student_ap: float | None = None
+    student_ap50: float | None = None
+    student_ap75: float | None = None
+    student_ap_s: float | None = None
+    student_ap_m: float | None = None
+    student_ap_l: float | None = None
+    teacher_ap: float | None = None
+    teacher_ap50: float | None = None
+    teacher_ap75: float | None = None
+    teacher_ap_s: float | None = None
+    teacher_ap_m: float | None = None
+    teacher_ap_l: float | None = None
+    pseudo_precision: float | None = None  # 0..1, IoU 0.5 and class, against hidden ground truth
+    pseudo_recall: float | None = None
+    pseudo_iou: float | None = None
+    # from which code, where, when
+    weights_sha256: str | None = None
+    config_sha256: str = ""
+    commit: str | None = None
+    command: str = ""
+    started: str = ""
+    finished: str | None = None
+    environment: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)  # what decides the result: no folders, no devices

@@ -1,0 +1,270 @@
+"""Configuration to objects: the only place that calls `hydra.utils.instantiate`."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from detectors.detector import Detector
+from detectors.methods.method import Method
+from harness.config import checks as config_checks
+from harness.config import compose
+from harness.core.distributed import World
+from harness.core.types import ImageSource, Normalize, Pipeline, Split, UserError, Views
+from harness.data import prepare
+from harness.data.datasets import Dataset
+from harness.data.protocols import BY_PERCENT
+from harness.data.sampling import BatchSampler
+from harness.engine.optim import build_optimizer
+from pipelines.policy import Policy
+
+
+def _make(name: str, options: DictConfig, **runtime: Any) -> Any:
+    """Instantiates a group; what the user can mend comes out as one sentence."""
+    plain = OmegaConf.to_container(options, resolve=True)
+    assert isinstance(plain, dict)
+    kept = {str(key): value for key, value in plain.items() if key not in config_checks.GROUPS[name].own}
+    try:
+        # Partial, since Hydra would turn dataclasses among the arguments into dictionaries.
+        construct = instantiate({**kept, "_partial_": True}, _convert_="all")
+        inspect.signature(construct).bind(**runtime)
+    except (HydraException, TypeError) as error:
+        why = " ".join(str(error).split())
+        said = f"{name}={plain.get('name', name)}"
+        raise UserError(f"{said} cannot be built from its configuration: {why}") from error
+    return construct(**runtime)
+
+
+def dataset(cfg: DictConfig) -> Dataset:
+    """Opens the dataset, generating or caching it first where that is needed."""
+    return _make("data", cfg.data, cache_dir=Path(cfg.cache_dir))
+
+
+def detector(cfg: DictConfig, num_classes: int) -> Detector:
+    """A detector with its first weights."""
+    return _make("detector", cfg.detector, num_classes=num_classes)
+
+
+def method(cfg: DictConfig, network: Detector) -> Method:
+    """A method around a detector."""
+    return _make("method", cfg.method, detector=network, steps=cfg.schedule.steps)
+
+
+def policy(cfg: DictConfig) -> Policy:
+    """The augmentation policy."""
+    options = OmegaConf.to_container(cfg.augment, resolve=True)
+    assert isinstance(options, dict)
+    return Policy.from_config({str(key): value for key, value in options.items()})
+
+
+def pipeline(
+    cfg: DictConfig,
+    world: World,
+    normalize: Normalize,
+    views: Views | None = None,
+    sampler: BatchSampler | None = None,
+    labeled: ImageSource | None = None,
+    unlabeled: ImageSource | None = None,
+    known_bad: Mapping[str, str] | None = None,
+) -> Pipeline:
+    """A pipeline: for training with all arguments, for evaluation without the last five."""
+    config_checks.check_extras(cfg)
+    return _make(
+        "pipeline",
+        cfg.pipeline,
+        policy=policy(cfg),
+        normalize=normalize,
+        views=views,
+        sampler=sampler,
+        labeled=labeled,
+        unlabeled=unlabeled,
+        device=str(world.device),
+        rank=world.rank,
+        world_size=world.size,
+        eval_batch=cfg.evaluation.batch,
+        known_bad=known_bad,
+    )
+
+
+def refuse_no_unlabeled(cfg: DictConfig) -> NoReturn:
+    """Raises UserError: a method that needs unlabelled images has none."""
+    by_percent = cfg.split.protocol in BY_PERCENT
+    what = f"split.percent={cfg.split.percent:g}" if by_percent else f"split.protocol={cfg.split.protocol}"
+    remedy = "lower split.percent" if by_percent else "add images that are not labelled"
+    raise UserError(
+        f"method={cfg.method.name} needs unlabelled images and {what} leaves none: {remedy}, or take method=supervised"
+    )
+
+
+def sampler(
+    cfg: DictConfig,
+    views: Views,
+    unlabeled_from: int,
+    labeled: ImageSource,
+    unlabeled: ImageSource | None,
+    world: World,
+) -> BatchSampler:
+    """Which images each step draws.
+
+    Raises:
+        UserError: when the method needs unlabelled images that are not there, or the batch does not divide.
+    """
+    images = int(cfg.batch.unlabeled) if views.unlabeled else 0
+    if views.unlabeled and not unlabeled:
+        refuse_no_unlabeled(cfg)
+    if views.unlabeled and not images:
+        raise UserError(f"method={cfg.method.name} needs unlabelled images: batch.unlabeled must be at least 1")
+    total, micro = int(cfg.batch.labeled) + images, cfg.batch.micro
+    if micro is not None and total % micro:
+        raise UserError(f"batch.micro={micro} does not divide the {total} images of a step: choose a divisor")
+    drawn = BatchSampler(
+        num_labeled=len(labeled),
+        num_unlabeled=len(unlabeled) if unlabeled is not None and images else 0,
+        labeled=int(cfg.batch.labeled),
+        unlabeled=images,
+        micro=micro,
+        seed=int(cfg.seed),
+        ratio=cfg.batch.ratio,
+        anneal_steps=int(cfg.batch.get("anneal_steps", 0)),
+        steps=int(cfg.schedule.steps),
+        unlabeled_from=unlabeled_from,
+        group=cfg.batch.get("group_by_aspect"),
+        landscape=(_landscape(labeled), _landscape(unlabeled if images else None)),
+    )
+    if drawn.micro_batches % world.size:
+        raise UserError(
+            f"devices={world.size} cannot share the {drawn.micro_batches} micro-batches of a step evenly: "
+            f"set batch.micro so that their number ({total} images / batch.micro) is a multiple of devices"
+        )
+    return drawn
+
+
+def _landscape(source: ImageSource | None) -> np.ndarray:
+    """(N,) bool: images that are wider than high, as mmdetection and detectron2 group them."""
+    return np.zeros(0, dtype=bool) if source is None else source.sizes[:, 1] > source.sizes[:, 0]
+
+
+@dataclass
+class Data:
+    """A dataset and its split, opened and checked."""
+
+    dataset: Dataset
+    split: Split
+    policy: prepare.Policy
+    labeled: ImageSource
+    unlabeled: ImageSource | None  # without boxes, or with the pseudo labels that were made offline
+    hidden: ImageSource | None  # ground truth of unlabelled images, as far as it is known; no method sees it
+    val: ImageSource
+    bad_images: dict[str, str] = field(default_factory=dict)  # file -> reason, as the check before training found them
+    warnings: tuple[str, ...] = ()  # what was found that does not keep a run from being trained
+
+
+@dataclass
+class Experiment:
+    """Everything that a run is made of."""
+
+    cfg: DictConfig
+    world: World
+    data: Data
+    method: Method
+    optimizer: torch.optim.Optimizer
+    sampler: BatchSampler
+    pipeline: Pipeline
+
+
+def data(cfg: DictConfig) -> Data:
+    """Opens, splits and checks the data, before anything expensive.
+
+    Raises:
+        UserError: the devices cannot share a step, or what `harness.data.prepare` finds fatal.
+    """
+    config_checks.check_devices(cfg)
+    opened = dataset(cfg)
+    split = prepare.resolve_split(opened, cfg.split)
+    needs_unlabeled = prepare.needs_unlabeled(cfg.split)
+    checks = prepare.check(opened, unlabeled=needs_unlabeled)
+    bad = prepare.bad_files(opened, checks)
+    if bad and cfg.pipeline.on_bad_image == "error":
+        path, reason = next(iter(bad.items()))
+        raise UserError(
+            f"{path} is {reason}; repair it or take it off the annotations, or set pipeline.on_bad_image=skip"
+        )
+    # Bad pictures stay in their lists, so that what a step draws does not depend on which are bad at the moment.
+    labeled, unlabeled = prepare.sources(opened, split, cfg.split)
+    hidden = None if unlabeled is None else prepare.known_truth(opened, split, cfg.split, unlabeled)
+    warnings = prepare.found_in_files(prepare.parts(opened, needs_unlabeled), checks)
+    warnings += prepare.about_split(opened, split, cfg.split, labeled)
+    val = opened.val.source()
+    return Data(opened, split, prepare.policy(cfg.split), labeled, unlabeled, hidden, val, bad, tuple(warnings))
+
+
+def experiment(cfg: DictConfig, world: World, data: Data) -> Experiment:
+    """Builds what a run is made of; weights and draws depend on the seed alone."""
+    torch.manual_seed(int(cfg.seed))
+    network = detector(cfg, len(data.dataset.train.category_ids))
+    trained = method(cfg, network).to(world.device)
+    if cfg.channels_last:
+        trained = trained.to(memory_format=torch.channels_last)
+    if cfg.compile:
+        for part in trained.networks().values():
+            part.backbone.compile()
+    drawn = sampler(cfg, trained.views, trained.unlabeled_from, data.labeled, data.unlabeled, world)
+    lists = (data.labeled, data.unlabeled, data.bad_images)
+    feed = pipeline(cfg, world, network.normalize, trained.views, drawn, *lists)
+    optimizer = build_optimizer(trained.trainable(), cfg.schedule.optimizer)
+    return Experiment(cfg, world, data, trained, optimizer, drawn, feed)
+
+
+def prepare_caches(cfgs: Sequence[DictConfig]) -> None:
+    """Makes what all runs share, the datasets and the backbone's first weights, and looks at the data of each.
+
+    Raises:
+        UserError: as `data` would in one of the runs.
+    """
+    opened: dict[str, Dataset] = {}
+    for cfg in cfgs:
+        key = OmegaConf.to_yaml(cfg.data, resolve=True)
+        if key not in opened:
+            opened[key] = dataset(cfg)
+        check_split(cfg, opened[key])
+    unlabeled = any(prepare.needs_unlabeled(cfg.split) for cfg in cfgs)
+    for one in opened.values():
+        prepare.check(one, unlabeled=unlabeled)
+    detector(cfgs[0], len(next(iter(opened.values())).train.category_ids))
+
+
+def check_split(cfg: DictConfig, opened: Dataset) -> None:
+    """Checks, without looking at pictures, that a run would find its images in a dataset.
+
+    Raises:
+        UserError: naming the cell of the run; there is no such split, or no unlabelled image for the method.
+    """
+    try:
+        split = prepare.resolve_split(opened, cfg.split)
+        _, unlabeled = prepare.sources(opened, split, cfg.split)
+        if config_checks.draws_unlabeled(cfg) and not unlabeled:
+            refuse_no_unlabeled(cfg)
+    except UserError as error:
+        raise UserError(
+            f"the cell {compose.cell_name(cfg)} cannot be run: {error}; suite.methods, suite.percents and suite.folds "
+            "say which cells there are"
+        ) from error
+
+
+def weights_sha256(network: torch.nn.Module) -> str:
+    """Hash of a network's parameters and buffers, names included."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(value.detach().cpu().contiguous().numpy()).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,457 @@
+"""The training loop.
+
+The loop owns time: which step it is, the learning rate, when to log, save and evaluate. The method owns loss, teacher
+and state. `python -m harness.engine.loop key=value ...` is `ssodbench train`, so that torchrun can start it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from detectors.methods.method import Method
+from detectors.methods.pseudo_labels import quality, unknown_quality
+from harness.config.compose import evaluation_interval
+from harness.core.boxes import transform_source
+from harness.core.distributed import FlatGradients, average_buffers, average_values, on_all_ranks
+from harness.core.types import Batch, RunError, UnusableImages
+from harness.engine.build import Experiment
+from harness.engine.log import RunLog
+from harness.engine.optim import learning_rate_factor, set_learning_rate
+
+logger = logging.getLogger(__name__)
+
+REPEAT_SECONDS = 2.0  # within which a launcher passes on a signal that its workers may have got as well
+FEW = 0.1  # pseudo labels per image, as a share of the labelled images' boxes, below which a warning is given
+
+
+class Interrupted(Exception):  # noqa: N818  not an error
+    """The run was asked to stop and has saved its state."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"interrupted by {signal.Signals(signal_number).name}")
+        self.signal_number = signal_number
+
+    def __reduce__(self) -> tuple[type, tuple[int]]:
+        return Interrupted, (self.signal_number,)  # what the other ranks are told
+
+
+def stop_signals() -> list[int]:
+    """The signals that ask to stop: SIGHUP, which a closed terminal sends, unless it is ignored, as under `nohup`."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *([] if ignored else [signal.SIGHUP])]
+
+
+class StopRequest:
+    """A signal asks the loop to finish its step and save; a second one ends the process at once.
+
+    Ctrl-C reaches a launcher and its workers, and the launcher passes it on: to a worker that is one signal. A terminal
+    that closes sends SIGHUP, and so does its shell, and a machine that shuts down does after SIGTERM: none is a second.
+    """
+
+    def __init__(self) -> None:
+        self.signal_number = 0
+        self._received = 0.0
+        self._raises = False
+
+    def install(self, numbers: Sequence[int] | None = None) -> None:
+        """Takes over the signals that ask this process to stop, by default those of `stop_signals`."""
+        for number in stop_signals() if numbers is None else numbers:
+            signal.signal(number, self._receive)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """While nothing is trained there is nothing to save: in this block a signal raises Interrupted where we are."""
+        self._raises = True
+        try:
+            if self.signal_number:
+                raise Interrupted(self.signal_number)
+            yield
+        finally:
+            self._raises = False
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if number == signal.SIGHUP and self.signal_number:
+            return
+        passed_on = "LOCAL_RANK" in os.environ and number == self.signal_number
+        if passed_on and now - self._received < REPEAT_SECONDS:
+            return
+        if self.signal_number:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.signal_number, self._received = number, now
+        if self._raises:
+            raise Interrupted(number)
+
+
+@dataclass
+class Counters:
+    """What a run counts; travels in every checkpoint."""
+
+    step: int = 0  # steps done
+    evaluated: int = 0  # the step after which the networks were scored last
+    images_labeled: int = 0
+    images_unlabeled: int = 0
+    train_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    wall_seconds: float = 0.0
+    resumed_from: list[int] = field(default_factory=list)
+    threads: list[int] = field(default_factory=list)  # CPU threads that steps were computed with, in order of first use
+    # precision, recall and IoU of the pseudo labels, summed over measurements in the last tenth of the schedule
+    pseudo: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    pseudo_count: int = 0
+
+
+@dataclass(frozen=True)
+class MicroBatchTaken:
+    """What tells a micro-batch apart afterwards."""
+
+    batch: Batch  # without its pixels
+    finite: Tensor  # () bool, on the device: whether its loss is
+
+
+@dataclass(frozen=True)
+class StepTaken:
+    """What tells a step apart afterwards."""
+
+    step: int
+    losses: dict[str, Tensor]
+    norm: Tensor  # () of the gradient
+    micro_batches: list[MicroBatchTaken]  # of this rank
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the forwards and backwards of a step gave on this rank."""
+
+    losses: dict[str, Tensor]  # means over its micro-batches
+    metrics: dict[str, Tensor]  # means over its micro-batches
+    batch: Batch  # the last one
+    micro_batches: list[MicroBatchTaken]
+    waited: float  # seconds that the pipeline kept us waiting
+
+
+class StepFlags:
+    """Reads the flags that rode along in the all-reduce, a request to stop and how many losses were not finite, and the
+    norm of the gradient, which is then the same on all ranks.
+
+    On a GPU those of a step are read while the next one is under way, so that nothing waits for the device, except
+    where the state is about to be saved.
+
+    Args:
+        run: what is trained.
+        flags: (2,) of the step.
+        late: whether reading may lag one step behind.
+    """
+
+    def __init__(self, run: Experiment, flags: Tensor, late: bool) -> None:
+        self._run, self._flags, self._late = run, flags, late
+        self._unread: deque[tuple[StepTaken, Tensor, torch.cuda.Event | None]] = deque()
+
+    def read(self, taken: StepTaken, at_once: bool) -> bool:
+        """Takes the flags of a step.
+
+        Args:
+            taken: the step.
+            at_once: whether to know them now; otherwise those of the step before may be the last that are known.
+
+        Returns:
+            Whether some rank was asked to stop; the flags are then known up to this step.
+
+        Raises:
+            RunError: a loss or the gradient of `taken` or of the step before is not finite.
+        """
+        self._unread.append((taken, *self._copy(taken.norm)))
+        return self._read(keep=int(self._late and not at_once))
+
+    def read_rest(self) -> None:
+        """Takes the flags that are not known yet; raises as `read` does."""
+        self._read(keep=0)
+
+    def _read(self, keep: int) -> bool:
+        stop = False
+        while len(self._unread) > (0 if stop else keep):
+            known, values, event = self._unread.popleft()
+            if event is not None:
+                event.synchronize()
+            stop_asked, not_finite, norm = values.tolist()
+            if not_finite or not math.isfinite(norm):
+                raise on_all_ranks(non_finite(self._run, known, of_loss=not_finite > 0))
+            stop = stop or stop_asked > 0
+        return stop
+
+    def _copy(self, norm: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+        together = torch.cat([self._flags, norm.to(self._flags.dtype).reshape(1)])
+        if together.device.type != "cuda":
+            return together, None
+        values = torch.empty(together.shape, dtype=together.dtype, pin_memory=True)
+        values.copy_(together, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return values, event
+
+
+def train(
+    run: Experiment,
+    counters: Counters,
+    log: RunLog | None,
+    stop: StopRequest,
+    save: Callable[[], None],
+    evaluate: Callable[[], None],
+    rescue: Callable[[], None],
+) -> None:
+    """Trains from `counters.step` to the end of the schedule.
+
+    Args:
+        run: what is trained, on what.
+        counters: where the run stands; kept up to date.
+        log: where losses go; None on all ranks but the first.
+        stop: looked at after every step.
+        save: writes a checkpoint.
+        evaluate: scores the networks and logs that; raises Interrupted when asked to stop.
+        rescue: writes a checkpoint from this rank alone, whatever the others do.
+
+    Raises:
+        RunError: a loss or the gradient is not finite.
+        UnusableImages: the pictures have gone; the state after the last step is saved.
+        Interrupted: after a request to stop; the state is saved.
+    """
+    gradients = FlatGradients(run.method.trainable(), run.sampler.micro_batches)
+    flags = StepFlags(run, gradients.flags, late=run.world.device.type == "cuda")
+    try:
+        _steps(run, counters, log, stop, save, evaluate, gradients, flags)
+    except UnusableImages as error:
+        flags.read_rest()
+        raise _rescued(error, counters.step, rescue) from error
+
+
+def _steps(
+    run: Experiment,
+    counters: Counters,
+    log: RunLog | None,
+    stop: StopRequest,
+    save: Callable[[], None],
+    evaluate: Callable[[], None],
+    gradients: FlatGradients,
+    flags: StepFlags,
+) -> None:
+    """The loop of `train`."""
+    cfg, method = run.cfg, run.method
+    batches = run.pipeline.train(counters.step)
+    method.train()
+    interval = evaluation_interval(cfg)
+    if _evaluation_due(counters.step, interval, cfg.schedule.steps) and counters.evaluated != counters.step:
+        _evaluate_or_save(counters, evaluate, save)  # it was interrupted
+    for step in range(counters.step, cfg.schedule.steps):
+        begin = time.perf_counter()
+        rate = cfg.schedule.optimizer.lr * learning_rate_factor(step, cfg.schedule)
+        set_learning_rate(run.optimizer, rate)
+        gradients.zero()
+        work = accumulate(run, batches, step, gradients)
+        losses, metrics, waited = work.losses, work.metrics, work.waited
+        gradients.flags[0] = float(stop.signal_number > 0)
+        gradients.combine(run.world)
+        norm = gradients.clip(cfg.schedule.clip_norm)
+        last = step + 1 == cfg.schedule.steps
+        save_due = (step + 1) % cfg.checkpointing.every == 0 or last
+        evaluation_due = _evaluation_due(step + 1, interval, cfg.schedule.steps)
+        # An evaluation that is interrupted saves as well.
+        stop_asked = flags.read(StepTaken(step, losses, norm, work.micro_batches), at_once=save_due or evaluation_due)
+        run.optimizer.step()
+        average_buffers(run.world, [method.trainable()])
+        method.after_step(step)
+        counters.step = step + 1
+        labeled, unlabeled = run.sampler.images(step)
+        counters.images_labeled += labeled
+        counters.images_unlabeled += unlabeled
+        seconds = time.perf_counter() - begin
+        counters.train_seconds += seconds
+        counters.wait_seconds += waited
+        if counters.step % cfg.logging.every == 0 or last:  # what `log.due` says, on every rank
+            losses, metrics = average_values(run.world, losses), average_values(run.world, metrics)
+        if log is not None:
+            log.step(step, losses, metrics, rate, labeled + unlabeled, waited, seconds)
+            if log.due(step):
+                warn_of_few_pseudo_labels(run, step, metrics)
+                measure_pseudo_labels(run, work.batch, step, counters, log)
+        if stop_asked and not last:
+            save()
+            raise Interrupted(stop.signal_number or signal.SIGTERM)
+        if evaluation_due:
+            _evaluate_or_save(counters, evaluate, save)
+        if save_due:
+            save()
+
+
+def _rescued(error: UnusableImages, step: int, rescue: Callable[[], None]) -> UnusableImages:
+    """Saves what was learnt before the pictures went; the error with what became of that."""
+    if step == 0:
+        return error
+    try:
+        rescue()
+    except (RunError, OSError) as other:
+        return UnusableImages(f"{error}; the state could not be saved: {other}")
+    return UnusableImages(
+        f"{error}; the state after step {step} is saved: start the same command again to continue from it"
+    )
+
+
+def _evaluation_due(steps_done: int, interval: int | None, steps: int) -> bool:
+    """Whether the networks are scored after so many steps; the caller of `train` does so at the end."""
+    return bool(interval) and 0 < steps_done < steps and steps_done % (interval or 1) == 0
+
+
+def _evaluate_or_save(counters: Counters, evaluate: Callable[[], None], save: Callable[[], None]) -> None:
+    """Scores the networks; when that is interrupted, the state is saved and says that scores are missing.
+
+    Nothing is counted twice when they are made after all: the log leaves out what it has.
+    """
+    try:
+        evaluate()
+    except Interrupted:
+        save()
+        raise
+    counters.evaluated = counters.step
+
+
+def accumulate(run: Experiment, batches: Iterator[Batch], step: int, gradients: FlatGradients) -> Work:
+    """The beginning of a step: forward and backward of this rank's micro-batches.
+
+    Losses are normalised within a micro-batch, as they were within a GPU in the papers, and averaged over the
+    micro-batches of all ranks.
+
+    Raises:
+        UnusableImages: the pictures have gone; the method is as it was before the step.
+    """
+    count = run.sampler.micro_batches // run.world.size
+    begin = time.perf_counter()
+    first = next(batches)  # before the method changes
+    waited = time.perf_counter() - begin
+    before = _unlearnt(run.method) if count > 1 else {}
+    run.method.before_step(step)
+    losses: dict[str, Tensor] = {}
+    metrics: dict[str, Tensor] = {}
+    taken: list[MicroBatchTaken] = []
+    for number in range(count):
+        begin = time.perf_counter()
+        try:
+            batch = next(batches) if number else first
+        except UnusableImages:
+            run.method.load_state_dict(before, strict=False)
+            raise
+        waited += time.perf_counter() - begin
+        with torch.autocast(run.world.device.type, torch.bfloat16, enabled=run.cfg.precision == "bf16"):
+            terms, measured = run.method(batch, step)
+        total = torch.stack([value.float() for value in terms.values()]).sum()
+        (total / run.sampler.micro_batches).backward()
+        gradients.collect()
+        finite = torch.isfinite(total.detach())
+        gradients.flags[1] += (~finite).float()
+        taken.append(MicroBatchTaken(dataclasses.replace(batch, labeled={}, unlabeled={}), finite))
+        for into, values in ((losses, terms), (metrics, measured)):
+            for name, value in values.items():
+                into[name] = into.get(name, 0) + value.detach() / count
+    return Work(losses, metrics, batch, taken, waited)
+
+
+def _unlearnt(method: Method) -> dict[str, Tensor]:
+    """Copies of what a step changes before the optimiser does: averaged networks and running statistics."""
+    learnt = {name for name, parameter in method.named_parameters() if parameter.requires_grad}
+    return {name: value.clone() for name, value in method.state_dict().items() if name not in learnt}
+
+
+def non_finite(run: Experiment, taken: StepTaken, of_loss: bool) -> RunError:
+    """Writes what is needed to replay a step whose loss, or else its gradient, is not finite."""
+    losses = {name: float(value) for name, value in taken.losses.items()}
+    bad = [name for name, value in losses.items() if not math.isfinite(value)]
+    finite = [bool(micro.finite) for micro in taken.micro_batches]
+    path = Path(run.cfg.run_dir) / f"non_finite_rank{run.world.rank}.json"
+    replay = {
+        "step": taken.step,
+        "seed": int(run.cfg.seed),
+        "losses": {name: str(value) for name, value in losses.items()},
+        "gradient_norm": str(float(taken.norm)),
+        "micro_batches": [
+            {"finite": is_finite, **_draws(micro.batch)}
+            for is_finite, micro in zip(finite, taken.micro_batches, strict=True)
+        ],
+    }
+    if of_loss:
+        names = ", ".join(bad) or ("on another rank" if all(finite) else "their sum")
+        what = f"the loss is not finite at step {taken.step} ({names})"
+    else:
+        what = f"the gradient is not finite at step {taken.step}, though the losses are"
+    try:
+        path.write_text(json.dumps(replay, indent=2))
+        where = f"the images and draws are in {path}"
+    except OSError as error:
+        where = f"the images and draws could not be written to {path} ({error.strerror})"
+    return RunError(
+        f"{what}: {where}, the last good checkpoint is kept; start anew in another run_dir with a lower "
+        "schedule.optimizer.lr or a schedule.clip_norm"
+    )
+
+
+def _draws(batch: Batch) -> dict[str, list[int]]:
+    """Images and random keys of a micro-batch."""
+    names = ("labeled_ids", "unlabeled_ids", "labeled_keys", "unlabeled_keys")
+    return {name: getattr(batch, name).tolist() for name in names}
+
+
+def warn_of_few_pseudo_labels(run: Experiment, step: int, metrics: dict[str, Tensor]) -> None:
+    """Says so, once, if a teacher that begins to teach is sure of next to nothing."""
+    begun = step - run.method.unlabeled_from
+    if not 0 <= begun < run.cfg.logging.every or not {"pseudo_boxes", "labeled_boxes"} <= metrics.keys():
+        return
+    found, usual = float(metrics["pseudo_boxes"]), float(metrics["labeled_boxes"])
+    if found < FEW * usual:
+        logger.warning(
+            "at step %d the teacher gives %.2f boxes per unlabelled image, where labelled ones have %.2f: it knows too "
+            "little to teach yet; lengthen method.burn_in, or lower its score thresholds",
+            step, found, usual,
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def measure_pseudo_labels(run: Experiment, batch: Batch, step: int, counters: Counters, log: RunLog) -> None:
+    """Compares the last pseudo labels with the ground truth that was hidden from the method, where it is known."""
+    found, hidden = run.method.pseudo_labels, run.data.hidden
+    if not found or batch.strong is None:
+        return
+    known = np.isin(batch.unlabeled_ids.numpy(), [] if hidden is None else hidden.ids)
+    if hidden is None or not known.any():
+        log.pseudo(step, {name: unknown_quality(labels) for name, labels in found.items()})
+        return
+    rows = torch.from_numpy(np.flatnonzero(known))
+    truth = transform_source(hidden, batch.unlabeled_ids[rows], batch.strong.rows(rows))
+    measured = {name: quality([labels[row] for row in rows.tolist()], truth) for name, labels in found.items()}
+    log.pseudo(step, measured)
+    first = next(iter(measured.values()))
+    if step >= 0.9 * run.cfg.schedule.steps and first:
+        for i, key in enumerate(("precision", "recall", "iou")):
+            counters.pseudo[i] += first[key]
+        counters.pseudo_count += 1
+
+
+if __name__ == "__main__":
+    from harness.cli import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))

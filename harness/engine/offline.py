@@ -1,0 +1,341 @@
+"""Pseudo labels made before training: for methods whose configuration has `offline`, such as STAC.
+
+The unlabelled source's boxes are replaced by what a detector of stage 1 finds, so that pipelines and the loop treat
+them as annotations. Stage 1 is the run of another method on the same split: given, found, or trained here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from detectors.detector import Detector
+from detectors.methods.pseudo_labels import label_offline, offline_quality
+from harness.config import compose
+from harness.core import checksum, distributed, readback
+from harness.core.files import write_atomically
+from harness.core.readback import Count
+from harness.core.record import read_record
+from harness.core.types import ImageSource, UserError
+from harness.data.annotations import positions
+from harness.engine import build, checkpoint
+from harness.engine.build import Data
+from harness.engine.loop import Interrupted, StopRequest
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_STAGE_ONE = ("stage1", "stage1_overrides", "checkpoint")  # keys of `offline` that say who labels, not how
+
+
+@dataclass
+class Extra:
+    """What a run needed beyond its own schedule, and how good its pseudo labels are."""
+
+    steps: int = 0
+    quality: dict[str, float] = field(default_factory=dict)
+    stage_one: str | None = None  # what made its pseudo labels: the sha256 of a configuration or of a checkpoint
+
+
+def label(cfg: DictConfig, data: Data, world: distributed.World, stop: StopRequest) -> tuple[Data, Extra]:
+    """Replaces the unlabelled source by one with pseudo labels, if the method wants that.
+
+    Labels are kept in the run folder, with what they were made by, so that a run that is taken up again uses the same,
+    and another one makes its own.
+
+    Raises:
+        UserError: stage 1 is not finished, does not fit, or found nothing; or the run began with other labels.
+    """
+    options = cfg.method.get("offline")
+    if options is None or data.unlabeled is None:
+        return data, Extra()
+    path = Path(cfg.run_dir) / "pseudo_labels.npz"
+    stage_one = compose.stage_one(cfg)
+    made_by = _made_by(cfg, stage_one, data)
+    if not distributed.from_main(world, lambda: _are_there(path, made_by)):
+        distributed.from_main(world, lambda: _refuse_other_labels(Path(cfg.run_dir), made_by))
+        file = _stage_one_checkpoint(cfg, stage_one, world, stop)
+        source, steps = _label_with(cfg, stage_one, data, file, world, stop)
+        if not len(source):
+            raise UserError(
+                f"stage 1 found no box above method.offline.score_threshold in any of the {len(data.unlabeled)} "
+                "unlabelled images: train it longer, or keep images without a box by method.offline.drop_empty=false"
+            )
+        distributed.from_main(world, lambda: _write(path, source, made_by, steps))
+    source, extra = _read(path, data.unlabeled, len(data.dataset.train.category_ids))
+    if data.hidden is not None:
+        extra.quality = offline_quality(source, data.hidden)
+    return dataclasses.replace(data, unlabeled=source), extra
+
+
+def _made_by(cfg: DictConfig, stage_one: DictConfig, data: Data) -> dict[str, str | None]:
+    """What pseudo labels depend on; a given stage 1 that is gone by now is None."""
+    thresholds = OmegaConf.to_container(cfg.method.offline, resolve=True)
+    assert isinstance(thresholds, dict)
+    given = thresholds.pop("checkpoint", None)
+    stage: str | None = compose.config_sha256(stage_one)
+    if given is not None:
+        try:
+            stage = hashlib.sha256(checkpoint.find(Path(str(given))).read_bytes()).hexdigest()
+        except UserError:
+            stage = None
+    return {
+        "options": json.dumps(thresholds, sort_keys=True),
+        "split": data.split.sha256,
+        "dataset": data.dataset.train.sha256,
+        "stage 1": stage,
+    }
+
+
+def _are_there(path: Path, made_by: dict[str, str | None]) -> bool:
+    """Whether the labels of `path` are whole and were made by the same; damaged ones are named, to be made again."""
+    if not path.exists():
+        return False
+    try:
+        known = _decode(path).made_by
+    except UserError as error:
+        logger.warning("%s; they are made again", error)
+        return False
+    return all(value is None or known.get(key) == value for key, value in made_by.items())
+
+
+def _refuse_other_labels(run_dir: Path, made_by: dict[str, str | None]) -> None:
+    """Raises UserError where training has begun, and not with labels of this stage 1."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # whoever continues from the checkpoint names those that are passed over
+        begun = checkpoint.newest(run_dir)
+    if begun is not None and begun["identity"].get("stage 1") != made_by["stage 1"]:
+        raise UserError(
+            f"the run in {run_dir} began with pseudo labels of another stage 1: give the same "
+            "method.offline.checkpoint to continue it, or another run_dir=DIR"
+        )
+
+
+def _stage_one_checkpoint(cfg: DictConfig, stage_one: DictConfig, world: distributed.World, stop: StopRequest) -> Path:
+    """Of the run that is given, of one that was trained by the same command before, or of one trained here."""
+    given = cfg.method.offline.get("checkpoint")
+    if given is not None:
+        return _finished(checkpoint.find(Path(given)))
+    before = Path(cfg.runs_dir) / "train" / compose.cell_name(stage_one)
+    if distributed.from_main(world, lambda: _is_run_of(before, stage_one)):
+        return checkpoint.find(before)
+    from harness.engine.session import train_to_record  # stage 1 is a run like any other
+
+    train_to_record(stage_one, world, stop)
+    return checkpoint.find(Path(stage_one.run_dir))
+
+
+def _is_run_of(run_dir: Path, cfg: DictConfig) -> bool:
+    """Whether a finished run of this configuration, with a checkpoint, is there."""
+    path = run_dir / "record.json"
+    if not path.exists() or not checkpoint.checkpoints(run_dir):
+        return False
+    record = read_record(path)
+    return record.status == "ok" and record.config_sha256 == compose.config_sha256(cfg)
+
+
+def _finished(file: Path) -> Path:
+    """The checkpoint, unless it lies in the folder of a run that is not finished."""
+    path = file.parent.parent / "record.json"
+    if path.exists() and (status := read_record(path).status) != "ok":
+        raise UserError(
+            f"the stage 1 run in {path.parent} is not finished (status {status}): finish it first, by the command that "
+            "started it, or name another method.offline.checkpoint"
+        )
+    return file
+
+
+def _label_with(
+    cfg: DictConfig, stage_one: DictConfig, data: Data, file: Path, world: distributed.World, stop: StopRequest
+) -> tuple[ImageSource, int]:
+    """Runs stage 1's reported network over the unlabelled images, over all ranks; also gives its steps.
+
+    Raises:
+        Interrupted: on every rank, if `stop` was asked on one of them; it is looked at before each batch.
+    """
+    state = checkpoint.read(file)
+    known = {"split": data.split.sha256, "dataset": data.dataset.train.sha256}
+    for what, expected in known.items():
+        if state["identity"].get(what) != expected:
+            raise UserError(
+                f"the stage 1 checkpoint {file} was trained on another {what}: "
+                "set method.offline.checkpoint to a supervised run of the same split, or leave it null to train one"
+            )
+    torch.manual_seed(int(cfg.seed))
+    with stop.at_once():
+        network = build.detector(stage_one, len(data.dataset.train.category_ids))
+    trained = build.method(stage_one, network).to(world.device)
+    try:
+        trained.load_state_dict(state["method"])
+    except RuntimeError as error:
+        raise UserError(
+            f"the stage 1 checkpoint {file} holds another detector: train stage 1 with the same one"
+        ) from error
+    reported: Detector = trained.networks()[trained.reported]
+    pipeline = build.pipeline(cfg, world, reported.normalize)
+    assert data.unlabeled is not None
+    options = OmegaConf.to_container(cfg.method.offline, resolve=True)
+    assert isinstance(options, dict)
+    thresholds = {str(k): v for k, v in options.items() if k not in _STAGE_ONE}
+    try:
+        usable = _without(data.unlabeled, data.bad_images)
+        batches = _until_asked(pipeline.eval(usable, "pseudo"), stop)
+        own = label_offline(reported, batches, usable, **thresholds)
+    finally:
+        pipeline.close()
+    parts = distributed.gather(world, (own, stop.signal_number))
+    signal_number = max(number for _, number in parts)
+    if signal_number:
+        raise Interrupted(signal_number)
+    return _merge([part for part, _ in parts], data.unlabeled), int(state["step"])
+
+
+def _until_asked(batches: Iterator[T], stop: StopRequest) -> Iterator[T]:
+    """The batches up to a request to stop."""
+    for batch in batches:
+        if stop.signal_number:
+            return
+        yield batch
+
+
+def _without(unlabeled: ImageSource, bad: Mapping[str, str]) -> ImageSource:
+    """Unlabelled images but for bad ones: nothing is found in them."""
+    if not bad:
+        return unlabeled
+    rows = [row for row, path in enumerate(unlabeled.paths) if path not in bad]
+    return dataclasses.replace(
+        unlabeled,
+        paths=[unlabeled.paths[row] for row in rows],
+        ids=unlabeled.ids[rows],
+        sizes=unlabeled.sizes[rows],
+        offsets=unlabeled.offsets[: len(rows) + 1],  # all 0
+    )
+
+
+def _merge(parts: list[ImageSource], unlabeled: ImageSource) -> ImageSource:
+    """The labels that all ranks made, in the order of the unlabelled images, whoever made which."""
+    where = {int(image_id): (part, row) for part in parts for row, image_id in enumerate(part.ids)}
+    rows = [row for row, image_id in enumerate(unlabeled.ids) if int(image_id) in where]
+    found = [where[int(unlabeled.ids[row])] for row in rows]
+    boxes = [part.rows(row) for part, row in found]
+    return ImageSource(
+        paths=[unlabeled.paths[row] for row in rows],
+        ids=unlabeled.ids[rows],
+        sizes=unlabeled.sizes[rows],
+        boxes=np.concatenate(
+            [np.zeros((0, 4), np.float32), *(p.boxes[b] for (p, _), b in zip(found, boxes, strict=True))]
+        ),
+        labels=np.concatenate([np.zeros(0, np.int64), *(p.labels[b] for (p, _), b in zip(found, boxes, strict=True))]),
+        scores=np.concatenate(
+            [np.zeros(0, np.float32), *(p.scores[b] for (p, _), b in zip(found, boxes, strict=True))]
+        ),
+        offsets=np.cumsum([0, *(b.stop - b.start for b in boxes)]).astype(np.int64),
+    )
+
+
+def _write(path: Path, source: ImageSource, made_by: dict[str, str | None], steps: int) -> None:
+    content = io.BytesIO()
+    np.savez(
+        content,
+        ids=source.ids,
+        boxes=source.boxes,
+        labels=source.labels,
+        scores=source.scores,
+        offsets=source.offsets,
+        made_by=json.dumps(made_by),
+        steps=steps,
+    )
+    write_atomically(path, checksum.sealed(content.getvalue()))
+
+
+class _Labels(msgspec.Struct):
+    """pseudo_labels.npz. K images with M boxes."""
+
+    ids: np.ndarray  # (K,) int64, of images
+    boxes: np.ndarray  # (M, 4) float32 xyxy, original pixels
+    labels: np.ndarray  # (M,) int64 in 1..C
+    scores: np.ndarray  # (M,) float32
+    offsets: np.ndarray  # (K + 1,) int64
+    made_by: dict[str, str | None]
+    steps: Count  # of stage 1
+
+
+def _decode(path: Path) -> _Labels:
+    """pseudo_labels.npz by schema.
+
+    Raises:
+        UserError: it is missing, damaged, or holds what no stage 1 gives.
+    """
+    remedy = "put the file back as the run wrote it, or start anew in another run_dir=DIR"
+    content = readback.content_of(path, remedy)
+    try:
+        checksum.verify(path)
+        with np.load(io.BytesIO(content)) as archive:
+            arrays = {name: archive[name] for name in _Labels.__struct_fields__ if name in archive}
+        arrays["made_by"] = msgspec.json.decode(str(arrays["made_by"]))
+        arrays["steps"] = arrays["steps"].item()
+        found = msgspec.convert(arrays, _Labels)
+    except (msgspec.MsgspecError, KeyError) as error:
+        what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else readback.reason(error)
+        raise readback.damaged(path, what, remedy) from error
+    except Exception as error:  # numpy and zipfile raise many kinds for a damaged archive
+        raise readback.damaged(path, f"{type(error).__name__}: {error}", remedy) from error
+    if wrong := _misfit(found):
+        raise readback.damaged(path, wrong, remedy)
+    return found
+
+
+def _misfit(found: _Labels) -> str | None:
+    """What of the arrays does not fit the others."""
+    images, boxes = len(np.atleast_1d(found.ids)), len(np.atleast_1d(found.labels))
+    expected = {
+        "ids": ((images,), np.int64),
+        "boxes": ((boxes, 4), np.float32),
+        "labels": ((boxes,), np.int64),
+        "scores": ((boxes,), np.float32),
+        "offsets": ((images + 1,), np.int64),
+    }
+    for name, (shape, kind) in expected.items():
+        array = getattr(found, name)
+        if array.shape != shape or array.dtype != kind:
+            return f"{name} is {array.dtype} of shape {list(array.shape)}, not {kind.__name__} of {list(shape)}"
+    if found.offsets[0] != 0 or found.offsets[-1] != boxes or (np.diff(found.offsets) < 0).any():
+        return f"offsets do not divide the {boxes} boxes"
+    if not np.isfinite(found.boxes).all() or not ((found.scores >= 0) & (found.scores <= 1)).all():
+        return "a box or a score is not a number that it can be"
+    return "a label is below 1" if (found.labels < 1).any() else None
+
+
+def _read(path: Path, unlabeled: ImageSource, classes: int) -> tuple[ImageSource, Extra]:
+    """The unlabelled images that have pseudo labels, with them; and what stage 1 was."""
+    found = _decode(path)
+    rows = positions(unlabeled.ids, found.ids)
+    remedy = "start anew in another run_dir=DIR"
+    if (rows < 0).any():
+        raise readback.damaged(path, f"image {found.ids[rows < 0][0]} is not an unlabelled one", remedy)
+    if (found.labels > classes).any():
+        raise readback.damaged(path, f"a label is above the number of classes, {classes}", remedy)
+    source = ImageSource(
+        paths=[unlabeled.paths[i] for i in rows],
+        ids=unlabeled.ids[rows],
+        sizes=unlabeled.sizes[rows],
+        boxes=found.boxes,
+        labels=found.labels,
+        scores=found.scores,
+        offsets=found.offsets,
+    )
+    return source, Extra(found.steps, stage_one=found.made_by["stage 1"])

@@ -1,0 +1,368 @@
+"""One run, from its configuration to its record: lock, data, resume, training, evaluation, record."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import fcntl
+import os
+import resource
+import shlex
+import time
+import warnings
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from harness.config import compose
+from harness.core import distributed, readback
+from harness.core.console import STDERR
+from harness.core.distributed import World
+from harness.core.files import write_atomically
+from harness.core.record import environment, read_record, write_record
+from harness.core.types import RunRecord, UserError
+from harness.engine import build, checkpoint, offline
+from harness.engine.build import Experiment
+from harness.engine.checkpoint import RunLock
+from harness.engine.evaluate import METRICS, evaluate, write_predictions
+from harness.engine.log import RunLog
+from harness.engine.loop import Counters, Interrupted, StopRequest, train
+
+
+def say(world: World, text: str) -> None:
+    """Tells the user, once for all ranks."""
+    if world.is_main:
+        STDERR.say(text)
+
+
+def train_to_record(cfg: DictConfig, world: World, stop: StopRequest) -> int:
+    """Takes up or starts the run in `cfg.run_dir` and ends it with a record."""
+    run_dir = Path(cfg.run_dir)
+    lock = RunLock(run_dir)
+    distributed.from_main(world, lambda: lock.acquire() and None)
+    begun = False
+    try:
+        if distributed.from_main(world, lambda: _is_finished(cfg, run_dir)):
+            say(
+                world,
+                f"the run in {run_dir} is finished: see {run_dir / 'record.json'}; delete the folder to run it anew",
+            )
+            return 0
+        with stop.at_once():
+            opened = distributed.on_every_rank(world, lambda: build.data(cfg))
+        for warning in opened.warnings:
+            say(world, f"warning: {warning}")
+        data, extra = offline.label(cfg, opened, world, stop)
+        with stop.at_once():
+            experiment = distributed.on_every_rank(world, lambda: build.experiment(cfg, world, data))
+        begun = True
+        try:
+            return _Session(experiment, extra, stop).run()
+        finally:
+            experiment.pipeline.close()
+    finally:
+        lock.release(discard=not begun)
+
+
+def _is_finished(cfg: DictConfig, run_dir: Path) -> bool:
+    """Whether an ok record of this configuration is there, beside the run's own config.yaml.
+
+    Raises:
+        UserError: when something was trained in the folder under another configuration.
+    """
+    path, own = run_dir / "record.json", compose.identity(cfg)
+    record = read_record(path) if path.exists() else None
+    finished = record is not None and record.status == "ok"
+    if record is not None and finished and record.config_sha256 != compose.config_sha256(cfg):
+        before = compose.without_circumstances(copy.deepcopy(record.config))
+        checkpoint.refuse_foreign(run_dir, compose.differences(before, own) or ["its record is of another run"])
+    is_run = (run_dir / "config.yaml").exists()
+    if is_run and (finished or checkpoint.checkpoints(run_dir)):
+        before = compose.identity(readback.read_config(run_dir))
+        checkpoint.refuse_foreign(run_dir, compose.differences(before, own))
+    return finished and is_run
+
+
+class _Session:
+    """The state of one process's part in a run."""
+
+    def __init__(self, experiment: Experiment, extra: offline.Extra, stop: StopRequest) -> None:
+        self.run_, self.cfg, self.world, self.stop = experiment, experiment.cfg, experiment.world, stop
+        self.run_dir = Path(self.cfg.run_dir)
+        self.extra = extra
+        self.counters = Counters()
+        self.started = time.perf_counter()
+        self.scores: dict[str, dict[str, float | None]] = {}
+        self.predictions: dict[str, np.ndarray] = {}
+        self.record = new_record(experiment, extra)
+        self.bad_images: dict[str, str] = {}  # of all ranks, as last gathered
+        self.log: RunLog | None = None
+
+    def run(self) -> int:
+        """Resumes or starts, trains, evaluates, records."""
+        distributed.on_every_rank(self.world, self._resume)
+        threads = self.counters.threads
+        threads += [torch.get_num_threads()] if torch.get_num_threads() not in threads else []
+        self.record.environment["threads"] = threads[0] if len(threads) == 1 else list(threads)
+        try:
+            distributed.from_main(self.world, self._open)
+            train(self.run_, self.counters, self.log, self.stop, self._save, self._evaluate, self._rescue)
+            self._evaluate()
+            self._finish()
+            self._close_log()
+            return 0
+        except Interrupted as stopped:
+            with contextlib.suppress(OSError):  # the state is saved, which matters more
+                self._write_record("interrupted", str(stopped))
+            raise
+        except BaseException as error:
+            with contextlib.suppress(OSError, UserError):  # what failed first is what is told
+                self._record_failure(error)
+            raise
+        finally:
+            with contextlib.suppress(OSError):
+                self._close_log()
+
+    def _open(self) -> None:
+        """What the main process writes before the first step."""
+        write_atomically(self.run_dir / "config.yaml", OmegaConf.to_yaml(self.cfg, resolve=True).encode())
+        self.log = RunLog(
+            self.run_dir,
+            steps=int(self.cfg.schedule.steps),
+            title=compose.cell_name(self.cfg),
+            every=int(self.cfg.logging.every),
+            loggers=list(self.cfg.logging.loggers),
+            start_step=self.counters.step,
+            console=STDERR,
+        )
+        self._write_record("running")
+
+    def _close_log(self) -> None:
+        if self.log is not None:
+            self.log.close()
+
+    def _record_failure(self, error: BaseException) -> None:
+        """Notes in the record why the run ends; of an error of one rank alone, that rank does."""
+        alone = not distributed.is_on_all_ranks(error)
+        path = self.run_dir / "record.json"
+        if (
+            alone
+            and distributed.is_lost_peer(error)
+            and (not self.world.is_main or read_record(path).status != "running")
+        ):
+            return
+        self._write_record("failed", f"{type(error).__name__}: {error}", alone)
+
+    def _identity(self) -> dict[str, str]:
+        data = self.run_.data
+        identity = {
+            "config": compose.config_sha256(self.cfg),
+            "split": data.split.sha256,
+            "dataset": data.dataset.train.sha256,
+            "evaluation set": data.dataset.val.sha256,
+        }
+        return identity | ({"stage 1": self.extra.stage_one} if self.extra.stage_one else {})
+
+    def _resume(self) -> None:
+        """Takes up the newest valid checkpoint, if there is one and it belongs to this run."""
+        with warnings.catch_warnings(record=True) as passed_over:
+            warnings.simplefilter("always")
+            state = checkpoint.newest(self.run_dir)
+        for warning in passed_over:
+            say(self.world, f"ssodbench: {warning.message}")
+        if state is None:
+            return
+        own = {key: value for key, value in self._identity().items() if key in state["identity"]}  # old ones have fewer
+        checkpoint.refuse_foreign(self.run_dir, compose.differences(state["identity"], own))
+        try:
+            self.run_.method.load_state_dict(state["method"])
+            checkpoint.take_up(self.run_.optimizer, state["optimizer"])
+            self.run_.pipeline.load_state(state["pipeline"])
+            self.counters = Counters(**state["counters"])
+            self._warn_of_threads()
+        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:  # whatever a load may find
+            raise UserError(checkpoint.misfit(checkpoint.path_of(self.run_dir, state["step"]), error)) from error
+        if self.counters.step < self.cfg.schedule.steps:
+            self.counters.resumed_from.append(self.counters.step)
+        say(self.world, f"continuing from step {self.counters.step} of {self.cfg.schedule.steps}")
+
+    def _warn_of_threads(self) -> None:
+        """Says so where steps to come are rounded in another way than those of the run so far.
+
+        PyTorch splits the sums of matrix products and of convolutions' weight gradients by the number of CPU threads.
+        """
+        before, now = self.counters.threads, torch.get_num_threads()
+        if self.world.device.type == "cpu" and before and now not in before:
+            say(
+                self.world,
+                f"ssodbench: warning: this run was computed with threads={', '.join(map(str, before))} and goes on "
+                f"with threads={now}: sums are added up in another order, so that its weights will not be those of one "
+                "number of threads; the record says so",
+            )
+
+    def _state(self, pipeline: dict[str, Any]) -> dict[str, Any]:
+        self.counters.wall_seconds += time.perf_counter() - self.started
+        self.started = time.perf_counter()
+        return {
+            "step": self.counters.step,
+            "identity": self._identity(),
+            "method": self.run_.method.state_dict(),
+            "optimizer": self.run_.optimizer.state_dict(),
+            "pipeline": pipeline,
+            "counters": dataclasses.asdict(self.counters),
+            "detector": self.run_.method.networks()[self.run_.method.reported].name,
+            "classes": list(self.run_.data.dataset.train.category_names),
+        }
+
+    def _pipeline_state(self) -> dict[str, Any]:
+        """What the pipelines of all ranks know; each of them meets its share of the images alone."""
+        state = merge_states(distributed.gather(self.world, self.run_.pipeline.state()))
+        self.bad_images = state["bad_images"]
+        return state
+
+    def _save(self) -> None:
+        keep = self.cfg.checkpointing
+        state = self._state(self._pipeline_state())
+        distributed.from_main(
+            self.world, lambda: checkpoint.save(self.run_dir, state, keep.keep, keep.keep_every) and None
+        )
+
+    def _rescue(self) -> None:
+        """Saves from this rank alone, unless the step is saved: all ranks have the same method and optimiser."""
+        keep, pipeline = self.cfg.checkpointing, self.run_.pipeline.state()
+        pipeline["bad_images"] = self.bad_images | pipeline["bad_images"]
+        folder = os.open(self.run_dir, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)  # one rank after the other
+            if not checkpoint.is_saved(self.run_dir, self.counters.step):
+                checkpoint.save(self.run_dir, self._state(pipeline), keep.keep, keep.keep_every)
+        finally:
+            os.close(folder)
+
+    def _evaluate(self) -> None:
+        """Scores the networks: at the end all, before it those that `evaluation.between` names."""
+        data, begin = self.run_.data, time.perf_counter()
+        at_end = self.counters.step == self.cfg.schedule.steps
+        for name, network in self.run_.method.networks().items():
+            if not at_end and self.cfg.evaluation.between == "reported" and name != self.run_.method.reported:
+                continue
+            metrics, rows = evaluate(
+                network,
+                self.run_.pipeline,
+                data.val,
+                data.dataset.val.coco_ground_truth(),
+                data.dataset.val.category_ids,
+                float(self.cfg.evaluation.score_threshold),
+                self.world,
+                self.stop,
+            )
+            self.scores[name], self.predictions[name] = metrics, rows
+            if self.log is not None:
+                self.log.evaluation(self.counters.step - 1, name, metrics)
+        self.counters.eval_seconds += time.perf_counter() - begin
+
+    def _finish(self) -> None:
+        reported = self.run_.method.reported
+        for name, metrics in self.scores.items():
+            for key in METRICS:
+                setattr(self.record, f"{name}_{key}", metrics[key])
+        for key in METRICS:
+            setattr(self.record, key, self.scores[reported][key])
+        self.record.weights_sha256 = build.weights_sha256(self.run_.method.networks()[reported])
+        self._pipeline_state()  # the evaluation may have met bad images
+        if self.world.is_main:
+            write_predictions(self.run_dir / "predictions.json", self.predictions[reported])
+        self._write_record("ok")
+
+    def _write_record(self, status: str, error: str | None = None, alone: bool = False) -> None:
+        """Writes record.json with what is known by now; rank 0 does, or one that is `alone` with an error."""
+        record, counters, world = self.record, self.counters, self.world
+        record.status, record.error = status, error
+        record.finished = None if status == "running" else _now()
+        record.images_labeled, record.images_unlabeled = counters.images_labeled, counters.images_unlabeled
+        record.wall_seconds = counters.wall_seconds + time.perf_counter() - self.started
+        record.train_seconds, record.eval_seconds = counters.train_seconds, counters.eval_seconds
+        record.resumed_from = list(counters.resumed_from)
+        if counters.train_seconds:
+            record.images_per_s = (counters.images_labeled + counters.images_unlabeled) / counters.train_seconds
+            record.data_stall = counters.wait_seconds / counters.train_seconds
+        if counters.pseudo_count:
+            means = [value / counters.pseudo_count for value in counters.pseudo]
+            record.pseudo_precision, record.pseudo_recall, record.pseudo_iou = means
+        record.peak_memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        if world.device.type == "cuda":
+            record.peak_gpu_memory_mb = torch.cuda.max_memory_allocated() / 2**20
+        record.bad_images = len(self.run_.data.bad_images | self.bad_images | self.run_.pipeline.bad_images)
+        if world.is_main or alone:
+            write_record(self.run_dir / "record.json", record)
+
+
+def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The union of the pipeline states of all ranks: the bad images, and which images were drawn."""
+    bad: dict[str, str] = {}
+    for state in states:
+        for path, reason in state["bad_images"].items():
+            bad.setdefault(path, reason)
+    drawn = [torch.stack(parts).any(0) for parts in zip(*(state["drawn"] for state in states), strict=True)]
+    return {"bad_images": bad, "drawn": drawn}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def new_record(run_: Experiment, extra: offline.Extra) -> RunRecord:
+    """A record with all that is known before training, the reported network among it."""
+    cfg, data, method = run_.cfg, run_.data, run_.method
+    environ = environment()
+    network = method.networks()[method.reported]
+    record = RunRecord(
+        cell=compose.cell_name(cfg),
+        suite=os.environ.get("SSODBENCH_SUITE"),
+        method=cfg.method.name,
+        preset=str(cfg.get("preset_name", "")),
+        detector=cfg.detector.name,
+        augment=cfg.augment.name,
+        augment_deviations=list(build.policy(cfg).deviations),
+        pipeline=cfg.pipeline.name,
+        pretraining=network.pretraining,
+        reported_network=method.reported,
+        seed=int(cfg.seed),
+        dataset=data.dataset.name,
+        dataset_sha256=data.dataset.train.sha256,
+        val_sha256=data.dataset.val.sha256,
+        protocol=data.split.protocol,
+        percent=float(data.split.percent),
+        fold=int(data.split.fold),
+        split_sha256=data.split.sha256,
+        labeled_images=len(data.labeled),
+        unlabeled_images=len(data.unlabeled) if data.unlabeled is not None else 0,
+        labeled_boxes=len(data.labeled.boxes),
+        eval_images=len(data.val),
+        empty_images=data.policy.empty_images,
+        crowd_boxes=data.policy.crowd_boxes,
+        steps=int(cfg.schedule.steps),
+        extra_steps=extra.steps,
+        batch_labeled=int(cfg.batch.labeled),
+        batch_unlabeled=int(cfg.batch.unlabeled) if method.views.unlabeled else 0,
+        micro_batch=run_.sampler.micro,
+        world_size=run_.world.size,
+        trainable_parameters=sum(p.numel() for p in method.trainable().parameters() if p.requires_grad),
+        pseudo_precision=extra.quality.get("precision"),
+        pseudo_recall=extra.quality.get("recall"),
+        pseudo_iou=extra.quality.get("iou"),
+        score_threshold=float(cfg.evaluation.score_threshold),
+        config_sha256=compose.config_sha256(cfg),
+        commit=environ.pop("commit", None),
+        command=shlex.join(["ssodbench", "train", *cfg.cli.overrides]),
+        started=_now(),
+        environment=environ,
+    )
+    record.config = compose.identity(cfg)
+    return record

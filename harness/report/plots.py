@@ -1,0 +1,274 @@
+"""The report's figures, as SVG: mAP against label ratio, learning curves, quality of the pseudo labels."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, NullLocator
+
+from harness.core.escape import figure_label
+from harness.core.readback import EvalLine, Line, PseudoLine, TrainLine, read_metrics
+from harness.report.tables import UNKNOWN_SHARE, Row, Run, Section
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart; markers repeat the distinction. A method keeps its
+# colour in every figure and report.
+_KNOWN = {
+    "supervised": ("#4d4d4d", "o"),
+    "stac": ("#0072b2", "s"),
+    "soft_teacher": ("#d55e00", "D"),
+    "unbiased_teacher": ("#cc79a7", "^"),
+    "mean_teacher": ("#009e73", "v"),
+}
+_OTHERS = (("#e69f00", "P"), ("#56b4e9", "X"), ("#8c6d31", "*"))
+Curves = dict[Path | None, list[Line]]  # run folder -> lines of its metrics.jsonl
+_STYLES = ("-", "--", ":", "-.")
+_RC: Any = {
+    "svg.hashsalt": "ssodbench",  # the same records give the same file
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.8,
+    "axes.edgecolor": "#8a8a8a",
+    "axes.axisbelow": True,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+}
+
+
+def draw(section: Section, problems: list[str] | None = None) -> dict[str, str]:
+    """Figures of a section, name -> SVG; a figure that would be empty is left out.
+
+    Args:
+        section: whose runs are drawn.
+        problems: gets a sentence about each metrics.jsonl that is damaged.
+    """
+    curves: Curves = {}
+    for run in section.runs:
+        if run.folder is not None:
+            metrics = read_metrics(run.folder)
+            curves[run.folder] = metrics.lines
+            if problems is not None and metrics.problem:
+                problems.append(metrics.problem)
+    figures = {
+        "ap_by_ratio": _ap_by_ratio(section),
+        "learning_curves": _learning_curves(section, curves),
+        "pseudo_labels": _pseudo_labels(section, curves),
+    }
+    return {name: svg for name, svg in figures.items() if svg is not None}
+
+
+def look(rows: Iterable[Row]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each row, by its label."""
+    looks, spare = {}, 0
+    taken: set[str] = set()
+    for row in rows:
+        if row.method in _KNOWN and row.method not in taken:
+            looks[row.label] = _KNOWN[row.method]
+            taken.add(row.method)
+        else:
+            looks[row.label] = _OTHERS[spare % len(_OTHERS)]
+            spare += 1
+    return looks
+
+
+def _label(row: Row) -> str:
+    return figure_label(row.label)
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of names whose letters the font has not: a box stands for each
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue().decode()
+
+
+def _ap_by_ratio(section: Section) -> str | None:
+    """Mean AP with its standard deviation against the percentage of labels; every run as a dot."""
+    percents = [percent for percent in section.percents if percent != UNKNOWN_SHARE]
+    rows = [row for row in section.rows if any(row.cells[percent].n for percent in percents)]
+    if not rows:
+        return None
+    looks = look(section.rows)
+    with matplotlib.rc_context(_RC):
+        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        axes = figure.subplots()
+        count = len(rows)
+        for number, row in enumerate(rows):
+            colour, marker = looks[row.label]
+            cells = [row.cells[percent] for percent in percents if row.cells[percent].n]
+            # Rows stand a little beside each other, so that their spreads do not hide one another.
+            x = [cell.percent * 1.035 ** (number - (count - 1) / 2) for cell in cells]
+            means = [cell.mean("ap") or 0.0 for cell in cells]
+            spreads = [cell.std("ap") or 0.0 for cell in cells]
+            axes.errorbar(
+                x, means, spreads, color=colour, marker=marker, markersize=6, capsize=3, lw=1.6, label=_label(row)
+            )
+            for at, cell in zip(x, cells, strict=True):
+                if cell.n > 1:
+                    dots = [run.record.ap for run in cell.runs if run.record.ap is not None]
+                    axes.scatter([at] * len(dots), dots, s=9, color=colour, alpha=0.45, linewidths=0)
+        for row in section.reference:
+            for cell in row.cells.values():
+                if (mean := cell.mean("ap")) is not None:
+                    axes.axhline(mean, color="#4d4d4d", lw=1.2, ls=(0, (5, 3)), label=f"{_label(row)}, all labels")
+        axes.set_xscale("log")
+        axes.set_xticks(percents, [figure_label(section.column(percent)) for percent in percents])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlim(percents[0] / 1.4, percents[-1] * 1.4)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("labelled images")
+        axes.set_ylabel("AP (COCO, 0.50:0.95)")
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        return _svg(figure)
+
+
+def _panels(count: int, rows: int, figure: Figure) -> Any:
+    return figure.subplots(rows, count, squeeze=False, sharex=True, sharey="row")
+
+
+def _legend(figure: Figure, axes: Iterable[Axes]) -> None:
+    """One legend for all panels, each name once, to the right of them."""
+    names: dict[str, Any] = {}
+    for one in axes:
+        for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
+            names.setdefault(label, handle)
+    if names:
+        figure.legend(names.values(), names.keys(), loc="outside right upper")
+
+
+def _runs_by(section: Section, percent: float) -> list[tuple[Row, list[Run]]]:
+    return [(row, row.cells[percent].runs) for row in section.rows if row.cells[percent].runs]
+
+
+def _mean_curve(points: list[pd.Series[float]]) -> pd.Series[float]:
+    """Mean over runs at the steps that all of them have."""
+    return pd.concat(points, axis=1, join="inner").mean(axis=1).sort_index()
+
+
+def _learning_curves(section: Section, curves: Curves) -> str | None:
+    """AP over training where it was measured during training, and the training loss."""
+    percents = [percent for percent in section.percents if _runs_by(section, percent)]
+    reported = {run.folder: run.record.reported_network for run in section.runs}
+    scored = {folder: eval_curve(lines, reported[folder]) for folder, lines in curves.items()}
+    losses = {folder: loss_curve(lines) for folder, lines in curves.items()}
+    kinds = [("AP", scored)] if any(len(curve) > 1 for curve in scored.values()) else []
+    kinds += [("training loss", losses)] if any(len(curve) > 1 for curve in losses.values()) else []
+    if not percents or not kinds:
+        return None
+    looks = look(section.rows)
+    with matplotlib.rc_context(_RC):
+        figure = Figure(figsize=(2.2 + 2.6 * len(percents), 0.4 + 2.3 * len(kinds)), layout="constrained")
+        axes = _panels(len(percents), len(kinds), figure)
+        for column, percent in enumerate(percents):
+            axes[0][column].set_title(f"{figure_label(section.column(percent))} labels")
+            axes[-1][column].set_xlabel("student step")
+            for line, (name, found) in enumerate(kinds):
+                panel = axes[line][column]
+                if column == 0:
+                    panel.set_ylabel(name)
+                for row, runs in _runs_by(section, percent):
+                    colour, marker = looks[row.label]
+                    points = [
+                        curve for run in runs if len(curve := found.get(run.folder, pd.Series(dtype="float64"))) > 1
+                    ]
+                    if points:
+                        mark = {"marker": marker, "markersize": 4} if name == "AP" else {}
+                        mean = _mean_curve(points)
+                        panel.plot(mean.index, mean, color=colour, lw=1.6, label=_label(row), **mark)
+                        for one in points if len(points) > 1 else []:
+                            panel.plot(one.index, one, color=colour, lw=0.7, alpha=0.35)
+        for panel in axes.flat:
+            panel.set_ylim(bottom=0)
+        _legend(figure, axes.flat)
+        return _svg(figure)
+
+
+def _pseudo_labels(section: Section, curves: Curves) -> str | None:
+    """Precision, recall and IoU of the pseudo labels over training, one row of panels per label ratio."""
+    measures = ("precision", "recall", "iou")
+    quality = {folder: {m: pseudo_curves(lines, m) for m in measures} for folder, lines in curves.items()}
+    measured = {run.folder for run in section.runs if run.record.pseudo_precision is not None}
+    measured |= {folder for folder, found in quality.items() if found["precision"]}
+    percents = [
+        percent
+        for percent in section.percents
+        if any(run.folder in measured for _, runs in _runs_by(section, percent) for run in runs)
+    ]
+    if not percents:
+        return None
+    looks = look(section.rows)
+    with matplotlib.rc_context(_RC):
+        figure = Figure(figsize=(10.4, 0.5 + 2.1 * len(percents)), layout="constrained")
+        axes = figure.subplots(len(percents), len(measures), squeeze=False, sharex=True, sharey=True)
+        for line, percent in enumerate(percents):
+            axes[line][0].set_ylabel(f"{figure_label(section.column(percent))} labels")
+            for column, measure in enumerate(measures):
+                panel = axes[line][column]
+                panel.set_ylim(0, 1.02)
+                if line == 0:
+                    panel.set_title({"iou": "mean IoU"}.get(measure, measure))
+                if line == len(percents) - 1:
+                    panel.set_xlabel("student step")
+                for row, runs in _runs_by(section, percent):
+                    colour = looks[row.label][0]
+                    cells = [quality[run.folder][measure] for run in runs if run.folder in quality]
+                    names = list(dict.fromkeys(name for cell in cells for name in cell))
+                    for style, name in zip(_STYLES * 3, names, strict=False):
+                        mean = _mean_curve([cell[name] for cell in cells if name in cell])
+                        mark = "o" if len(mean) == 1 else None
+                        label = f"{_label(row)}: {figure_label(name)}"
+                        panel.plot(mean.index, mean, color=colour, ls=style, lw=1.5, marker=mark, label=label)
+                    if not names:
+                        level = row.cells[percent].mean(f"pseudo_{measure}")
+                        if level is not None:
+                            panel.axhline(
+                                level, color=colour, lw=1.5, label=f"{_label(row)}: made once, before training"
+                            )
+        _legend(figure, axes.flat)
+        return _svg(figure)
+
+
+def eval_curve(lines: list[Line], network: str) -> pd.Series[float]:
+    """AP of a network, by the number of student steps done."""
+    found = {
+        line.step + 1: line.metrics.get("ap")
+        for line in lines
+        if isinstance(line, EvalLine) and line.network == network
+    }
+    return pd.Series(found, dtype="float64").dropna()
+
+
+def loss_curve(lines: list[Line]) -> pd.Series[float]:
+    """The training loss by student step, as a running mean over a twentieth of the run."""
+    found = {line.step + 1: line.loss for line in lines if isinstance(line, TrainLine)}
+    return _running_mean(pd.Series(found, dtype="float64").dropna())
+
+
+def pseudo_curves(lines: list[Line], measure: str) -> dict[str, pd.Series[float]]:
+    """Threshold set -> a measure of pseudo-label quality by student step, as a running mean."""
+    points: dict[str, dict[int, Any]] = {}
+    for line in lines:
+        if isinstance(line, PseudoLine):
+            for name, part in line.quality.items():
+                # Without a pseudo label there is recall (0), but neither precision nor IoU.
+                empty = measure != "recall" and part.get("labels") == 0
+                points.setdefault(name, {})[line.step + 1] = None if empty else part.get(measure)
+    curves = {name: pd.Series(found, dtype="float64").dropna() for name, found in points.items()}
+    return {name: _running_mean(curve) for name, curve in curves.items() if len(curve)}
+
+
+def _running_mean(curve: pd.Series[float]) -> pd.Series[float]:
+    return curve.rolling(max(1, len(curve) // 20), min_periods=1, center=True).mean()

@@ -1,0 +1,187 @@
+"""Records to one report: report.html, report.md, report.csv, report.tex.
+
+Reads records (and metrics.jsonl for curves), never logs. Numbers become text in `harness.report.text`.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from harness.core.escape import csv_cell, latex, literal, markdown, plain
+from harness.core.files import refusal, require_writable, write_atomically
+from harness.core.readback import read_published
+from harness.core.types import UserError
+from harness.report import plots
+from harness.report import text as formatting
+from harness.report.tables import BASELINE, Section, load, method_label
+from harness.report.text import cell_text
+
+TEMPLATES = Path(__file__).parent / "templates"
+PUBLISHED = Path(__file__).parent.parent / "results" / "published.csv"
+SCORES = ("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l")
+COSTS = (
+    "images_per_s",
+    "data_stall",
+    "wall_seconds",
+    "train_seconds",
+    "eval_seconds",
+    "steps",
+    "extra_steps",
+    "images_labeled",
+    "images_unlabeled",
+    "labeled_images",
+    "labeled_boxes",
+    "peak_memory_mb",
+    "peak_gpu_memory_mb",
+)
+PSEUDO = ("pseudo_precision", "pseudo_recall", "pseudo_iou")
+
+
+def run(folder: Path, out: Path | None = None) -> Path:
+    """Writes the report of all records below a folder.
+
+    Args:
+        folder: of a suite, or of all runs.
+        out: where the report goes, by default `folder/report`.
+
+    Returns:
+        Path of report.html.
+
+    Raises:
+        UserError: there is no record, or `out` cannot be written.
+        RunError: the disk is full, or fails.
+    """
+    out = folder / "report" if out is None else out
+    sections, problems = load(folder)
+    for section in sections:
+        section.plots = plots.draw(section, problems)
+    content = {
+        "sections": sections,
+        "published": published(problems),
+        "problems": problems,
+        "baseline": method_label(BASELINE),
+        "scores": SCORES,
+        "published_percents": ("1", "2", "5", "10", "full"),
+    }
+    require_writable(out, "out", folder=True)
+    try:
+        for name, environment in _templates().items():
+            text = environment.get_template(f"{name}.j2").render(content)
+            write_atomically(out / name, text.encode())
+        write_atomically(out / "report.csv", _csv(summary(sections)))
+        for number, section in enumerate(sections, 1):
+            for name, svg in section.plots.items():
+                write_atomically(out / f"{number}_{name}.svg", svg.encode())
+    except OSError as error:
+        raise refusal(error, {"out": out}) from error
+    return out / "report.html"
+
+
+def summary(sections: list[Section]) -> pd.DataFrame:
+    """One row per table, method and label ratio, with numbers as they are: means, standard deviations, n."""
+    lines = []
+    for section in sections:
+        for row in [*section.rows, *section.reference]:
+            for percent, cell in row.cells.items():
+                line: dict[str, Any] = {
+                    **section.keys,
+                    "method": row.method,
+                    "variant": row.variant,
+                    "percent": percent,
+                }
+                line |= {"n": cell.n, "missing": len(cell.missing), "reason": cell.reason}
+                for key in SCORES + PSEUDO:
+                    line |= {key: cell.mean(key), f"{key}_std": cell.std(key)}
+                line |= {"gain": cell.gain, "gain_std": cell.gain_std, "gain_n": len(cell.gains)}
+                line |= {key: cell.mean(key) for key in COSTS}
+                lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def _csv(frame: pd.DataFrame) -> bytes:
+    """The table as CSV; names that a spreadsheet would take for a formula are told apart."""
+    harmless = frame.map(lambda value: csv_cell(value) if isinstance(value, str) else value)
+    has_return = harmless.map(lambda value: isinstance(value, str) and "\r" in value).to_numpy().any()
+    # Before Python 3.13 the csv module does not quote a text for its carriage returns.
+    quoting: Literal[0, 2] = csv.QUOTE_NONNUMERIC if has_return else csv.QUOTE_MINIMAL
+    return harmless.to_csv(index=False, lineterminator="\n", quoting=quoting).encode()
+
+
+def published(problems: list[str]) -> list[dict[str, Any]]:
+    """Published COCO numbers, one dict per source: its six comparability columns and `values`, percent -> its row.
+
+    Args:
+        problems: gets a sentence where the file is damaged; there are no published numbers then.
+    """
+    try:
+        lines = read_published(PUBLISHED)
+    except UserError as error:
+        problems.append(str(error))
+        return []
+    rows: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        rows.setdefault(line["method"], {**line, "values": {}})["values"][line["percent"]] = line
+    return list(rows.values())
+
+
+def show(folder: Path, console: Console) -> None:
+    """Prints the tables of all records below a folder."""
+
+    def text(value: object, style: str = "") -> Text:
+        shown = literal(value, console.encoding)
+        shown.stylize(style)
+        return shown
+
+    for section in load(folder)[0]:
+        title = text(section.title, "bold") + text(": COCO AP, mean ± standard deviation (n runs)")
+        console.print(Text("\n") + title, soft_wrap=True)
+        table = Table()
+        table.add_column("method")
+        for percent in section.percents:
+            table.add_column(text(section.column(percent)), justify="right")
+        for row in section.rows:
+            table.add_row(text(row.label), *(text(cell_text(row.cells[percent])) for percent in section.percents))
+        for row in section.reference:
+            for cell in row.cells.values():
+                empty = [""] * (len(section.percents) - 1)
+                table.add_row(text(f"{row.label}, all labels"), text(cell_text(cell)), *empty)
+        console.print(table)
+        console.print(f"in brackets: difference to {method_label(BASELINE).lower()}, paired", style="dim")
+        for run in section.missing:
+            console.print(text(f"- {run.record.cell}: {run.record.status}: {run.record.error}"))
+
+
+@functools.cache
+def _templates() -> dict[str, Environment]:
+    """File -> how it is rendered: all that a template puts in is escaped for its form, by jinja itself for HTML."""
+    escapes: dict[str, Callable[[Any], Any]] = {"report.html": _seen, "report.md": markdown, "report.tex": latex}
+    return {name: _environment(finalize, name.endswith(".html")) for name, finalize in escapes.items()}
+
+
+def _seen(value: Any) -> Any:
+    return plain(value) if type(value) is str else value  # what is Markup is left alone
+
+
+def _environment(finalize: Callable[[Any], Any], autoescape: bool) -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=autoescape,
+        finalize=finalize,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    public = {name: function for name, function in vars(formatting).items() if inspect.isfunction(function)}
+    environment.filters |= {name: function for name, function in public.items() if not name.startswith("_")}
+    return environment

@@ -1,0 +1,394 @@
+"""Records, sorted into what may stand in one table, and averaged where that is honest.
+
+Runs of different suites, datasets, split protocols, evaluation sets, detectors or score thresholds are never put in
+one table, and runs whose configurations differ in anything but percent, fold and seed are never averaged.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from harness.config import compose
+from harness.core.files import refusal, trouble
+from harness.core.readback import PlannedCell, read_plan
+from harness.core.record import read_record
+from harness.core.types import RunRecord, UserError
+
+BASELINE = "supervised"
+ALL_LABELS = 100.0
+UNKNOWN_SHARE = 0.0  # no run has labels for no image
+
+GIVEN = ("ids", "annotated", "full")  # split protocols that are told what is labelled, and draw nothing
+
+# Runs that differ in one of these are never shown in one table.
+TABLE_KEYS = (
+    "suite",
+    "dataset",
+    "dataset_sha256",
+    "val_sha256",
+    "protocol",
+    "empty_images",
+    "crowd_boxes",
+    "detector",
+    "pretraining",
+    "preset",
+    "score_threshold",
+)
+_ORDER = (BASELINE, "stac", "unbiased_teacher", "soft_teacher", "mean_teacher")  # then others, by name
+_LABELS = {"stac": "STAC"}
+
+
+def method_label(name: str) -> str:
+    """A method's name for people."""
+    return _LABELS.get(name, name.replace("_", " ").title())
+
+
+def borrows_stage_one(record: RunRecord) -> bool:
+    """Whether a run of the paper's preset took its pseudo labels from a suite's baseline, not the paper's stage 1."""
+    method = record.config.get("method")
+    offline = method.get("offline") if isinstance(method, dict) else None
+    in_suite = record.suite is not None and record.preset == "paper"
+    return in_suite and isinstance(offline, dict) and not offline.get("stage1_overrides")
+
+
+@dataclass
+class Run:
+    """One record, and its folder (None for a cell that left no record)."""
+
+    record: RunRecord
+    folder: Path | None
+    variant: str = ""  # what its configuration has that others of the same method have not
+    share: float = UNKNOWN_SHARE  # percentage of the images that are labelled, by which it stands in a column
+
+
+@dataclass
+class Cell:
+    """All runs of one method at one label ratio."""
+
+    percent: float
+    runs: list[Run]  # those that are ok
+    missing: list[Run]
+    gains: list[float]  # paired with the baseline of the same fold and seed
+
+    def mean(self, key: str) -> float | None:
+        """Mean of a record's field over the runs that have it."""
+        return _number(self._values(key).mean())
+
+    def std(self, key: str) -> float | None:
+        """Sample standard deviation; None for fewer than two runs."""
+        return _number(self._values(key).std(ddof=1))
+
+    def _values(self, key: str) -> pd.Series[float]:
+        return pd.Series([getattr(run.record, key) for run in self.runs], dtype="float64").dropna()
+
+    @property
+    def n(self) -> int:
+        """Runs that are ok and have a score."""
+        return len(self._values("ap"))
+
+    @property
+    def gain(self) -> float | None:
+        """Mean difference to the baseline, over folds and seeds that both have."""
+        return _number(pd.Series(self.gains, dtype="float64").mean())
+
+    @property
+    def gain_std(self) -> float | None:
+        """Sample standard deviation of that difference."""
+        return _number(pd.Series(self.gains, dtype="float64").std(ddof=1))
+
+    @property
+    def reason(self) -> str:
+        """Why runs are missing."""
+        reasons = [f"{run.record.status}: {first_line(run.record.error)}" for run in self.missing]
+        return "; ".join(dict.fromkeys(reasons)) or ("not part of this suite" if not self.runs else "")
+
+
+@dataclass
+class Row:
+    """One method (in one configuration) over the label ratios."""
+
+    method: str
+    variant: str
+    cells: dict[float, Cell]
+
+    @property
+    def label(self) -> str:
+        """The method's name, with what is particular about its configuration."""
+        borrows = any(borrows_stage_one(run.record) for cell in self.cells.values() for run in cell.runs)
+        notes = [self.variant, "stage 1: the suite's baseline" if borrows else ""]
+        shown = ", ".join(note for note in notes if note)
+        return method_label(self.method) + (f" ({shown})" if shown else "")
+
+
+@dataclass
+class Section:
+    """What may stand in one table: one suite, dataset, protocol, evaluation set and detector."""
+
+    keys: dict[str, Any]
+    rows: list[Row]
+    percents: list[float]  # columns
+    reference: list[Row] = field(default_factory=list)  # trained on all labels
+    plots: dict[str, str] = field(default_factory=dict)  # name -> SVG
+
+    @property
+    def runs(self) -> list[Run]:
+        """Every run that is ok."""
+        return [run for row in [*self.rows, *self.reference] for cell in row.cells.values() for run in cell.runs]
+
+    @property
+    def missing(self) -> list[Run]:
+        """Every run that is not."""
+        return [run for row in [*self.rows, *self.reference] for cell in row.cells.values() for run in cell.missing]
+
+    @property
+    def title(self) -> str:
+        """Dataset, protocol and suite."""
+        suite = f"suite {self.keys['suite']}" if self.keys["suite"] else "single runs"
+        return f"{self.keys['dataset']}, split protocol {self.keys['protocol']}, {suite}"
+
+    def column(self, percent: float) -> str:
+        """The heading of a column: "10 %"; the protocol is named where it does not draw by a percentage."""
+        text = "share unknown" if percent == UNKNOWN_SHARE else f"{percent:g} %"
+        return f"{text} ({self.keys['protocol']})" if self.keys["protocol"] in GIVEN else text
+
+    def distinct(self, key: str) -> list[Any]:
+        """The different values of a record's field, in order."""
+        values = {json.dumps(getattr(run.record, key), default=str): getattr(run.record, key) for run in self.runs}
+        return [values[name] for name in sorted(values)]
+
+
+def load(folder: Path) -> tuple[list[Section], list[str]]:
+    """Reads and sorts all records below a folder.
+
+    Returns:
+        Sections, and sentences about records that could not be used.
+
+    Raises:
+        UserError: there is no record.
+    """
+    if not folder.is_dir():
+        why = trouble(folder)
+        raise UserError(
+            f"{folder} is not a folder{f' ({why})' if why else ''}: give runs_dir=DIR with the records of runs"
+        )
+    runs: list[Run] = []
+    problems: list[str] = []
+    for path in find_records(folder, problems):
+        try:
+            runs.append(Run(read_record(path), path.parent))
+        except UserError as error:
+            problems.append(str(error))
+    if not runs:
+        raise UserError(f"{problems[0] if problems else f'there is no record.json below {folder}'}")
+    runs += planned_without_record(folder, runs, problems)
+    runs = _without_copies(runs, problems)
+    _set_shares(runs)
+    by_table: dict[str, list[Run]] = {}
+    for one in runs:
+        keys = [getattr(one.record, key) for key in TABLE_KEYS]
+        by_table.setdefault(json.dumps(keys), []).append(one)
+    return [_section(by_table[key]) for key in sorted(by_table)], problems
+
+
+def find_records(folder: Path, problems: list[str] | None = None) -> Iterator[Path]:
+    """Every record.json below a folder; not those of a run's own first stage, which lie inside that run's folder.
+
+    A sentence about each folder that cannot be read goes to `problems`.
+    """
+
+    def note(error: OSError) -> None:
+        if problems is not None:
+            problems.append(f"{refusal(error)}; what lies in it is left out")
+
+    for parent, folders, files in os.walk(folder, onerror=note):
+        folders.sort()
+        if "record.json" in files:
+            yield Path(parent) / "record.json"
+            folders.clear()
+
+
+def planned_without_record(folder: Path, runs: list[Run], problems: list[str]) -> list[Run]:
+    """The cells that a suite planned and that left no record, each with the reason; adds plans that are damaged."""
+    known = {(run.record.suite, run.record.cell) for run in runs}
+    found = []
+    for path in sorted(folder.rglob("suite.json")):
+        try:
+            plan = read_plan(path)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        of_suite = [run.record for run in runs if run.record.suite == plan.suite]
+        for cell in plan.cells:
+            if (plan.suite, cell.name) not in known:
+                found.append(Run(_planned_record(plan.suite, cell, of_suite), None))
+    return found
+
+
+def _planned_record(suite: str, cell: PlannedCell, of_suite: list[RunRecord]) -> RunRecord:
+    """A record for a cell that left none, to stand in the table of the suite's other records."""
+    alike = [record for record in of_suite if record.protocol == cell.protocol]
+    same = [record for record in alike if record.dataset == cell.dataset]
+    template = (same or alike or [RunRecord(dataset=cell.dataset, protocol=cell.protocol)])[0]
+    record = RunRecord(**{key: getattr(template, key) for key in TABLE_KEYS})
+    record.suite, record.cell, record.method = suite, cell.name, cell.method
+    record.percent, record.fold, record.seed = cell.percent, cell.fold, cell.seed
+    record.status, record.error = cell.state, cell.reason or "not run"
+    return record
+
+
+def _set_shares(runs: list[Run]) -> None:
+    """Sets each run's share: the percentage that was drawn by, or that the list of images really is."""
+    totals: dict[str, int] = {}
+    for run in runs:  # of one split all runs count the same images, but a method may leave some unlabelled ones out
+        images = run.record.labeled_images + run.record.unlabeled_images
+        totals[run.record.split_sha256] = max(totals.get(run.record.split_sha256, 0), images)
+    by_asked: dict[Any, float] = {}  # split.percent of the configuration -> share, for cells that left no record
+    for run in runs:
+        run.share = _share(run.record, totals[run.record.split_sha256])
+        if run.folder is not None:
+            by_asked[_split_of(run.record).get("percent")] = run.share
+    for run in runs:
+        if run.folder is None and run.record.protocol in GIVEN:
+            run.share = by_asked.get(run.record.percent, UNKNOWN_SHARE)
+
+
+def _share(record: RunRecord, images: int) -> float:
+    """The percentage of `images` that a run has labelled; of lists, three digits of it."""
+    if record.protocol == "full":
+        return ALL_LABELS
+    if record.protocol not in GIVEN and record.percent is not None:
+        return record.percent
+    split = _split_of(record)
+    # Older records repeat the percentage of the configuration, which means nothing unless the list was made for it.
+    made_for_it = "{percent}" in str(split.get("index_file")) or "@" in str(split.get("index_file"))
+    share = record.percent if record.percent != split.get("percent") or made_for_it else None
+    if share is None and record.labeled_images:
+        share = 100 * record.labeled_images / images
+    return UNKNOWN_SHARE if share is None else float(f"{share:.3g}")
+
+
+def _split_of(record: RunRecord) -> dict[str, Any]:
+    """`split` of a run's configuration."""
+    split = record.config.get("split")
+    return {key: value for key, value in split.items() if _is_plain(value)} if isinstance(split, dict) else {}
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, str | int | float)
+
+
+def _without_copies(runs: list[Run], problems: list[str]) -> list[Run]:
+    """Counts a run once whose folder was copied, and the newest where one was run again elsewhere."""
+    newest: dict[str, Run] = {}
+    for one in sorted(runs, key=lambda run: (run.record.status == "ok", run.record.started)):
+        r = one.record
+        place = [*(getattr(r, key) for key in TABLE_KEYS), r.method, _variable_part(r), r.percent, r.fold, r.seed]
+        key = json.dumps(place)
+        if key in newest:
+            problems.append(f"{newest[key].folder} is not counted: {one.folder} is a newer run of the same cell.")
+        newest[key] = one
+    return list(newest.values())
+
+
+def _variable_part(record: RunRecord) -> dict[str, Any]:
+    """What a record's configuration says besides which split and seed: runs are averaged only where it is equal."""
+    if not record.config:
+        keys = ("steps", "augment", "pipeline", "batch_labeled", "batch_unlabeled", "micro_batch", "reported_network")
+        return {key: getattr(record, key) for key in keys} if record.status == "ok" else {}
+    plain = compose.without_circumstances(copy.deepcopy(record.config))
+    plain.pop("seed", None)
+    split = plain.get("split")
+    if isinstance(split, dict):
+        plain["split"] = {key: value for key, value in split.items() if key not in ("percent", "fold")}
+    return plain
+
+
+def _name_variants(runs: list[Run]) -> None:
+    """Says for each run of one method what its configuration has that the commonest one has not."""
+    parts = [_variable_part(run.record) for run in runs]
+    texts = pd.Series([json.dumps(part, sort_keys=True) for part in parts if part], dtype="object")
+    if texts.empty:
+        return
+    commonest = json.loads(str(texts.mode().iloc[0]))
+    for one, part in zip(runs, parts, strict=True):
+        differing = compose.differences(commonest, part) if part else []
+        values = [line.split(": ", 1)[0] + "=" + line.rsplit(" -> ", 1)[1] for line in differing]
+        one.variant = ", ".join(values[:3]) + (f" and {len(values) - 3} more" if len(values) > 3 else "")
+
+
+def _place(method: str) -> tuple[int, str]:
+    return (_ORDER.index(method) if method in _ORDER else len(_ORDER), method)
+
+
+def _section(runs: list[Run]) -> Section:
+    """Sorts the runs that share a table into rows and columns."""
+    methods = sorted({run.record.method for run in runs}, key=_place)
+    percents = sorted({run.share for run in runs})
+    columns = [percent for percent in percents if percent < ALL_LABELS] or percents
+    rows, reference = [], []
+    for method in methods:
+        own = [run for run in runs if run.record.method == method]
+        _name_variants(own)
+        for variant in sorted({run.variant for run in own}):
+            row = Row(method, variant, {})
+            extra = Row(method, variant, {})
+            for percent in percents:
+                here = [run for run in own if run.variant == variant and run.share == percent]
+                cell = _cell(percent, here, runs)
+                if percent in columns:
+                    row.cells[percent] = cell
+                elif here:
+                    extra.cells[percent] = cell
+            if any(cell.runs or cell.missing for cell in row.cells.values()):
+                rows.append(row)
+            if extra.cells:
+                reference.append(extra)
+    keys = {key: getattr(runs[0].record, key) for key in TABLE_KEYS}
+    return Section(keys, rows, columns, reference)
+
+
+def _cell(percent: float, here: list[Run], all_runs: list[Run]) -> Cell:
+    fine = sorted(
+        (run for run in here if run.record.status == "ok"), key=lambda run: (run.record.fold, run.record.seed)
+    )
+    missing = [run for run in here if run.record.status != "ok"]
+    pairs = [(run.record, _baseline_of(run.record, all_runs)) for run in fine if run.record.method != BASELINE]
+    gains = [
+        record.ap - baseline.ap
+        for record, baseline in pairs
+        if baseline is not None and record.ap is not None and baseline.ap is not None
+    ]
+    return Cell(percent, fine, missing, gains)
+
+
+def _baseline_of(record: RunRecord, runs: list[Run]) -> RunRecord | None:
+    """The baseline of the same split and seed with as many student steps."""
+    keys = ("percent", "fold", "seed", "split_sha256", "steps")
+    for run in sorted(runs, key=lambda run: run.variant):
+        other = run.record
+        if (
+            other.method == BASELINE
+            and other.status == "ok"
+            and all(getattr(other, k) == getattr(record, k) for k in keys)
+        ):
+            return other
+    return None
+
+
+def first_line(text: str | None) -> str:
+    """The first line of an error, not too long for a table."""
+    line = ((text or "").strip() or "no reason recorded").splitlines()[0]
+    return line if len(line) <= 200 else line[:197] + "..."
+
+
+def _number(value: Any) -> float | None:
+    """None for pandas' missing value."""
+    return None if pd.isna(value) else float(value)

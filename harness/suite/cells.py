@@ -1,0 +1,265 @@
+"""Cells as processes side by side: how many, in which order, stopped in order, their ends explained."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+from omegaconf import DictConfig
+
+from harness.core.files import open_to_append, refusal
+from harness.core.readback import Progress
+from harness.core.record import available_cores, read_record, write_record
+from harness.core.types import RunRecord, UserError
+from harness.engine import loop
+
+if TYPE_CHECKING:
+    from harness.suite.view import View
+
+GIB_PER_RUN = 1.5  # what one run of the small preset may take, for the number side by side
+_POLL_SECONDS = 0.2
+_SUITE_PROCESS = "SSODBENCH_SUITE_PROCESS"  # tells a cell whose child it is
+_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+
+@dataclass
+class Cell:
+    """One run of a suite, and how it stands."""
+
+    name: str
+    method: str
+    percent: float
+    fold: int
+    seed: int
+    run_dir: Path
+    overrides: list[str]
+    cfg: DictConfig
+    needs: Cell | None = None  # the cell whose checkpoint this one starts from
+    cost: float = 1.0  # relative time
+    urgency: float = 0.0  # its cost and that of what waits for it
+    state: str = "waiting"  # waiting, running, ok, failed, skipped, interrupted
+    reason: str | None = None
+    progress: Progress | None = None
+
+    @property
+    def done(self) -> float:
+        """Share of its steps that are done, 0..1."""
+        if self.state == "ok":
+            return 1.0
+        return min(1.0, self.progress.step / self.progress.steps) if self.progress is not None else 0.0
+
+
+def default_jobs(cfg: DictConfig) -> int:
+    """Cells side by side: one per GPU, otherwise one per core as far as memory allows."""
+    if cfg.device != "cpu" and torch.cuda.is_available():
+        return max(1, torch.cuda.device_count() // cfg.devices)
+    by_cores = available_cores() // (cfg.threads * cfg.devices)
+    by_memory = int(available_gib() / (GIB_PER_RUN * cfg.devices))
+    return max(1, min(by_cores, by_memory))
+
+
+def available_gib() -> float:
+    """Memory that is free, or that the control group leaves where that is less."""
+    free = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+    except (OSError, ValueError):  # no such group, or "max"
+        limit = free
+    return min(free, limit) / 2**30
+
+
+def environments(cfg: DictConfig, jobs: int) -> list[dict[str, str]]:
+    """One environment per process side by side: its threads, and its GPUs where there are any."""
+    base = dict(os.environ) | dict.fromkeys(_THREAD_VARIABLES, str(cfg.threads))
+    base["SSODBENCH_SUITE"] = cfg.suite.name
+    if cfg.device == "cpu" or not torch.cuda.is_available():
+        return [base] * jobs
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    groups = max(1, len(gpus) // cfg.devices)
+    own = [gpus[(i % groups) * cfg.devices :][: cfg.devices] for i in range(jobs)]
+    return [base | {"CUDA_VISIBLE_DEVICES": ",".join(names)} for names in own]
+
+
+@dataclass
+class StopSignal:
+    """Which signal asked to stop, and how often."""
+
+    number: int = 0
+    count: int = 0
+
+
+@contextmanager
+def collecting_stops() -> Iterator[StopSignal]:
+    """Collects the signals that ask to stop while inside, so that the cells can be stopped in order."""
+    stop = StopSignal()
+
+    def receive(number: int, _frame: FrameType | None) -> None:
+        if number != signal.SIGHUP or not stop.number:  # a terminal that closes sends it, and so does its shell
+            stop.number, stop.count = number, stop.count + 1
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, receive) for number in loop.stop_signals()}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def execute(
+    cells: list[Cell],
+    suite_dir: Path,
+    slots: list[dict[str, str]],
+    stop: StopSignal,
+    view: View,
+) -> None:
+    """Runs the waiting cells, most urgent first, as many side by side as there are slots; sets their states."""
+    running: dict[int, tuple[Cell, subprocess.Popen[bytes], float]] = {}
+    told = 0
+    try:
+        with view:
+            while True:
+                for slot, (cell, process, begin) in list(running.items()):
+                    if process.poll() is not None:
+                        del running[slot]
+                        finish(cell, process.returncode, suite_dir, stop)
+                        view.finished(cell, time.monotonic() - begin, suite_dir)
+                for slot in range(len(slots)):
+                    ready = None if slot in running or stop.number else next_cell(cells)
+                    if ready is not None and (begun := try_to_start(ready, suite_dir, slots[slot])) is not None:
+                        running[slot] = (ready, begun, time.monotonic())
+                        view.started(ready)
+                    elif ready is not None:
+                        view.finished(ready, 0.0, suite_dir)
+                if stop.count > told:
+                    told = stop.count
+                    view.say("stopping: the running cells save their state" if told == 1 else "stopping at once")
+                    for _, process, _ in running.values():
+                        process.terminate() if told == 1 else kill(process)
+                if not running and (stop.number or next_cell(cells) is None):
+                    break
+                view.update()
+                time.sleep(_POLL_SECONDS)
+    finally:
+        for _, process, _ in running.values():
+            kill(process)
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """Ends a cell at once, the processes that it started itself included."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def next_cell(cells: list[Cell]) -> Cell | None:
+    """The most urgent cell that can start now; marks those as skipped that never can."""
+    for cell in cells:
+        if cell.state == "waiting" and cell.needs is not None and cell.needs.state in ("failed", "skipped"):
+            cell.state, cell.reason = "skipped", f"its first stage {cell.needs.name} failed"
+    ready = [c for c in cells if c.state == "waiting" and (c.needs is None or c.needs.state == "ok")]
+    return max(ready, key=lambda cell: cell.urgency, default=None)
+
+
+def try_to_start(cell: Cell, suite_dir: Path, environment: dict[str, str]) -> subprocess.Popen[bytes] | None:
+    """`start`; where the system refuses it, the cell has failed (None), and those that run go on."""
+    try:
+        process = start(cell, suite_dir, environment)
+    except OSError as error:
+        cell.state, cell.reason = "failed", str(refusal(error, {"runs_dir": suite_dir}))
+        return None
+    cell.state = "running"
+    return process
+
+
+def start(cell: Cell, suite_dir: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Starts a cell's process; what it prints goes to logs/CELL.log."""
+    overrides = list(cell.overrides)
+    if cell.needs is not None:
+        overrides.append(f"method.offline.checkpoint={cell.needs.run_dir}")
+    folders = [word for folder in cell.cfg.cli.config_dirs for word in ("--config-dir", str(folder))]
+    log = suite_dir / "logs" / f"{cell.name}.log"
+    with open_to_append(log) as output:
+        output.write(b"\n")
+        # A session of its own: Ctrl-C reaches the suite alone, which then asks each cell once to save and stop.
+        return subprocess.Popen(
+            [*train_command(), *folders, *overrides],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment | {_SUITE_PROCESS: str(os.getpid())},
+            start_new_session=True,
+        )
+
+
+def end_with_suite() -> None:
+    """Lets the system send this process a SIGTERM when the suite that started it has ended, however it ended.
+
+    Otherwise the cells of a killed suite would run on and hold their folders. Linux alone can do so.
+    """
+    parent = os.environ.pop(_SUITE_PROCESS, None)  # processes that a cell starts are not the suite's
+    if parent is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(parent):  # it ended before we asked
+        signal.raise_signal(signal.SIGTERM)
+
+
+def train_command() -> list[str]:
+    """How a cell is started; with -P no file of the working folder is taken for a module, as in the suite itself."""
+    return [sys.executable, "-P", "-m", "harness.cli", "train"]
+
+
+def finish(cell: Cell, code: int, suite_dir: Path, stop: StopSignal) -> None:
+    """Sets a cell's state from its exit code and its record, and mends a record that a killed process left behind."""
+    path = cell.run_dir / "record.json"
+    try:
+        record = read_record(path) if path.exists() else None
+    except UserError as error:
+        cell.state, cell.reason = "failed", str(error)
+        return
+    if code == 0 and record is not None and record.status == "ok":
+        cell.state, cell.reason = "ok", None
+    elif stop.number:
+        cell.state, cell.reason = "interrupted", "interrupted; the same command continues it"
+    else:
+        cell.state, cell.reason = "failed", explain(code, record, suite_dir / "logs" / f"{cell.name}.log")
+        if record is not None and record.status == "running":
+            with suppress(OSError):  # the suite's own plan says it too
+                write_record(path, replace(record, status="failed", error=cell.reason))
+
+
+def explain(code: int, record: RunRecord | None, log: Path) -> str:
+    """Why a cell failed: the signal that ended it, what its record says, or the last line it printed."""
+    if code < 0:
+        return f"ended by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
+    if record is not None and record.status == "failed" and record.error:
+        return record.error
+    return tail(log, 1) or f"exit code {code}"
+
+
+def tail(log: Path, lines: int) -> str:
+    """The last lines that are not empty."""
+    try:
+        text = log.read_bytes()[-20_000:].decode(errors="replace")
+    except OSError:
+        return ""
+    return "\n".join([line.rstrip() for line in text.splitlines() if line.strip()][-lines:])
