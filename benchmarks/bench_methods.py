@@ -23,8 +23,8 @@ from torchvision.ops import MultiScaleRoIAlign
 import harness
 from detectors.faster_rcnn import FasterRcnn
 from detectors.methods.method import Method
+from harness.core.draws import image_keys
 from harness.core.types import Batch, Target, View
-from harness.data.sampling import image_keys
 
 CONF = Path(harness.__file__).parent / "conf"
 METHODS = ("supervised", "stac", "mean_teacher", "unbiased_teacher", "soft_teacher")

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from harness.config import compose
 from harness.core.distributed import World
+from harness.core.stopping import StopRequest
 from harness.core.types import Batch
 from harness.engine import build, checkpoint
 from harness.engine.log import RunLog
-from harness.engine.loop import Counters, StopRequest, train
+from harness.engine.loop import Counters, train
 
 STEPS = 100
 STEP_SECONDS = 0.5  # of the step that the overhead is compared with

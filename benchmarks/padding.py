@@ -17,7 +17,9 @@ import numpy as np
 from omegaconf import DictConfig
 
 from harness.config import compose
-from harness.data.sampling import BatchSampler, MicroBatch, image_keys
+from harness.core.draws import image_keys
+from harness.core.types import MicroBatch
+from harness.data.sampling import BatchSampler
 from harness.engine import build
 from pipelines.base import PAD, canvas
 from pipelines.plan import plan_view

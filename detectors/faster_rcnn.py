@@ -16,10 +16,9 @@ from detectors.detector import Detector
 from detectors.padded import PaddedTargets
 from detectors.roi import RoiSettings, RoiStage
 from detectors.rpn import Anchors, Proposals, Rpn, RpnSettings
-from detectors.weights import load_backbone
+from detectors.weights import Generated, load_backbone
 from harness.core.types import Normalize, UserError, View
 from harness.core.validate import Channels, File, Limits, Pixels, Positive, keys_of
-from harness.engine import pretrain
 
 # Where the codebases differ. Methods are compared on equal detectors, so the style is the detector's, not the method's.
 # `norm`: of a pre-trained ResNet.
@@ -170,8 +169,9 @@ def small_faster_rcnn(
     *,
     num_classes: int,
     name: str,
-    cache_dir: str | Path,
+    cache_dir: str | Path,  # noqa: ARG001 - where `generated` weights lie, for whoever makes them
     weights: File = "generated",
+    generated: Generated | None = None,
     channels: Annotated[Sequence[Channels], Limits(least=4, most=4)] = (24, 32, 64, 96),
     pyramid_channels: Channels = 48,
     anchor_sizes: Annotated[Sequence[Pixels], Limits(least=1)] = (12, 18, 28),
@@ -184,8 +184,9 @@ def small_faster_rcnn(
 
     Args:
         num_classes, name: see `Detector`.
-        cache_dir: where the generated first weights lie.
-        weights: `generated` (see `harness.engine.pretrain`), `scratch`, or the path of a file with the backbone's state.
+        cache_dir: where generated first weights lie; not read here.
+        weights: `generated`, `scratch`, or the path of a file with the backbone's state.
+        generated: the weights that `generated` means.
         channels: of the backbone.
         pyramid_channels: of every pyramid level.
         anchor_sizes: one for each of the three levels, in pixels.
@@ -204,9 +205,9 @@ def small_faster_rcnn(
         raise UserError(f"detector.anchor_sizes={list(anchor_sizes)} must be three numbers, one per pyramid level")
     body = SmallBackbone((width[0], width[1], width[2], width[3]))
     if weights == "generated":
-        recipe = pretrain.Recipe(channels=(width[0], width[1], width[2], width[3]))
-        body.load_state_dict(pretrain.backbone_weights(Path(cache_dir), recipe))
-        pretraining = pretrain.description(recipe)
+        assert generated is not None, "whoever builds the detector makes these weights"
+        body.load_state_dict(generated.state)
+        pretraining = generated.origin
     elif weights == "scratch":
         pretraining = "small backbone from scratch, nothing pre-trained"
     else:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from detectors.padded import PaddedTargets, gather
 from harness.core import boxes as box_ops
-from harness.data.sampling import torch_uniform
+from harness.core.draws import torch_uniform
 
 _LARGEST_TABLE = 2**28  # overlaps at once; 1 GiB, of which a few are alive at the same time
 

@@ -40,6 +40,14 @@ class FirstWeights:
     words: str  # for records
 
 
+@dataclass(frozen=True)
+class Generated:
+    """A backbone's first weights that were made rather than read from a file."""
+
+    state: dict[str, Tensor]
+    origin: str  # in words, for records
+
+
 def first_weights(depth: int, weights: str, caffe: bool | None, cache_dir: Path) -> FirstWeights:
     """Finds the first weights of a ResNet.
 

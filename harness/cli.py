@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib
 import importlib.metadata
 import os
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Sequence
+from typing import NoReturn
 
 from harness.core.console import STDERR, settle
 from harness.core.escape import plain
 from harness.core.files import open_closed_streams, refusal, require_working_folder
 from harness.core.types import RunError, UserError
-
-if TYPE_CHECKING:  # `--help` is quick
-    from omegaconf import DictConfig
 
 _HELP = """\
 ssodbench COMMAND [--config-dir DIR] [key=value | group=option ...]
@@ -49,80 +46,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}: see ssodbench --help")
 
 
-def _prepare(cfg: DictConfig) -> int:
-    from harness.data import prepare
-
-    prepare.run(cfg)
-    return 0
-
-
-def _train(cfg: DictConfig) -> int:
-    from harness.config.checks import check_extras
-
-    check_extras(cfg, logs=True)
-    from harness.launch.local import run
-    from harness.suite.cells import end_with_suite
-
-    end_with_suite()
-    return run(cfg)
-
-
-def _suite(cfg: DictConfig) -> int:
-    from harness.config.checks import check_extras
-
-    check_extras(cfg, logs=True)
-    from harness.suite.run import run
-
-    return run(cfg)
-
-
-def _report(cfg: DictConfig) -> int:
-    from harness.report.report import run
-
-    runs_dir = Path(cfg.runs_dir)
-    print(run(runs_dir, Path(cfg.out) if cfg.out else runs_dir / "report"))
-    return 0
-
-
-def _evaluate(cfg: DictConfig) -> int:
-    from harness.commands.evaluate import run
-
-    return run(cfg)
-
-
-def _profile(cfg: DictConfig) -> int:
-    from harness.config.checks import check_extras
-
-    check_extras(cfg, pipelines=[*cfg.profile.pipelines, "dali"])  # whose decoder gives the ceiling
-    from harness.engine.profile import run
-
-    run(cfg)
-    return 0
-
-
-def _config(cfg: DictConfig) -> int:
-    from omegaconf import OmegaConf
-
-    _print(OmegaConf.to_yaml(cfg, resolve=True), end="")
-    return 0
-
-
-def _print(text: object, end: str = "\n") -> None:
-    """What a command is asked for; an output that the caller has closed cannot take it."""
-    if sys.stdout is None:
-        raise OSError(errno.EBADF, os.strerror(errno.EBADF), "the standard output")
-    print(text, end=end)
-
-
-_COMMANDS: dict[str, Callable[[DictConfig], int]] = {
-    "prepare": _prepare,
-    "train": _train,
-    "suite": _suite,
-    "report": _report,
-    "evaluate": _evaluate,
-    "profile": _profile,
-    "config": _config,
-}
+_COMMANDS = ("prepare", "train", "suite", "report", "evaluate", "profile", "config")  # modules of harness.commands
 
 
 def _run(given: list[str], places: dict[str, str]) -> int:
@@ -158,7 +82,7 @@ def _run(given: list[str], places: dict[str, str]) -> int:
 
     cfg = compose.load(known.overrides, known.config_dir)
     places.update(compose.places(cfg))
-    code = _COMMANDS[known.command](cfg)
+    code: int = importlib.import_module(f"harness.commands.{known.command}").run(cfg)
     _flush_output()
     return code
 

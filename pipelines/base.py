@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from harness.core.draws import image_keys
 from harness.core.files import require_regular
-from harness.core.types import Batch, ImageSource, Normalize, Target, UnusableImages, View, Views
+from harness.core.types import Batch, ImageSource, MicroBatch, Normalize, Sampler, Target, UnusableImages, View, Views
 from harness.core.validate import Limits, Threads
-from harness.data.sampling import BatchSampler, MicroBatch, image_keys
 from pipelines.plan import ViewPlan, boxes_through, plan_view, shrunk_sizes
 from pipelines.policy import Policy
 
@@ -138,7 +138,7 @@ class BasePipeline:
         normalize: Normalize,
         *,
         views: Views | None = None,
-        sampler: BatchSampler | None = None,
+        sampler: Sampler | None = None,
         labeled: ImageSource | None = None,
         unlabeled: ImageSource | None = None,
         device: str = "cpu",
@@ -294,7 +294,7 @@ class BasePipeline:
             source: images and boxes.
             view: name in the policy.
             positions: (B,) int64.
-            keys: (B,) int64 of `harness.data.sampling.image_keys`.
+            keys: (B,) int64 of `harness.core.draws.image_keys`.
         """
         job = make_job(self.policy, (view,), source, positions, keys)
         job, images = self._resolve(job, self._render_now(job))

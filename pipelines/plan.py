@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from harness.data.sampling import uniform
+from harness.core.draws import uniform
 from pipelines.policy import COLOR_OPS, Affine, Erase, Policy, Range, Resize, ViewPolicy
 
 KINDS = {name: number for number, name in enumerate(COLOR_OPS)}
@@ -309,7 +309,7 @@ def plan_view(
 
     Args:
         view: its policy.
-        keys: (B,) int64 of `harness.data.sampling.image_keys`.
+        keys: (B,) int64 of `harness.core.draws.image_keys`.
         sizes: (B, 2) int64 height, width of the stored images.
         boxes: (M, 4) boxes of all images in original pixels, for in-box operations.
         counts: (B,) int64 boxes of each image.

@@ -19,9 +19,9 @@ from detectors.padded import PaddedTargets
 from detectors.roi import Rois
 from detectors.rpn import Proposals
 from harness.core import boxes as box_ops
+from harness.core.draws import torch_normal, torch_uniform
 from harness.core.types import Batch, UserError, View, Views
 from harness.core.validate import Limits, NotNegative, Share, Weight
-from harness.data.sampling import torch_normal, torch_uniform
 
 _LOSSES = ("rpn_class", "rpn_box", "roi_class", "roi_box")
 

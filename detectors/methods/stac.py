@@ -1,8 +1,8 @@
 """STAC: pseudo labels made once by a finished supervised detector, then learnt under strong augmentation.
 
 Sohn et al., "A simple semi-supervised learning framework for object detection", 2020. Stage 1 is a supervised run;
-stage 2, `detectors.methods.pseudo_labels.label_offline`, turns its detections into the boxes of the unlabelled images; this
-file is stage 3, in which a new detector learns from both.
+stage 2, `label_offline` in `pseudo_labels.py` beside this file, turns its detections into the boxes of the unlabelled
+images; this file is stage 3, in which a new detector learns from both.
 """
 
 from __future__ import annotations

@@ -16,9 +16,9 @@ from detectors.detector import Detector, join_views, targets_of
 from detectors.faster_rcnn import FasterRcnn
 from detectors.methods.method import EmaKeys, Losses, Method, first_step, mean_count, student_features, unlabeled_terms
 from detectors.padded import PaddedTargets, concatenate
+from harness.core.draws import stream_key
 from harness.core.types import Batch, UserError, View, Views
 from harness.core.validate import Limits, NotNegative, Share, Weight
-from harness.data.sampling import stream_key
 
 
 class UnbiasedTeacher(Method):

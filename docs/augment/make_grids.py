@@ -17,9 +17,9 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image, ImageDraw
 
+from harness.core.draws import image_keys
 from harness.core.types import ImageSource, Normalize, View
 from harness.data.drawing import render
-from harness.data.sampling import image_keys
 from pipelines.dali.pipeline import DaliPipeline
 from pipelines.policy import Policy
 

@@ -32,8 +32,24 @@ _LONG = 10_000  # pictures from which a check without a terminal reports each te
 _FEW = 4  # classes up to which a table has a column for each
 
 
+def run(cfg: Any) -> int:
+    """`describe`; gives the exit code."""
+    describe(cfg)
+    return 0
+
+
 def describe(cfg: Any) -> dict[str, Any]:
-    """See `harness.data.prepare.run`."""
+    """Opens a dataset, checks it, and says what its splits hold.
+
+    Args:
+        cfg: the whole configuration; reads data, split, check, export_dir, prepare.percents, prepare.folds, cache_dir.
+
+    Returns:
+        What was written to `prepared.json`.
+
+    Raises:
+        UserError: after printing everything, if what was found rules out a training.
+    """
     from harness.engine import build
 
     console = Console(highlight=False, soft_wrap=True)

@@ -19,7 +19,7 @@ from harness.config import schema
 from harness.core import validate
 from harness.core.types import UserError
 
-CONF_DIR = Path(__file__).parent / "conf"
+CONF_DIR = Path(__file__).parents[1] / "conf"
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Group:
 
 GROUPS = {
     "data": Group("harness.data.datasets:Dataset", ("cache_dir",), ("small",)),
-    "detector": Group("detectors.detector:Detector", ("num_classes",)),
+    "detector": Group("detectors.detector:Detector", ("num_classes", "generated")),
     "method": Group("detectors.methods.method:Method", ("detector", "steps"), ("name", "augment", "offline")),
     "pipeline": Group(
         "harness.core.types:Pipeline",
@@ -268,9 +268,7 @@ def _need(module: str, said: str, otherwise: str) -> None:
 
 
 def _check_policy(plain: dict[str, Any]) -> None:
-    from pipelines.policy import Policy
-
-    policy = Policy.from_config(plain["augment"])
+    policy = pkgutil.resolve_name("pipelines.policy:Policy").from_config(plain["augment"])
     policy.view("test")
     if plain["method"].get("offline"):
         policy.view("pseudo")

@@ -20,11 +20,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
-from harness.config import checks, layouts, yaml_files
+from harness.config import checks, layouts, split_names, yaml_files
 from harness.core import files, validate
 from harness.core.escape import file_name
 from harness.core.types import UserError
-from harness.data import split_files
 
 CONF_DIR = checks.CONF_DIR
 
@@ -359,8 +358,8 @@ def _split_name(split: DictConfig) -> str:
     if split.protocol in ("annotated", "full"):
         return str(split.protocol)
     file = str(split.index_file or "")
-    if split.protocol == "ids" and not split_files.names_percent(file):
-        return f"ids-{split_files.index_path(file, split.percent, split.fold).stem}"
+    if split.protocol == "ids" and not split_names.names_percent(file):
+        return f"ids-{split_names.index_path(file, split.percent, split.fold).stem}"
     return f"{split.protocol}-{split.percent:g}pct-fold{split.fold}"
 
 

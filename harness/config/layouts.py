@@ -10,9 +10,9 @@ from itertools import islice
 from pathlib import Path
 
 from harness.core.types import UserError
-from harness.data.images import SUFFIXES
 
-_CONF = Path(__file__).parent / "conf" / "data"
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+_CONF = Path(__file__).parents[1] / "conf" / "data"
 _MOST = 2000  # entries of a folder that are looked at: enough to tell, and quick on any disk
 _YOLO = ("yolo", "ultralytics", "darknet")
 _NO_YOLO = (

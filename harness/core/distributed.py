@@ -7,10 +7,8 @@ zeroing whatever the number of layers, and a rank whose parameters got no gradie
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import pickle
-import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,7 +22,6 @@ from harness.core.types import UserError
 
 logger = logging.getLogger(__name__)
 
-SHUTDOWN_SECONDS = 600  # what workers get to finish a step and save, before the elastic agent kills them
 
 T = TypeVar("T")
 Error = TypeVar("Error", bound=BaseException)
@@ -75,57 +72,6 @@ def leave() -> None:
     """Leaves the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def launch(entry: Callable[..., int], arguments: Sequence[Any], processes: int, signals: Sequence[int]) -> int:
-    """Runs `entry(*arguments)` in `processes` processes of this machine through torch's elastic launcher.
-
-    The launcher passes a signal on to its workers and waits for them; it stops them all when one ends by itself with an
-    exit code other than 0. What a worker has to say it says itself.
-
-    Args:
-        entry: what each process runs; gives its exit code.
-        arguments: of `entry`.
-        processes: how many.
-        signals: that ask the workers to stop, and that the launcher passes on.
-
-    Returns:
-        0 if all gave 0, 128 + n after signal n, else the exit code of the first worker that failed.
-    """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # tracebacks of the launcher's own
-    # By its variable, since not every version has the argument.
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=f"ssodbench-{os.getpid()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        start_method="spawn",
-        signals_to_handle=",".join(signal.Signals(number).name for number in signals),
-    )
-    others = set(multiprocessing.active_children())
-    try:
-        return max(elastic_launch(config, entry)(*arguments).values())
-    except SignalException as stopped:
-        for worker in set(multiprocessing.active_children()) - others:
-            worker.terminate()  # one that the launcher had not finished starting
-        return 128 + int(stopped.sigval)
-    except ChildFailedError as failed:
-        rank, failure = failed.get_first_failure()
-        if failure.exitcode >= 0:
-            return failure.exitcode
-        name = signal.Signals(-failure.exitcode).name
-        hint = " (out of memory?)" if name == "SIGKILL" else ""
-        logger.error("ssodbench: the process of rank %d was ended by %s%s", rank, name, hint)
-        return 128 - failure.exitcode
 
 
 def barrier(world: World) -> None:

@@ -20,6 +20,7 @@ from harness.core.files import write_atomically
 from harness.core.types import RunRecord, UserError
 
 SCHEMA_VERSION = 1
+BASELINE = "supervised"  # the method that tables compare the others with
 STATUSES = ("running", "ok", "failed", "interrupted")
 _PACKAGES = ("torch", "torchvision", "numpy", "numba", "pycocotools", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
 _FIELDS = {field.name for field in dataclasses.fields(RunRecord)}

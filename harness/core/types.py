@@ -154,6 +154,16 @@ class ImageSource:
         return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
 
 
+class Sampler(Protocol):
+    """Which images every step of a training draws."""
+
+    seed: int
+    micro: int  # images of a micro-batch
+
+    def stream(self, start_step: int = 0, rank: int = 0, world_size: int = 1) -> Iterator[MicroBatch]:
+        """Endless micro-batches of one rank, from the first one of `start_step` on."""
+
+
 class Pipeline(Protocol):
     """JPEG files to batches on the training device."""
 
@@ -259,3 +269,15 @@ class RunRecord:
     finished: str | None = None
     environment: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)  # what decides the result: no folders, no devices
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Which images one forward sees. Positions index the labelled and the unlabelled list of images."""
+
+    step: int
+    index: int  # number of the micro-batch within the step
+    labeled: np.ndarray  # (Bl,) int64 positions
+    unlabeled: np.ndarray  # (Bu,) int64 positions
+    labeled_slots: np.ndarray  # (Bl,) int64 places within the step's global batch, for `image_keys`
+    unlabeled_slots: np.ndarray  # (Bu,) int64

@@ -1,9 +1,9 @@
 """Values from outside against types: strict, every mistake one sentence with the key, the value and what is allowed.
 
-Types are annotations: of `harness.config.schema`'s dataclasses and of the constructors that `_target_` names, with `Limits` in
-`Annotated` for bounds. A whole number stands for a number; nothing else is converted. (msgspec knows such bounds too,
-but its `Meta` crashes Python 3.11 at the end of the process, and it says neither under which key of a mapping a value
-does not fit nor what is allowed there.)
+Types are annotations: of the dataclasses in `harness.config.schema` and of the constructors that `_target_` names, with
+`Limits` in `Annotated` for bounds. A whole number stands for a number; nothing else is converted. (msgspec knows such
+bounds too, but its `Meta` crashes Python 3.11 at the end of the process, and it says neither under which key of a
+mapping a value does not fit nor what is allowed there.)
 """
 
 from __future__ import annotations

@@ -21,11 +21,11 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
+from harness.config.layouts import SUFFIXES
 from harness.core.files import open_to_read
 from harness.data.annotations import Finding
 
 LEVELS = ("quick", "headers", "full")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 _SAMPLE = 2000  # headers read at level quick
 _EXAMPLES = 5

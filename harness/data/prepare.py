@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from harness.config import split_names
 from harness.core.types import ImageSource, Split, UserError
 from harness.data import split_files
 from harness.data.annotations import Finding, finding
@@ -67,8 +68,8 @@ def resolve_split(dataset: Dataset, split_config: Mapping[str, Any]) -> Split:
 
     Args:
         dataset: what to split.
-        split_config: keys protocol, percent, fold, offset and index_file, as `harness.data.protocols.make_split` explains them;
-            in index_file, {percent} and {fold} stand for the split's.
+        split_config: keys protocol, percent, fold, offset and index_file, as `make_split` explains them; in index_file,
+            {percent} and {fold} stand for the split's.
 
     Raises:
         UserError: if there is no such split, or its labelled part shows no box.
@@ -79,10 +80,10 @@ def resolve_split(dataset: Dataset, split_config: Mapping[str, Any]) -> Split:
     index = unlabeled_ids = None
     file = split_config.get("index_file")
     if file and protocol == "unbiased_teacher":
-        index = split_files.read_index(split_files.index_path(file, percent, fold))
+        index = split_files.read_index(split_names.index_path(file, percent, fold))
     elif file and protocol == "ids":
-        index, unlabeled_ids = split_files.read_ids(split_files.index_path(file, percent, fold), percent, fold)
-        named = percent if split_files.names_percent(file) else None
+        index, unlabeled_ids = split_files.read_ids(split_names.index_path(file, percent, fold), percent, fold)
+        named = percent if split_names.names_percent(file) else None
     elif protocol == "annotated":
         index, named = train.image_ids[train.annotated()], None
         if not len(index):
@@ -346,20 +347,3 @@ def _fatal(indices: dict[str, CocoIndex], pictures: dict[str, ImageCheck]) -> st
             "boxes"
         )
     return None
-
-
-def run(cfg: Any) -> dict[str, Any]:
-    """The command `ssodbench prepare`: opens a dataset, checks it, and says what its splits hold.
-
-    Args:
-        cfg: the whole configuration; reads data, split, check, export_dir, prepare.percents, prepare.folds, cache_dir.
-
-    Returns:
-        What was written to `prepared.json`.
-
-    Raises:
-        UserError: after printing everything, if what was found rules out a training.
-    """
-    from harness.commands.prepare import describe  # tables and progress, which training does not need
-
-    return describe(cfg)

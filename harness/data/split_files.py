@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 import numpy as np
 
+from harness.config.split_names import SPLIT_NAME
 from harness.core.escape import plain
 from harness.core.files import make_folder, read_bytes
 from harness.core.readback import reason
@@ -22,7 +23,6 @@ T = TypeVar("T")
 _Id = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 _MARK = "split exported by ssodbench"
 _BEGIN = f'{{"info":{{"description":"{_MARK}"'.encode()  # an earlier export is known by it without reading all of it
-_NAME = re.compile(r"\.(\d+)@([\d.]+?)(-unlabeled)?$")
 
 
 def file_names(train: str, split: Split) -> tuple[str, str]:
@@ -113,16 +113,6 @@ def _check_free(path: Path, dataset: Dataset) -> None:
         raise UserError(f"{path} is there and is no earlier export: move it away, or give another export_dir")
 
 
-def index_path(pattern: str, percent: float, fold: int) -> Path:
-    """A file name in which {percent} and {fold} stand for the split's; other braces are left alone."""
-    return Path(pattern.replace("{percent}", f"{percent:g}").replace("{fold}", str(fold))).expanduser()
-
-
-def names_percent(pattern: str) -> bool:
-    """Whether a file name says which percentage it is made for: by {percent}, or as Soft Teacher's files do."""
-    return "{percent}" in pattern or bool(_NAME.search(Path(pattern).stem))
-
-
 def read_index(path: Path) -> dict[str, dict[str, list[int]]]:
     """Unbiased Teacher's index file: {percent: {fold: [positions]}}.
 
@@ -179,7 +169,7 @@ def read_ids(path: Path, percent: float, fold: int) -> tuple[Any, Any]:
 
 
 def _check_name(path: Path, percent: float, fold: int) -> None:
-    match = _NAME.search(path.stem)
+    match = SPLIT_NAME.search(path.stem)
     if not match:
         return
     if match.group(3):

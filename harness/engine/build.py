@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from detectors.detector import Detector
 from detectors.methods.method import Method
+from detectors.weights import Generated
 from harness.config import checks as config_checks
 from harness.config import compose
 from harness.core.distributed import World
@@ -25,6 +26,7 @@ from harness.data import prepare
 from harness.data.datasets import Dataset
 from harness.data.protocols import BY_PERCENT
 from harness.data.sampling import BatchSampler
+from harness.engine import pretrain
 from harness.engine.optim import build_optimizer
 from pipelines.policy import Policy
 
@@ -52,7 +54,12 @@ def dataset(cfg: DictConfig) -> Dataset:
 
 def detector(cfg: DictConfig, num_classes: int) -> Detector:
     """A detector with its first weights."""
-    return _make("detector", cfg.detector, num_classes=num_classes)
+    made: dict[str, Any] = {}
+    if cfg.detector.get("weights") == "generated":
+        recipe = pretrain.Recipe(channels=tuple(cfg.detector.channels))
+        state = pretrain.backbone_weights(Path(cfg.cache_dir), recipe)
+        made["generated"] = Generated(state, pretrain.description(recipe))
+    return _make("detector", cfg.detector, num_classes=num_classes, **made)
 
 
 def method(cfg: DictConfig, network: Detector) -> Method:

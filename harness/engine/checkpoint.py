@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import socket
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import msgspec
 import torch
@@ -34,70 +33,6 @@ class _Content(msgspec.Struct):
     pipeline: dict[str, Any] = {}
     counters: Counters | None = None
     detector: str = ""
-
-
-class RunLock:
-    """Holds a run folder for one live process.
-
-    The operating system frees the lock when the process ends, however it ends, so a dead process never blocks.
-    """
-
-    def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / "lock"
-        self._file: BinaryIO | None = None
-        self.created = not run_dir.exists()
-
-    def acquire(self) -> RunLock:
-        """Takes the lock.
-
-        Raises:
-            UserError: naming the process that holds it, or why the folder cannot be written or locked.
-            RunError: the disk is full, or fails.
-        """
-        folder = self.path.parent
-        try:
-            file = files.open_to_append(self.path)
-        except OSError as error:
-            raise files.refusal(error, {"run_dir": folder}) from error
-        try:
-            files.take_lock(file, wait=False)
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-            file.flush()
-        except BlockingIOError as error:
-            file.close()
-            raise UserError(
-                f"the run folder {folder} is held by {self.holder()}: wait for it to end, or set another run_dir=DIR"
-            ) from error
-        except OSError as error:
-            _drop(file)
-            raise files.refusal(error, {"run_dir": folder}) from error
-        self._file = file
-        return self
-
-    def holder(self) -> str:
-        """Who holds the folder, as it says itself."""
-        try:
-            return files.read_bytes(self.path).decode(errors="replace").strip() or "another process"
-        except OSError:
-            return "another process"
-
-    def release(self, discard: bool = False) -> None:
-        """Frees the lock; with `discard`, a folder that the lock made and nothing else was written to goes too."""
-        if self._file is None:
-            return
-        if discard and self.created:
-            with contextlib.suppress(OSError):  # the folder has got content, or has gone: neither is an error
-                self.path.unlink(missing_ok=True)
-                self.path.parent.rmdir()
-        _drop(self._file)
-        self._file = None
-
-
-def _drop(file: BinaryIO) -> None:
-    """Closes a file whose content does not matter, also where the disk is too full to take it."""
-    with contextlib.suppress(OSError):
-        file.close()
 
 
 def _step_of(path: Path) -> int:

@@ -19,8 +19,8 @@ from detectors.detector import Detector
 from harness.core import distributed
 from harness.core.boxes import transform_boxes
 from harness.core.files import write_atomically
+from harness.core.stopping import Interrupted, StopRequest
 from harness.core.types import ImageSource, Pipeline, Target, View
-from harness.engine.loop import Interrupted, StopRequest
 
 METRICS = ("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l")
 

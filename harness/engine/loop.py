@@ -1,7 +1,7 @@
 """The training loop.
 
 The loop owns time: which step it is, the learning rate, when to log, save and evaluate. The method owns loss, teacher
-and state. `python -m harness.engine.loop key=value ...` is `ssodbench train`, so that torchrun can start it.
+and state.
 """
 
 from __future__ import annotations
@@ -10,16 +10,12 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import signal
-import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 import torch
@@ -30,6 +26,7 @@ from detectors.methods.pseudo_labels import quality, unknown_quality
 from harness.config.compose import evaluation_interval
 from harness.core.boxes import transform_source
 from harness.core.distributed import FlatGradients, average_buffers, average_values, on_all_ranks
+from harness.core.stopping import Interrupted, StopRequest
 from harness.core.types import Batch, RunError, UnusableImages
 from harness.engine.build import Experiment
 from harness.engine.log import RunLog
@@ -37,68 +34,7 @@ from harness.engine.optim import learning_rate_factor, set_learning_rate
 
 logger = logging.getLogger(__name__)
 
-REPEAT_SECONDS = 2.0  # within which a launcher passes on a signal that its workers may have got as well
 FEW = 0.1  # pseudo labels per image, as a share of the labelled images' boxes, below which a warning is given
-
-
-class Interrupted(Exception):  # noqa: N818  not an error
-    """The run was asked to stop and has saved its state."""
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(f"interrupted by {signal.Signals(signal_number).name}")
-        self.signal_number = signal_number
-
-    def __reduce__(self) -> tuple[type, tuple[int]]:
-        return Interrupted, (self.signal_number,)  # what the other ranks are told
-
-
-def stop_signals() -> list[int]:
-    """The signals that ask to stop: SIGHUP, which a closed terminal sends, unless it is ignored, as under `nohup`."""
-    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    return [signal.SIGTERM, signal.SIGINT, *([] if ignored else [signal.SIGHUP])]
-
-
-class StopRequest:
-    """A signal asks the loop to finish its step and save; a second one ends the process at once.
-
-    Ctrl-C reaches a launcher and its workers, and the launcher passes it on: to a worker that is one signal. A terminal
-    that closes sends SIGHUP, and so does its shell, and a machine that shuts down does after SIGTERM: none is a second.
-    """
-
-    def __init__(self) -> None:
-        self.signal_number = 0
-        self._received = 0.0
-        self._raises = False
-
-    def install(self, numbers: Sequence[int] | None = None) -> None:
-        """Takes over the signals that ask this process to stop, by default those of `stop_signals`."""
-        for number in stop_signals() if numbers is None else numbers:
-            signal.signal(number, self._receive)
-
-    @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """While nothing is trained there is nothing to save: in this block a signal raises Interrupted where we are."""
-        self._raises = True
-        try:
-            if self.signal_number:
-                raise Interrupted(self.signal_number)
-            yield
-        finally:
-            self._raises = False
-
-    def _receive(self, number: int, _frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if number == signal.SIGHUP and self.signal_number:
-            return
-        passed_on = "LOCAL_RANK" in os.environ and number == self.signal_number
-        if passed_on and now - self._received < REPEAT_SECONDS:
-            return
-        if self.signal_number:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.signal_number, self._received = number, now
-        if self._raises:
-            raise Interrupted(number)
 
 
 @dataclass
@@ -449,9 +385,3 @@ def measure_pseudo_labels(run: Experiment, batch: Batch, step: int, counters: Co
         for i, key in enumerate(("precision", "recall", "iou")):
             counters.pseudo[i] += first[key]
         counters.pseudo_count += 1
-
-
-if __name__ == "__main__":
-    from harness.cli import main
-
-    sys.exit(main(["train", *sys.argv[1:]]))

@@ -12,7 +12,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -29,15 +29,16 @@ from harness.core import checksum, distributed, readback
 from harness.core.files import write_atomically
 from harness.core.readback import Count
 from harness.core.record import read_record
+from harness.core.stopping import Interrupted, StopRequest
 from harness.core.types import ImageSource, UserError
 from harness.data.annotations import positions
 from harness.engine import build, checkpoint
 from harness.engine.build import Data
-from harness.engine.loop import Interrupted, StopRequest
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Train = Callable[[DictConfig, distributed.World, StopRequest], int]
 
 _STAGE_ONE = ("stage1", "stage1_overrides", "checkpoint")  # keys of `offline` that say who labels, not how
 
@@ -51,11 +52,15 @@ class Extra:
     stage_one: str | None = None  # what made its pseudo labels: the sha256 of a configuration or of a checkpoint
 
 
-def label(cfg: DictConfig, data: Data, world: distributed.World, stop: StopRequest) -> tuple[Data, Extra]:
+def label(cfg: DictConfig, data: Data, world: distributed.World, stop: StopRequest, train: Train) -> tuple[Data, Extra]:
     """Replaces the unlabelled source by one with pseudo labels, if the method wants that.
 
     Labels are kept in the run folder, with what they were made by, so that a run that is taken up again uses the same,
     and another one makes its own.
+
+    Args:
+        cfg, data, world, stop: of the run.
+        train: trains stage 1, which is a run like any other, where there is none yet.
 
     Raises:
         UserError: stage 1 is not finished, does not fit, or found nothing; or the run began with other labels.
@@ -68,7 +73,7 @@ def label(cfg: DictConfig, data: Data, world: distributed.World, stop: StopReque
     made_by = _made_by(cfg, stage_one, data)
     if not distributed.from_main(world, lambda: _are_there(path, made_by)):
         distributed.from_main(world, lambda: _refuse_other_labels(Path(cfg.run_dir), made_by))
-        file = _stage_one_checkpoint(cfg, stage_one, world, stop)
+        file = _stage_one_checkpoint(cfg, stage_one, world, stop, train)
         source, steps = _label_with(cfg, stage_one, data, file, world, stop)
         if not len(source):
             raise UserError(
@@ -125,7 +130,9 @@ def _refuse_other_labels(run_dir: Path, made_by: dict[str, str | None]) -> None:
         )
 
 
-def _stage_one_checkpoint(cfg: DictConfig, stage_one: DictConfig, world: distributed.World, stop: StopRequest) -> Path:
+def _stage_one_checkpoint(
+    cfg: DictConfig, stage_one: DictConfig, world: distributed.World, stop: StopRequest, train: Train
+) -> Path:
     """Of the run that is given, of one that was trained by the same command before, or of one trained here."""
     given = cfg.method.offline.get("checkpoint")
     if given is not None:
@@ -133,9 +140,7 @@ def _stage_one_checkpoint(cfg: DictConfig, stage_one: DictConfig, world: distrib
     before = Path(cfg.runs_dir) / "train" / compose.cell_name(stage_one)
     if distributed.from_main(world, lambda: _is_run_of(before, stage_one)):
         return checkpoint.find(before)
-    from harness.engine.session import train_to_record  # stage 1 is a run like any other
-
-    train_to_record(stage_one, world, stop)
+    train(stage_one, world, stop)
     return checkpoint.find(Path(stage_one.run_dir))
 
 

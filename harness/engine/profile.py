@@ -24,13 +24,13 @@ from rich.table import Table
 from harness.core.console import Console
 from harness.core.distributed import join, resolve_device
 from harness.core.files import require_writable, write_atomically
-from harness.core.types import ImageSource, Normalize, Pipeline, UserError, Views
-from harness.data.sampling import BatchSampler, MicroBatch
+from harness.core.types import ImageSource, MicroBatch, Normalize, Pipeline, UserError, Views
+from harness.data.sampling import BatchSampler
 from harness.engine import build
 from pipelines.base import read_encoded
 from pipelines.policy import Policy
 
-_PIPELINES = Path(__file__).parent / "conf" / "pipeline"
+_PIPELINES = Path(__file__).parents[1] / "conf" / "pipeline"
 
 
 @dataclass

@@ -25,14 +25,15 @@ from harness.core import distributed, readback
 from harness.core.console import STDERR
 from harness.core.distributed import World
 from harness.core.files import write_atomically
+from harness.core.lock import RunLock
 from harness.core.record import environment, read_record, write_record
+from harness.core.stopping import Interrupted, StopRequest
 from harness.core.types import RunRecord, UserError
 from harness.engine import build, checkpoint, offline
 from harness.engine.build import Experiment
-from harness.engine.checkpoint import RunLock
 from harness.engine.evaluate import METRICS, evaluate, write_predictions
 from harness.engine.log import RunLog
-from harness.engine.loop import Counters, Interrupted, StopRequest, train
+from harness.engine.loop import Counters, train
 
 
 def say(world: World, text: str) -> None:
@@ -58,7 +59,7 @@ def train_to_record(cfg: DictConfig, world: World, stop: StopRequest) -> int:
             opened = distributed.on_every_rank(world, lambda: build.data(cfg))
         for warning in opened.warnings:
             say(world, f"warning: {warning}")
-        data, extra = offline.label(cfg, opened, world, stop)
+        data, extra = offline.label(cfg, opened, world, stop, train_to_record)
         with stop.at_once():
             experiment = distributed.on_every_rank(world, lambda: build.experiment(cfg, world, data))
         begun = True

@@ -1,16 +1,18 @@
-"""From a command to the processes that train: here, in several of them, or in a job; and how they end.
+"""From a command to the processes that train on this machine, one or several, and how they end.
 
 Errors are said once, in one sentence where the user can mend them, and become the exit code.
 """
 
 from __future__ import annotations
 
+import logging
+import multiprocessing
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -22,31 +24,31 @@ from harness.core.console import STDERR, settle
 from harness.core.distributed import World
 from harness.core.files import refusal
 from harness.core.record import available_cores
+from harness.core.stopping import Interrupted, StopRequest, stop_signals
 from harness.core.types import UserError
 from harness.engine import build
-from harness.engine.loop import Interrupted, RunError, StopRequest, stop_signals
+from harness.engine.loop import RunError
 from harness.engine.session import say, train_to_record
-from harness.launch import slurm
 
 MOST_PER_CORE = 4  # processes
 LAUNCHER_SECONDS = 10.0  # in which a launcher notices that a process has ended, and stops the others
 
+logger = logging.getLogger(__name__)
+
 
 def run(cfg: DictConfig) -> int:
-    """Trains as the configuration says: in this process, in `devices` of them, or in a job on a cluster.
+    """Trains as the configuration says: in this process, or in `devices` of them.
 
     Returns:
         Exit code: 0 ok, 1 failed, 2 a mistake of the user's, 128 + n after signal n.
     """
-    if cfg.launcher.name == "slurm":
-        return _submit(cfg)  # before GPUs are looked for: a login node has none
     device = distributed.resolve_device(cfg.device, cfg.devices)
     plain = OmegaConf.to_container(cfg, resolve=False)
     if cfg.devices > 1 and "LOCAL_RANK" not in os.environ:
         if device == "cpu":
             _check_cores(int(cfg.devices))
         build.data(cfg)  # a mistake is told once, and before many processes start
-        return distributed.launch(_work, (plain, device), cfg.devices, [*stop_signals(), signal.SIGQUIT])
+        return launch(_work, (plain, device), cfg.devices, [*stop_signals(), signal.SIGQUIT])
     return run_rank(plain, device)
 
 
@@ -60,16 +62,6 @@ def _check_cores(processes: int) -> None:
         )
     if processes > cores:
         STDERR.say(f"devices={processes} share {cores} core{'s' if cores > 1 else ''}: fewer are not slower")
-
-
-def _submit(cfg: DictConfig) -> int:
-    if "LOCAL_RANK" in os.environ:
-        raise UserError("launcher=slurm starts all processes itself: start `ssodbench train`, not torchrun")
-    try:
-        return slurm.submit(cfg)
-    except RunError as error:
-        STDERR.say(f"ssodbench: {error}")
-        return 1
 
 
 def _work(plain: Any, device: str) -> int:
@@ -163,3 +155,57 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def _micro(cfg: DictConfig) -> int:
     """Images in one forward."""
     return int(cfg.batch.micro or cfg.batch.labeled + cfg.batch.unlabeled)
+
+
+SHUTDOWN_SECONDS = 600  # what workers get to finish a step and save, before the elastic agent kills them
+
+
+def launch(entry: Callable[..., int], arguments: Sequence[Any], processes: int, signals: Sequence[int]) -> int:
+    """Runs `entry(*arguments)` in `processes` processes of this machine through torch's elastic launcher.
+
+    The launcher passes a signal on to its workers and waits for them; it stops them all when one ends by itself with an
+    exit code other than 0. What a worker has to say it says itself.
+
+    Args:
+        entry: what each process runs; gives its exit code.
+        arguments: of `entry`.
+        processes: how many.
+        signals: that ask the workers to stop, and that the launcher passes on.
+
+    Returns:
+        0 if all gave 0, 128 + n after signal n, else the exit code of the first worker that failed.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # tracebacks of the launcher's own
+    # By its variable, since not every version has the argument.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=f"ssodbench-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="spawn",
+        signals_to_handle=",".join(signal.Signals(number).name for number in signals),
+    )
+    others = set(multiprocessing.active_children())
+    try:
+        return max(elastic_launch(config, entry)(*arguments).values())
+    except SignalException as stopped:
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()  # one that the launcher had not finished starting
+        return 128 + int(stopped.sigval)
+    except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        if failure.exitcode >= 0:
+            return failure.exitcode
+        name = signal.Signals(-failure.exitcode).name
+        hint = " (out of memory?)" if name == "SIGKILL" else ""
+        logger.error("ssodbench: the process of rank %d was ended by %s%s", rank, name, hint)
+        return 128 - failure.exitcode

@@ -21,14 +21,15 @@ from rich.text import Text
 from harness.core.escape import csv_cell, latex, literal, markdown, plain
 from harness.core.files import refusal, require_writable, write_atomically
 from harness.core.readback import read_published
+from harness.core.record import BASELINE
 from harness.core.types import UserError
 from harness.report import plots
 from harness.report import text as formatting
-from harness.report.tables import BASELINE, Section, load, method_label
+from harness.report.tables import Section, load, method_label
 from harness.report.text import cell_text
 
 TEMPLATES = Path(__file__).parent / "templates"
-PUBLISHED = Path(__file__).parent.parent / "results" / "published.csv"
+PUBLISHED = Path(__file__).parents[2] / "results" / "published.csv"
 SCORES = ("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l")
 COSTS = (
     "images_per_s",

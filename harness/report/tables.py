@@ -19,10 +19,9 @@ import pandas as pd
 from harness.config import compose
 from harness.core.files import refusal, trouble
 from harness.core.readback import PlannedCell, read_plan
-from harness.core.record import read_record
+from harness.core.record import BASELINE, read_record
 from harness.core.types import RunRecord, UserError
 
-BASELINE = "supervised"
 ALL_LABELS = 100.0
 UNKNOWN_SHARE = 0.0  # no run has labels for no image
 

@@ -7,13 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 import psutil
@@ -21,10 +18,10 @@ import torch
 from omegaconf import DictConfig
 
 from harness.core.files import open_to_append, refusal
-from harness.core.readback import Progress
 from harness.core.record import available_cores, read_record, write_record
+from harness.core.stopping import StopSignal
 from harness.core.types import RunRecord, UserError
-from harness.engine import loop
+from harness.suite.plan import Cell, tail
 
 if TYPE_CHECKING:
     from harness.suite.view import View
@@ -34,33 +31,6 @@ _POLL_SECONDS = 0.2
 _SUITE_PROCESS = "SSODBENCH_SUITE_PROCESS"  # tells a cell whose child it is
 _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-
-
-@dataclass
-class Cell:
-    """One run of a suite, and how it stands."""
-
-    name: str
-    method: str
-    percent: float
-    fold: int
-    seed: int
-    run_dir: Path
-    overrides: list[str]
-    cfg: DictConfig
-    needs: Cell | None = None  # the cell whose checkpoint this one starts from
-    cost: float = 1.0  # relative time
-    urgency: float = 0.0  # its cost and that of what waits for it
-    state: str = "waiting"  # waiting, running, ok, failed, skipped, interrupted
-    reason: str | None = None
-    progress: Progress | None = None
-
-    @property
-    def done(self) -> float:
-        """Share of its steps that are done, 0..1."""
-        if self.state == "ok":
-            return 1.0
-        return min(1.0, self.progress.step / self.progress.steps) if self.progress is not None else 0.0
 
 
 def default_jobs(cfg: DictConfig) -> int:
@@ -94,34 +64,6 @@ def environments(cfg: DictConfig, jobs: int) -> list[dict[str, str]]:
     groups = max(1, len(gpus) // cfg.devices)
     own = [gpus[(i % groups) * cfg.devices :][: cfg.devices] for i in range(jobs)]
     return [base | {"CUDA_VISIBLE_DEVICES": ",".join(names)} for names in own]
-
-
-@dataclass
-class StopSignal:
-    """Which signal asked to stop, and how often."""
-
-    number: int = 0
-    count: int = 0
-
-
-@contextmanager
-def collecting_stops() -> Iterator[StopSignal]:
-    """Collects the signals that ask to stop while inside, so that the cells can be stopped in order."""
-    stop = StopSignal()
-
-    def receive(number: int, _frame: FrameType | None) -> None:
-        if number != signal.SIGHUP or not stop.number:  # a terminal that closes sends it, and so does its shell
-            stop.number, stop.count = number, stop.count + 1
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.signal(number, receive) for number in loop.stop_signals()}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def execute(
@@ -254,12 +196,3 @@ def explain(code: int, record: RunRecord | None, log: Path) -> str:
     if record is not None and record.status == "failed" and record.error:
         return record.error
     return tail(log, 1) or f"exit code {code}"
-
-
-def tail(log: Path, lines: int) -> str:
-    """The last lines that are not empty."""
-    try:
-        text = log.read_bytes()[-20_000:].decode(errors="replace")
-    except OSError:
-        return ""
-    return "\n".join([line.rstrip() for line in text.splitlines() if line.strip()][-lines:])

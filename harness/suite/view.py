@@ -13,7 +13,7 @@ from harness.core.readback import Progress as RunProgress
 from harness.core.readback import read_progress
 from harness.core.record import read_record
 from harness.engine.log import EtaColumn, duration
-from harness.suite.cells import Cell, tail
+from harness.suite.plan import Cell, tail
 
 
 class View:

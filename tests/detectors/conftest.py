@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from detectors.faster_rcnn import FasterRcnn, small_faster_rcnn
+from harness.core.draws import image_keys
 from harness.core.types import Batch, Target, View
-from harness.data.sampling import image_keys
 
 CLASSES = 3
 

@@ -8,8 +8,8 @@ from torchvision.ops import box_iou
 from detectors import matching
 from detectors.matching import match, matched_boxes, sample
 from detectors.padded import pad
+from harness.core.draws import image_keys, torch_uniform
 from harness.core.types import Target
-from harness.data.sampling import image_keys, torch_uniform
 
 
 def some_boxes(generator: torch.Generator, count: int) -> torch.Tensor:

@@ -12,8 +12,8 @@ from torchvision.ops import box_iou
 from detectors.detector import targets_of
 from detectors.faster_rcnn import STYLES, faster_rcnn
 from detectors.padded import pad
+from harness.core.draws import image_keys, uniform
 from harness.core.types import Target
-from harness.data.sampling import image_keys, uniform
 
 
 def encode(box, anchor, weights):

@@ -259,12 +259,12 @@ def test_combinations_that_do_not_work(tmp_path, options, words):
         faster_rcnn(num_classes=3, name="x", cache_dir=tmp_path, **options)
 
 
-def test_small_detector_takes_its_generated_weights(tmp_path, monkeypatch):
+def test_small_detector_takes_its_generated_weights(tmp_path):
     torch.manual_seed(5)
     state = SmallBackbone((8, 8, 16, 16)).state_dict()
-    monkeypatch.setattr(weights_of_pretrain(), "backbone_weights", lambda *_: state)
+    made = weights.Generated(state, "generated patches")
     detector = small_faster_rcnn(
-        num_classes=3, name="small", cache_dir=tmp_path, channels=(8, 8, 16, 16), pyramid_channels=16
+        num_classes=3, name="small", cache_dir=tmp_path, generated=made, channels=(8, 8, 16, 16), pyramid_channels=16
     )
     assert all(torch.equal(v, detector.backbone.body.state_dict()[k]) for k, v in state.items())
     assert "generated" in detector.pretraining
@@ -276,12 +276,6 @@ def test_small_detector_takes_its_generated_weights(tmp_path, monkeypatch):
     assert torch.equal(other.backbone.body.stem[0].weight, state["stem.0.weight"])
     with pytest.raises(UserError, match="is no file"):
         small_faster_rcnn(num_classes=3, name="small", cache_dir=tmp_path, weights="missing.pt")
-
-
-def weights_of_pretrain():
-    from detectors import faster_rcnn as module
-
-    return module.pretrain
 
 
 def test_caffe_statistics_are_declared():

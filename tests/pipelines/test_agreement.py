@@ -98,7 +98,7 @@ def test_erased_regions(backend: str, bgr: bool, photos: Any, build: Any, whole:
         "patches": {"erase_fill": [7, 77, 177], "erase": erase},
         "noise": {"erase": noise},
     }
-    from harness.data.sampling import image_keys
+    from harness.core.draws import image_keys
     from pipelines.plan import noise_patch, plan_view
 
     normalize = Normalize((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), bgr)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.data.sampling import image_keys
+from harness.core.draws import image_keys
 from pipelines.base import make_job, view_targets
 from pipelines.plan import KINDS, ViewPlan, _sides, boxes_through, noise_patch, noise_tile, plan_view
 from pipelines.policy import Policy

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from detectors.methods.method import Method
 from detectors.padded import pad
 
-PAGE = Path(__file__).parents[2] / "docs" / "add_a_method.md"
+PAGE = Path(__file__).parents[3] / "docs" / "add_a_method.md"
 
 
 def block(language: str) -> str:

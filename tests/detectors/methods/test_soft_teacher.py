@@ -13,8 +13,8 @@ from torchvision.ops import roi_align
 from detectors.methods.soft_teacher import SoftTeacher, map_proposals, relative_deviation
 from detectors.padded import pad
 from detectors.roi import Rois
+from harness.core.draws import uniform
 from harness.core.types import Target, UserError
-from harness.data.sampling import uniform
 
 RAMP = {"momentum": 0.999, "ramp": True, "update": "before", "buffers": None}
 

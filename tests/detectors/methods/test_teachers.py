@@ -21,8 +21,8 @@ from detectors.methods.soft_teacher import SoftTeacher
 from detectors.methods.supervised import Supervised
 from detectors.methods.unbiased_teacher import UnbiasedTeacher
 from detectors.padded import PaddedTargets, pad
+from harness.core.draws import stream_key
 from harness.core.types import Target, UserError
-from harness.data.sampling import stream_key
 
 CONF = Path(harness.__file__).parent / "conf" / "method"
 CONSTANT = {"momentum": 0.9996, "ramp": False, "update": "before", "buffers": True}

@@ -158,8 +158,8 @@ def test_a_method_of_ones_own_is_asked_for_its_views(monkeypatch: pytest.MonkeyP
 
 
 def test_common_configurations_do_not_import_the_methods() -> None:
-    script = "import sys; from harness import config; config.load(['method=soft_teacher', 'preset=paper']); "
-    script += "config.load([]); sys.exit('torch' in sys.modules)"
+    script = "import sys; from harness.config import compose; compose.load(['method=soft_teacher', 'preset=paper']); "
+    script += "compose.load([]); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 

@@ -52,7 +52,7 @@ SMALL = [
 ]
 
 
-TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "harness.engine.loop"]
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "harness", "train"]
 
 
 def _train(
@@ -206,7 +206,7 @@ import os
 
 import torch
 
-from detectors.supervised import Supervised
+from detectors.methods.supervised import Supervised
 
 
 class Failing(Supervised):
@@ -222,7 +222,7 @@ class Failing(Supervised):
     [
         ("torch.OutOfMemoryError('CUDA out of memory')", 1, "rank 1: out of memory on cpu: lower batch.micro"),
         pytest.param(
-            "__import__('harness.core.types').types.UserError('50 images are bad')",
+            "__import__('harness.core.types', fromlist=['types']).UserError('50 images are bad')",
             2,
             "rank 1: 50 images are bad",
             marks=pytest.mark.slow,

@@ -25,7 +25,7 @@ from harness.data import annotation_cache, coco, datasets
 from harness.data.annotations import RawAnnotations, clean, positions
 from harness.data.datasets import CocoIndex, coco_dataset, coco_index
 
-TINY = Path(__file__).parents[3] / "shared" / "data" / "coco_tiny"
+TINY = Path(__file__).parents[4] / "shared" / "data" / "coco_tiny"
 needs_tiny = pytest.mark.skipif(not TINY.exists(), reason="coco_tiny is not here")
 
 

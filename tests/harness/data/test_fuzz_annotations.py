@@ -87,7 +87,7 @@ def ends_well(cfg: DictConfig, content: bytes) -> None:
     (Path(cfg.data.root) / "train.json").write_bytes(content)
     told = ""
     try:
-        prepare.run(cfg)
+        prepare.describe(cfg)
     except UserError as error:
         told = str(error)
     assert "\n" not in told, told
@@ -123,5 +123,5 @@ def test_bytes_at_random_places(cfg: DictConfig, healthy: bytes, data: st.DataOb
 def test_healthy_file_is_described(cfg: DictConfig, healthy: bytes, name: str) -> None:
     """The other tests here would pass if nothing were ever read."""
     (Path(cfg.data.root) / "train.json").write_bytes(healthy)
-    found = prepare.run(cfg)
+    found = prepare.describe(cfg)
     assert found["parts"][name.removesuffix(".json")]["boxes"] == (16 if name == "train.json" else 4)

@@ -22,7 +22,7 @@ from harness.data.datasets import Dataset, coco_dataset
 from harness.data.images import check_images
 from harness.engine import build
 
-TINY = Path(__file__).parents[3] / "shared" / "data" / "coco_tiny"
+TINY = Path(__file__).parents[4] / "shared" / "data" / "coco_tiny"
 CLASSES = [{"id": 3, "name": "cat"}, {"id": 8, "name": "dog"}]
 
 

@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness.core.draws import image_keys, stream_key, torch_normal, torch_uniform, uniform
 from harness.core.types import UserError
-from harness.data.sampling import BatchSampler, image_keys, stream_key, torch_normal, torch_uniform, uniform
+from harness.data.sampling import BatchSampler
 
 MASK = (1 << 64) - 1
 

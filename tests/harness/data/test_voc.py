@@ -12,7 +12,7 @@ from PIL import Image
 from harness.core.types import UserError
 from harness.data.voc import voc_dataset
 
-BCCD = Path(__file__).parents[3] / "shared" / "data" / "bccd"
+BCCD = Path(__file__).parents[4] / "shared" / "data" / "bccd"
 
 OBJECT = (
     "<object><name>{}</name>{}<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"

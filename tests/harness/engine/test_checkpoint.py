@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from harness.core import lock
 from harness.core.types import UserError
 from harness.engine import checkpoint
 from harness.engine.loop import RunError
@@ -105,10 +106,10 @@ def test_full_disk_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: py
 
 
 def _hold(folder: str, ready: Any) -> None:
-    lock = checkpoint.RunLock(Path(folder)).acquire()
+    held = lock.RunLock(Path(folder)).acquire()
     ready.set()
     time.sleep(60)
-    lock.release()
+    held.release()
 
 
 @pytest.mark.timeout(60)
@@ -119,16 +120,16 @@ def test_second_process_is_told_who_holds_the_folder_and_a_dead_one_does_not_blo
     process.start()
     assert ready.wait(30)
     with pytest.raises(UserError, match=f"process {process.pid} "):
-        checkpoint.RunLock(tmp_path).acquire()
+        lock.RunLock(tmp_path).acquire()
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    checkpoint.RunLock(tmp_path).acquire().release()
+    lock.RunLock(tmp_path).acquire().release()
 
 
 def test_discarded_lock_leaves_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    checkpoint.RunLock(folder).acquire().release(discard=True)
+    lock.RunLock(folder).acquire().release(discard=True)
     assert not folder.exists()
 
 

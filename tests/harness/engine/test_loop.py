@@ -14,15 +14,14 @@ import numpy as np
 import pytest
 import torch
 
+from harness.core.stopping import Interrupted, StopRequest
 from harness.core.types import Batch, ImageSource, Target, View
 from harness.engine.loop import (
     Counters,
-    Interrupted,
     MicroBatchTaken,
     RunError,
     StepFlags,
     StepTaken,
-    StopRequest,
     measure_pseudo_labels,
     warn_of_few_pseudo_labels,
 )

@@ -25,10 +25,11 @@ import harness.engine.loggers
 import harness.engine.session
 from detectors.methods.supervised import Supervised
 from harness.cli import main
-from harness.core import readback
+from harness.core import lock, readback
+from harness.core.stopping import stop_signals
 from harness.core.types import Batch
 from harness.engine import checkpoint, pretrain
-from harness.engine.loop import RunError, stop_signals
+from harness.engine.loop import RunError
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -375,7 +376,7 @@ def test_running_out_of_memory_names_the_setting_to_lower(
 
 
 def test_run_folder_of_a_live_run_is_refused(cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    held = checkpoint.RunLock(tmp_path / "run").acquire()
+    held = lock.RunLock(tmp_path / "run").acquire()
     assert main(_command(cache, tmp_path / "run")) == 2
     held.release()
     assert "held by process" in capfd.readouterr().err

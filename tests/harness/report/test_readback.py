@@ -26,7 +26,7 @@ from harness.core.record import write_record
 from harness.core.types import RunRecord, UserError
 from harness.engine.log import RunLog, cut_lines
 from harness.report import plots, report, tables
-from harness.suite import run as suite
+from harness.suite import plan
 
 FILES = ("runs/quick/a/record.json", "runs/quick/b/record.json", "runs/quick/b/metrics.jsonl", "runs/quick/suite.json")
 
@@ -389,7 +389,7 @@ def test_struct_of_the_plan_is_what_the_suite_writes() -> None:
     cfg = compose.load(["suite=smoke", "suite.percents=[50]"])
     written: list[bytes] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(suite, "write_atomically", lambda _, content: written.append(content))
-        suite.write_plan(Path("x"), cfg, suite.plan(cfg))
-    plan = msgspec.json.decode(written[0], type=readback.Plan)
-    assert {cell.method for cell in plan.cells} == set(cfg.suite.methods)
+        patch.setattr(plan, "write_atomically", lambda _, content: written.append(content))
+        plan.write_plan(Path("x"), cfg, plan.plan(cfg))
+    planned = msgspec.json.decode(written[0], type=readback.Plan)
+    assert {cell.method for cell in planned.cells} == set(cfg.suite.methods)

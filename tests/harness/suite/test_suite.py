@@ -15,12 +15,13 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from harness.commands import suite
 from harness.config import compose
+from harness.core.lock import RunLock
 from harness.core.record import read_record
 from harness.core.types import UserError
-from harness.engine.checkpoint import RunLock
 from harness.suite import cells as jobs
-from harness.suite import run as suite
+from harness.suite import plan
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -93,7 +94,7 @@ def bench(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     prepared = []
     monkeypatch.setattr(suite, "prepare", lambda cfg, _: prepared.append(cfg))
-    make_plan, asked = suite.plan, {}
+    make_plan, asked = plan.plan, {}
     monkeypatch.setattr(suite, "plan", lambda cfg: note(make_plan(cfg)))
 
     def note(cells):
@@ -322,7 +323,7 @@ def test_a_folder_that_cannot_be_written(bench, monkeypatch, in_the_way):
 
 def test_cells_are_configured_as_their_process_will_be():
     given = ["suite=smoke", "suite.percents=[0.5,10]", "suite.folds=[2]", "suite.methods=[stac]", "schedule.steps=9"]
-    for one in suite.plan(compose.load(given)):
+    for one in plan.plan(compose.load(given)):
         alone = compose.load(one.overrides)
         assert compose.config_sha256(alone) == compose.config_sha256(one.cfg)
         assert alone.run_dir == str(one.run_dir)
@@ -416,7 +417,7 @@ def test_gpus_are_shared_out(monkeypatch):
 
 @pytest.mark.parametrize("name", ["quick", "smoke", "shapes", "bccd", "coco"])
 def test_the_suites_that_are_shipped(name):
-    cells = suite.plan(compose.load([f"suite={name}"]))
+    cells = plan.plan(compose.load([f"suite={name}"]))
     counts = {"quick": 9, "smoke": 9, "shapes": 30, "bccd": 9, "coco": 60}
     assert len(cells) == counts[name]
     assert len({c.name for c in cells}) == len(cells)
@@ -426,17 +427,17 @@ def test_the_suites_that_are_shipped(name):
 
 
 def test_a_suite_has_one_protocol():
-    chosen = suite.plan(compose.load(["suite=coco", "split.protocol=soft_teacher"]))
+    chosen = plan.plan(compose.load(["suite=coco", "split.protocol=soft_teacher"]))
     assert {c.cfg.split.protocol for c in chosen} == {"soft_teacher"}
     with pytest.raises(UserError, match=r"supervised soft_teacher, stac stac, .*: set split.protocol=NAME"):
-        suite.plan(compose.load(["suite=quick", "preset=paper"]))
+        plan.plan(compose.load(["suite=quick", "preset=paper"]))
 
 
 SUITE_AND_CELL = """
 import os, subprocess, sys, time
 cell = '''
 import time
-from harness.jobs import end_with_suite
+from harness.suite.cells import end_with_suite
 end_with_suite()
 print("ready", flush=True)
 time.sleep(60)

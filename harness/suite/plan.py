@@ -1,16 +1,10 @@
-"""A suite: methods x percents x folds x seeds, every cell a process of its own, taken up where it stopped.
-
-A cell whose record says ok under the same configuration is not run again. A method whose configuration names a first
-stage (`offline.stage1`) waits for that method's cell of the same percent, fold and seed, and starts from its folder.
-"""
+"""What a suite consists of: its cells, each with its checked configuration, and how each stands."""
 
 from __future__ import annotations
 
 import copy
-import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,15 +13,38 @@ import msgspec
 from omegaconf import DictConfig, OmegaConf
 
 from harness.config import checks, compose
-from harness.core.console import STDERR, Console
-from harness.core.files import refusal, write_atomically
-from harness.core.record import read_record
-from harness.core.types import RunError, UserError
-from harness.engine.checkpoint import RunLock
-from harness.report import report
-from harness.report.tables import BASELINE
-from harness.suite.cells import Cell, collecting_stops, default_jobs, environments, execute
-from harness.suite.view import View
+from harness.core.files import write_atomically
+from harness.core.readback import Progress
+from harness.core.record import BASELINE, read_record
+from harness.core.types import UserError
+
+
+@dataclass
+class Cell:
+    """One run of a suite, and how it stands."""
+
+    name: str
+    method: str
+    percent: float
+    fold: int
+    seed: int
+    run_dir: Path
+    overrides: list[str]
+    cfg: DictConfig
+    needs: Cell | None = None  # the cell whose checkpoint this one starts from
+    cost: float = 1.0  # relative time
+    urgency: float = 0.0  # its cost and that of what waits for it
+    state: str = "waiting"  # waiting, running, ok, failed, skipped, interrupted
+    reason: str | None = None
+    progress: Progress | None = None
+
+    @property
+    def done(self) -> float:
+        """Share of its steps that are done, 0..1."""
+        if self.state == "ok":
+            return 1.0
+        return min(1.0, self.progress.step / self.progress.steps) if self.progress is not None else 0.0
+
 
 _OWN_KEYS = {
     "method": "suite.methods=[...]",
@@ -36,81 +53,6 @@ _OWN_KEYS = {
     "seed": "suite.seeds=[...]",
     "run_dir": "runs_dir=DIR",
 }
-
-
-def run(cfg: DictConfig) -> int:
-    """Runs what is missing of a suite, writes its report and prints the table.
-
-    Args:
-        cfg: the configuration with a suite chosen; what the command line said (`cfg.cli`) reaches every cell.
-
-    Returns:
-        0 when every cell is ok, 1 when one is not, 128 + signal number when interrupted.
-
-    Raises:
-        UserError: no suite was chosen, a value cannot work, or another process works on the same suite.
-    """
-    cells = plan(cfg)
-    suite_dir = Path(cfg.runs_dir) / cfg.suite.name
-    console = Console()
-    with held(suite_dir):
-        for cell in cells:
-            cell.state = standing(cell)
-        missing = [cell for cell in cells if cell.state != "ok"]
-        jobs = cfg.suite.jobs or default_jobs(cfg)
-        console.print(
-            f"suite {cfg.suite.name}: {len(cells)} cells, {len(missing)} to run, {jobs} side by side, in {suite_dir}",
-            soft_wrap=True,
-            highlight=False,
-            markup=False,
-        )
-        if missing:
-            prepare(missing, console)
-            write_plan(suite_dir, cfg, cells)
-        with collecting_stops() as stop:
-            if missing:
-                execute(cells, suite_dir, environments(cfg, jobs), stop, View(cells, console))
-        told = conclude(suite_dir, cfg, cells, console)
-    if stop.number:
-        return 128 + stop.number
-    return 0 if told and all(cell.state == "ok" for cell in cells) else 1
-
-
-def conclude(suite_dir: Path, cfg: DictConfig, cells: list[Cell], console: Console) -> bool:
-    """Writes how every cell ended and the report, and prints the table; an error of one stops none of the others.
-
-    Returns:
-        Whether all of that could be done. What could not is told; the records are whole in any case.
-    """
-    steps: list[Callable[[], Any]] = [lambda: write_plan(suite_dir, cfg, cells)]
-    if any((cell.run_dir / "record.json").exists() for cell in cells):
-        html = suite_dir / "report" / "report.html"
-        steps += [lambda: report.run(suite_dir, html.parent), lambda: report.show(suite_dir, console)]
-        steps += [lambda: console.print(f"report: {html}", soft_wrap=True, highlight=False, markup=False)]
-    else:
-        steps += [lambda: console.print(_no_record(cells), soft_wrap=True, highlight=False, markup=False)]
-    done = [_done(step, suite_dir) for step in steps]
-    return all(done)
-
-
-def _done(step: Callable[[], Any], suite_dir: Path) -> bool:
-    """Does one step; says its error in one sentence."""
-    try:
-        step()
-    except Exception as error:  # of any kind: hours of training must not end in a traceback of their table
-        why = refusal(error) if isinstance(error, OSError) else error
-        what = f"{why}" if isinstance(why, UserError | RunError) else f"{type(error).__name__}: {error}"
-        STDERR.say(
-            f"ssodbench: the suite has ended, but not its report ({' '.join(what.split())}): the records in "
-            f"{suite_dir} are whole, `ssodbench report runs_dir={suite_dir}` makes the report of them"
-        )
-        return False
-    return True
-
-
-def _no_record(cells: list[Cell]) -> str:
-    reasons = [cell.reason for cell in cells if cell.reason]
-    return f"there is nothing to report, no cell has left a record{f': {reasons[0]}' if reasons else ''}"
 
 
 def plan(cfg: DictConfig) -> list[Cell]:
@@ -225,58 +167,6 @@ def standing(cell: Cell) -> str:
     return "ok"
 
 
-@contextmanager
-def held(suite_dir: Path) -> Iterator[None]:
-    """Holds the suite's folder for this process; an empty folder does not stay.
-
-    Raises:
-        UserError: a live process works on the same suite, or the folder cannot be written.
-    """
-    lock = RunLock(suite_dir)
-    try:
-        lock.acquire()
-    except (UserError, RunError) as error:
-        cause = error.__cause__
-        if isinstance(cause, OSError) and not isinstance(cause, BlockingIOError):  # that one says: held by another
-            raise type(error)(_cannot_write(suite_dir, cause)) from error
-        raise UserError(
-            f"the suite in {suite_dir} is being run by {lock.holder()}: wait for it to end, or set another runs_dir=DIR"
-        ) from error
-    try:
-        yield
-    except BaseException:
-        lock.release(discard=True)
-        raise
-    lock.release()
-
-
-def _cannot_write(suite_dir: Path, error: OSError) -> str:
-    """One sentence; `make` passes no settings on, so its users are told the command behind it."""
-    command = (
-        "run `.venv/bin/ssodbench suite suite=NAME runs_dir=DIR`" if "MAKELEVEL" in os.environ else "set runs_dir=DIR"
-    )
-    return (
-        f"cannot write the suite's folder {suite_dir} ({error.strerror}): {command} with a folder that can be written"
-    )
-
-
-def prepare(cells: list[Cell], console: Console) -> None:
-    """Makes what the cells share, once, instead of letting the first ones wait for each other, and looks at their data.
-
-    Raises:
-        UserError: the data cannot be used, or has not got the split of a cell.
-    """
-    from harness.engine.build import prepare_caches
-
-    begin = time.monotonic()
-    message = "preparing the dataset and the backbone's first weights (once per machine) ..."
-    if not console.is_terminal:
-        console.print(message)
-    with console.status(message) if console.is_terminal else nullcontext():
-        prepare_caches([cell.cfg for cell in cells])
-    console.print(f"prepared in {time.monotonic() - begin:.1f} s", highlight=False)
-
-
 def write_plan(suite_dir: Path, cfg: DictConfig, cells: list[Cell]) -> None:
     """suite.json: every cell with its state, so that a report can say why one is missing."""
     keys = ("name", "method", "percent", "fold", "seed", "state", "reason")
@@ -287,3 +177,12 @@ def write_plan(suite_dir: Path, cfg: DictConfig, cells: list[Cell]) -> None:
     ]
     content = {"suite": cfg.suite.name, "cells": rows}
     write_atomically(suite_dir / "suite.json", msgspec.json.format(msgspec.json.encode(content), indent=1))
+
+
+def tail(log: Path, lines: int) -> str:
+    """The last lines that are not empty."""
+    try:
+        text = log.read_bytes()[-20_000:].decode(errors="replace")
+    except OSError:
+        return ""
+    return "\n".join([line.rstrip() for line in text.splitlines() if line.strip()][-lines:])
