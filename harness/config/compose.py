@@ -21,7 +21,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
 from harness.config import checks, layouts, split_names, yaml_files
-from harness.core import files, validate
+from harness.core import files, moved, validate
 from harness.core.escape import file_name
 from harness.core.types import UserError
 
@@ -159,6 +159,7 @@ def _composed(overrides: Sequence[str]) -> DictConfig:
             checks.check_method(cfg)
             cfg = _compose([*overrides, f"augment={_quote(str(cfg.method.augment))}"])
     OmegaConf.set_struct(cfg, False)
+    moved.current(cfg)
     return cfg
 
 
@@ -374,6 +375,7 @@ def without_circumstances(plain: dict[str, Any]) -> dict[str, Any]:
     """`identity` of a configuration that is plain data already, such as a record's; changes what it is given."""
     for dotted in _CIRCUMSTANCES:
         _remove(plain, dotted)
+    moved.first(plain)
     style = (plain.get("detector") or {}).get("style")
     for dotted in _ADDED if style == "torchvision" else _ADDED[:1]:
         _remove(plain, dotted, where_null=True)

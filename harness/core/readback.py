@@ -19,6 +19,7 @@ from msgspec import Meta, Struct
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from harness.core import moved
 from harness.core.escape import plain
 from harness.core.files import read_bytes
 from harness.core.types import UserError
@@ -292,4 +293,5 @@ def read_config(run_dir: Path) -> DictConfig:
     except (OmegaConfBaseException, OSError, ValueError, RecursionError) as error:  # OSError: neither keys nor a list
         raise damaged(path, reason(error), remedy) from error
     assert isinstance(cfg, DictConfig)
+    moved.current(cfg)
     return cfg
