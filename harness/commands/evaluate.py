@@ -16,7 +16,7 @@ from harness.config import compose
 from harness.core import distributed, readback
 from harness.core.console import STDERR, Console
 from harness.core.escape import literal
-from harness.core.files import require_writable, write_atomically
+from harness.core.files import require_writable, trouble, write_atomically
 from harness.core.record import read_record
 from harness.core.types import UserError
 from harness.data.datasets import Dataset
@@ -41,13 +41,15 @@ def run(cfg: DictConfig) -> int:
             of the run, a key is given that cannot be used, or `out` cannot be written.
     """
     run_dir = Path(cfg.run_dir)
-    trained = readback.read_config(run_dir)
+    if why := trouble(run_dir / "config.yaml"):
+        raise UserError(f"there is no run in {run_dir} (config.yaml: {why}): set run_dir to the folder of a run")
     given = _given(cfg)
-    _refuse_unused(cfg, given, trained)
     other = "run_dir" in given and "data" in given
     threshold = float(cfg.evaluation.score_threshold)
     out = Path(cfg.out) if cfg.out else run_dir / _file_name(cfg, other, threshold)
     require_writable(out, "out")
+    trained = readback.read_config(run_dir)
+    _refuse_unused(cfg, given, trained)
     file = checkpoint.find(run_dir)
     world = distributed.join(distributed.resolve_device(cfg.device, 1))
     state = checkpoint.read(file, world.device)
@@ -134,8 +136,12 @@ def _refuse_foreign(run_dir: Path, file: Path, identity: dict[str, str], trained
     path = run_dir / "record.json"
     if path.exists():
         record = read_record(path)
-        if compose.differences(compose.without_circumstances(record.config), compose.identity(trained)):
-            raise UserError(f"{path} is of another run than config.yaml beside it: evaluate the folder of one run")
+        differing = compose.differences(compose.without_circumstances(record.config), compose.identity(trained))
+        if differing:
+            raise UserError(
+                f"{path} is of another run than {run_dir / 'config.yaml'} ({'; '.join(differing[:3])}): put the files "
+                "back as one run wrote them, or evaluate another folder"
+            )
         own = {
             "config": record.config_sha256,  # as the code of its time made it, like the checkpoint's
             "split": record.split_sha256,

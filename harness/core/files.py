@@ -313,7 +313,7 @@ def require_writable(path: Path, key: str, folder: bool = False) -> None:
     existing = next(p for p in (*((path,) if folder else ()), *path.absolute().parents) if os.path.lexists(p))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(
-            f"{where} cannot be written, {existing} is no folder that can be: give a {key} that can be written"
+            f"{where} cannot be written, {existing} is no folder that can be: set {key} elsewhere, to what can be written"
         )
 
 

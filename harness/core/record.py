@@ -55,7 +55,7 @@ class _Environment(msgspec.Struct):
     packages: dict[str, str] = {}
     cpu: str | None = None
     cores: int | None = None
-    threads: int | None = None
+    threads: int | list[int] | None = None
     gpus: list[str] | None = None
 
 

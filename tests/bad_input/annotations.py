@@ -339,7 +339,7 @@ CASES = [
     ),
     Case("unlabelled pictures that are labelled", f"{FULL} data.unlabeled_images=train", "already", pets()),
     Case("ids no JSON", IDS, ("ids.json", "not JSON"), _ids("[1, 2")),
-    Case("ids of names", IDS, ("whole numbers", "001.jpg"), _ids(["001.jpg"])),
+    Case("ids of names", IDS, ("ids.json", "[0]", "whole numbers"), _ids(["001.jpg"])),
     Case("ids with a fraction", IDS, "whole numbers", _ids([1.5])),
     Case("ids beyond 64 bits", IDS, "whole numbers", _ids([2**70])),
     Case("ids that are not there", IDS, ("99", "not in the dataset"), _ids([1, 99])),

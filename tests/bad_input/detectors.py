@@ -36,7 +36,7 @@ def _plain(folder: Path) -> None:
 
 CASES = [
     Case("unknown style", f"{SCRATCH} detector.style=yolo", ("detector.style=yolo", "mmdetection")),
-    Case("unknown style of all", f"{SCRATCH} detector_style=mmdet", ("detector.style=mmdet", "mmdetection")),
+    Case("unknown style of all", f"{SCRATCH} detector_style=mmdet", ("detector_style=mmdet", "mmdetection")),
     Case("unknown style, small", f"{TRAIN} detector.style=caffe", ("detector.style=caffe", "tensorpack")),
     Case(
         "style of RetinaNet",

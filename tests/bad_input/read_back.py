@@ -316,43 +316,7 @@ CASES = [
     Case("suite over a record too new", SUITE, (CELL, "update ssodbench"), record(CELL, schema_version=2)),
     Case("suite over a record with a text as AP", SUITE, (CELL, "ap: Expected"), record(CELL, ap="50")),
     Case("suite over a FIFO as record", SUITE, (CELL, "Not a regular file"), fifo(CELL)),
-    # pseudo labels
-    Case(
-        "pseudo labels cut",
-        STAC,
-        ("pseudo_labels.npz", "damaged", "run_dir=DIR"),
-        run_with(unfinished, cut("pseudo_labels.npz"), method="stac"),
-    ),
-    Case(
-        "pseudo labels gone",
-        STAC,
-        ("pseudo_labels.npz", "No such file"),
-        run_with(unfinished, lambda run: (run / "pseudo_labels.npz").unlink(), method="stac"),
-    ),
-    Case(
-        "pseudo labels without scores",
-        STAC,
-        ("pseudo_labels.npz", "scores"),
-        run_with(unfinished, labels(scores=...), method="stac"),
-    ),
-    Case(
-        "pseudo labels with odd boxes",
-        STAC,
-        ("pseudo_labels.npz", "boxes is float64"),
-        run_with(unfinished, labels(boxes=np.zeros(3)), method="stac"),
-    ),
-    Case(
-        "pseudo labels with offsets that fall",
-        STAC,
-        ("pseudo_labels.npz", "offsets"),
-        run_with(unfinished, labels(offsets=np.arange(9)[::-1].copy()), method="stac"),
-    ),
-    Case(
-        "pseudo labels of nobody",
-        STAC,
-        ("pseudo_labels.npz", "made_by"),
-        run_with(unfinished, labels(made_by=...), method="stac"),
-    ),
+    # pseudo labels: damaged ones are made again, see the tests of offline labels
     Case(
         "pseudo labels of other images",
         STAC,

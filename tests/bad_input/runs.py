@@ -34,7 +34,7 @@ def _run(tmp: Path) -> Path:
 
 def _foreign_checkpoint(tmp: Path) -> None:
     (checkpoint,) = (_trained(tmp.parent, 2) / "checkpoints").iterdir()
-    shutil.copy(checkpoint, _run(tmp) / "checkpoints" / "step-00000009.pt")
+    shutil.copy(checkpoint, _run(tmp) / "checkpoints" / "step-00000001.pt")
 
 
 def _foreign_record(tmp: Path) -> None:
@@ -81,20 +81,25 @@ CASES = [
     ),
     Case(
         "more processes than a machine can mean",
-        f"train {SMALL} batch.labeled=1000 batch.micro=1 devices=1000 run_dir={{tmp}}/run",
-        ("devices=1000", "core"),
+        f"train {SMALL} batch.labeled=1000 batch.micro=1 devices=250 run_dir={{tmp}}/run",
+        ("devices=250", "core"),
     ),
     Case(
         "another run's checkpoint is evaluated",
         EVALUATE,
-        ("{tmp}/run/checkpoints/step-00000009.pt", "another run", "config"),
+        ("{tmp}/run/checkpoints/step-00000001.pt", "another run", "config"),
         _foreign_checkpoint,
     ),
     Case("another run's record is evaluated", EVALUATE, ("{tmp}/run/record.json", "another run"), _foreign_record),
     Case("a checkpoint with a flipped bit is evaluated", EVALUATE, ("step-00000001.pt", "checksum"), _flipped_bit),
     Case("a run without a checkpoint is evaluated", EVALUATE, "no checkpoint at {tmp}/run", _no_checkpoint),
-    Case("a run without its configuration is evaluated", EVALUATE, "no run in {tmp}/run", _no_configuration),
-    Case("no run is evaluated", EVALUATE, "no run in {tmp}/run: set run_dir"),
+    Case(
+        "a run without its configuration is evaluated",
+        EVALUATE,
+        ("{tmp}/run/config.yaml", "set run_dir to the folder of a run"),
+        _no_configuration,
+    ),
+    Case("no run is evaluated", EVALUATE, ("no run in {tmp}/run", "set run_dir")),
     *(
         Case(f"evaluate is given {key}", f"{EVALUATE} {key}={value}", f"evaluate does not use {key}", _run)
         for key, value in {

@@ -204,7 +204,6 @@ CASES = [
         ("own/train.json", IO),
         _own_data,
         patch=refusing("own/train.json", errno.EIO, reads=True),
-        code=1,
     ),
     Case(
         "train: index file is a FIFO",

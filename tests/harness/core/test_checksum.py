@@ -94,7 +94,9 @@ def test_files_from_before_are_read(tmp_path: Path) -> None:
     path.parent.mkdir()
     torch.save({"step": 3, "method": {}, "identity": {}}, path)
     assert checkpoint.read(path)["step"] == 3
-    np.savez(tmp_path / "old.npz", made_by='{"stage 1": "x"}')
+    none = {"ids": np.zeros(0, np.int64), "labels": np.zeros(0, np.int64), "scores": np.zeros(0, np.float32)}
+    none |= {"boxes": np.zeros((0, 4), np.float32), "offsets": np.zeros(1, np.int64)}
+    np.savez(tmp_path / "old.npz", **none, made_by='{"stage 1": "x"}', steps=3)
     assert offline._are_there(tmp_path / "old.npz", {"stage 1": "x"})
     assert zipfile.is_zipfile(tmp_path / "old.npz")
 
@@ -120,7 +122,7 @@ def test_flipped_labels_are_named_and_made_again(tmp_path: Path, caplog: pytest.
     assert not caplog.text
     _flip(path, 4000)
     assert not offline._are_there(path, {"stage 1": "x"})
-    assert f"{path} are damaged" in caplog.text
+    assert f"{path} is damaged" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["weights.pt", "arrays.npz", "manifest.json"])

@@ -13,6 +13,7 @@ import pytest
 
 from harness.cli import main
 from harness.config import compose
+from harness.core.types import UserError
 from harness.engine import offline
 from harness.engine.optim import learning_rate_factor
 
@@ -188,3 +189,35 @@ def test_paper_preset_takes_the_numbers_of_the_official_codebase(method: str, st
     if method in ("supervised", "stac", "mean_teacher"):
         assert compose.load([*overrides, "detector=retinanet_r50"]).detector.style == "torchvision"
     assert compose.load([*overrides, "suite=coco"]).detector.style == "mmdetection"
+
+
+GOOD = {
+    "ids": np.array([3, 5]),
+    "boxes": np.array([[0, 0, 4, 4]], np.float32),
+    "labels": np.array([1]),
+    "scores": np.array([0.9], np.float32),
+    "offsets": np.array([0, 1, 1]),
+    "made_by": '{"stage 1": "x"}',
+    "steps": 3,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"scores": ...}, "scores is missing"),
+        ({"made_by": ...}, "made_by is missing"),
+        ({"boxes": np.zeros(3)}, "boxes is float64"),
+        ({"offsets": np.array([0, 2, 1])}, "offsets do not divide"),
+        ({"labels": np.array([0])}, "below 1"),
+        ({"scores": np.array([np.nan], np.float32)}, "not a number"),
+    ],
+)
+def test_labels_that_no_stage_one_gives_are_damaged(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
+    path = tmp_path / "pseudo_labels.npz"
+    np.savez(path, **GOOD)
+    assert offline._are_there(path, {"stage 1": "x"})
+    np.savez(path, **{key: value for key, value in (GOOD | changes).items() if value is not ...})
+    with pytest.raises(UserError, match=named):
+        offline._decode(path)
+    assert not offline._are_there(path, {"stage 1": "x"})

@@ -289,7 +289,7 @@ def test_a_method_without_its_first_stage_in_the_suite(bench):
         (["split.fold=2"], r"suite\.folds"),
         (["suite.methods=stac"], "must be a list"),
         (["suite.percents=[]"], "must be a list"),
-        (["suite.folds=[one]"], "not of the right kind"),
+        (["suite.folds=[one]"], r"suite\.folds\[0\]=one"),
         (["suite.methods=[stack]"], "stack"),
         (["suite.percents=[101]"], "at most 100"),
         (["suite.jobs=abc"], r"suite\.jobs=abc must be a whole number"),
