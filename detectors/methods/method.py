@@ -125,6 +125,26 @@ class Method(nn.Module, ABC):
             momentum = ema.ramp(step - self.teacher_from, self.ema.momentum) if self.ema.ramp else self.ema.momentum
             ema.update(self.teacher, self.student, momentum, bool(self.ema.buffers))
 
+    def observe(self) -> dict[str, Tensor]:
+        """What the last forward saw that the method's own state is to be made of, such as scores for a threshold.
+
+        The loop gathers it over the micro-batches of a step, on whatever device each of them ran, and hands it to
+        `absorb`. A buffer that is changed in `forward` instead would differ between the devices.
+
+        Returns:
+            Named tensors, detached, on the training device. Names and shapes are the same at every call; what has no
+            fixed size is padded.
+        """
+        return {}
+
+    def absorb(self, step: int, observed: dict[str, Tensor]) -> None:
+        """Takes up what the forwards of a step observed: once per step, after the optimiser, the same on every rank.
+
+        Args:
+            step: the student step.
+            observed: (K, ...) what `observe` gave, in the order of the step's K micro-batches.
+        """
+
     def trainable(self) -> nn.Module:
         """What the optimiser changes."""
         return self.student

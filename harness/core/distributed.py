@@ -155,6 +155,27 @@ def average_values(world: World, values: dict[str, Tensor]) -> dict[str, Tensor]
     return dict(zip(sorted(values), (stacked / world.size).unbind(), strict=True))
 
 
+def gather_micro_batches(world: World, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Named tensors of all micro-batches of a step, on every rank, without waiting for the device.
+
+    Args:
+        world: micro-batch number i * world.size + rank is the i-th of a rank, as `BatchSampler.stream` deals them out.
+        parts: of this rank's micro-batches, in their order; names and shapes are the same everywhere.
+
+    Returns:
+        (K, ...) tensors in the order of the K micro-batches.
+    """
+    gathered = {}
+    for name in sorted(parts[0]) if parts else ():
+        own = torch.stack([part[name] for part in parts])
+        if world.size > 1:
+            ranks = [torch.empty_like(own) for _ in range(world.size)]
+            dist.all_gather(ranks, own.contiguous())
+            own = torch.stack(ranks, 1).flatten(0, 1)
+        gathered[name] = own
+    return gathered
+
+
 class FlatGradients:
     """Gradients of a module's trainable parameters as views into one buffer.
 

@@ -312,9 +312,7 @@ def require_writable(path: Path, key: str, folder: bool = False) -> None:
         raise UserError(f"{where} cannot be written ({why}): give another path")
     existing = next(p for p in (*((path,) if folder else ()), *path.absolute().parents) if os.path.lexists(p))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(
-            f"{where} cannot be written, {existing} is no folder that can be: set {key} elsewhere, to what can be written"
-        )
+        raise UserError(f"{where} cannot be written, {existing} is no folder that can be: give another {key}")
 
 
 def take_lock(file: IO[Any], wait: bool) -> None:

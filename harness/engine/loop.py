@@ -25,7 +25,13 @@ from detectors.methods.method import Method
 from detectors.methods.pseudo_labels import quality, unknown_quality
 from harness.config.compose import evaluation_interval
 from harness.core.boxes import transform_source
-from harness.core.distributed import FlatGradients, average_buffers, average_values, on_all_ranks
+from harness.core.distributed import (
+    FlatGradients,
+    average_buffers,
+    average_values,
+    gather_micro_batches,
+    on_all_ranks,
+)
 from harness.core.stopping import Interrupted, StopRequest
 from harness.core.types import Batch, RunError, UnusableImages
 from harness.engine.build import Experiment
@@ -81,6 +87,7 @@ class Work:
     losses: dict[str, Tensor]  # means over its micro-batches
     metrics: dict[str, Tensor]  # means over its micro-batches
     batch: Batch  # the last one
+    observed: list[dict[str, Tensor]]  # what the method saw in each of its micro-batches
     micro_batches: list[MicroBatchTaken]
     waited: float  # seconds that the pipeline kept us waiting
 
@@ -213,6 +220,9 @@ def _steps(
         stop_asked = flags.read(StepTaken(step, losses, norm, work.micro_batches), at_once=save_due or evaluation_due)
         run.optimizer.step()
         average_buffers(run.world, [method.trainable()])
+        observed = gather_micro_batches(run.world, work.observed)
+        if observed:
+            method.absorb(step, observed)
         method.after_step(step)
         counters.step = step + 1
         labeled, unlabeled = run.sampler.images(step)
@@ -286,6 +296,7 @@ def accumulate(run: Experiment, batches: Iterator[Batch], step: int, gradients: 
     losses: dict[str, Tensor] = {}
     metrics: dict[str, Tensor] = {}
     taken: list[MicroBatchTaken] = []
+    observed: list[dict[str, Tensor]] = []
     for number in range(count):
         begin = time.perf_counter()
         try:
@@ -296,6 +307,7 @@ def accumulate(run: Experiment, batches: Iterator[Batch], step: int, gradients: 
         waited += time.perf_counter() - begin
         with torch.autocast(run.world.device.type, torch.bfloat16, enabled=run.cfg.precision == "bf16"):
             terms, measured = run.method(batch, step)
+        observed.append(run.method.observe())
         total = torch.stack([value.float() for value in terms.values()]).sum()
         (total / run.sampler.micro_batches).backward()
         gradients.collect()
@@ -305,7 +317,7 @@ def accumulate(run: Experiment, batches: Iterator[Batch], step: int, gradients: 
         for into, values in ((losses, terms), (metrics, measured)):
             for name, value in values.items():
                 into[name] = into.get(name, 0) + value.detach() / count
-    return Work(losses, metrics, batch, taken, waited)
+    return Work(losses, metrics, batch, observed, taken, waited)
 
 
 def _unlearnt(method: Method) -> dict[str, Tensor]:

@@ -96,7 +96,7 @@ CASES = [
     Case(
         "a run without its configuration is evaluated",
         EVALUATE,
-        ("{tmp}/run/config.yaml", "set run_dir to the folder of a run"),
+        ("no run in {tmp}/run", "config.yaml"),
         _no_configuration,
     ),
     Case("no run is evaluated", EVALUATE, ("no run in {tmp}/run", "set run_dir")),

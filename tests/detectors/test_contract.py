@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import types
 from pathlib import Path
 
 import pytest
@@ -221,3 +222,80 @@ def test_bfloat16_autocast(make_batch, name):
     sum(losses.values()).backward()
     for labels in method.pseudo_labels.values():
         assert all(target.boxes.dtype == torch.float32 for target in labels)
+
+
+def example_method(detector: Detector) -> Method:
+    """The method that the documentation adds."""
+    page = (Path(__file__).parents[2] / "docs" / "add_a_method.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    module = types.ModuleType("flex_teacher")
+    exec(compile(code, "flex_teacher.py", "exec"), module.__dict__)
+    return module.FlexTeacher(detector, STEPS, ema={"momentum": 0.9, "ramp": True}, burn_in=0)
+
+
+def made(name: str) -> Method:
+    """On a detector without batch statistics, which differ between devices by nature."""
+    detector = make_detector("faster_rcnn_r18")
+    return (example_method(detector) if name == "the example" else make_method(name, detector, "small")).train()
+
+
+def step_on(devices: list[Method], batches: list, step: int) -> None:
+    """A student step whose micro-batches are dealt out to devices as the loop does: number i to device i % n."""
+    for method in devices:
+        method.before_step(step)
+        method.trainable().zero_grad()
+    observed = []
+    for number, batch in enumerate(batches):
+        method = devices[number % len(devices)]
+        losses, _ = method(batch, step)
+        observed.append(method.observe())
+        (sum(losses.values()) / len(batches)).backward()
+    gathered = {name: torch.stack([part[name] for part in observed]) for name in observed[0]}
+    gradients = [
+        sum(g for g in (p.grad for p in same_parameter) if g is not None)
+        for same_parameter in zip(*(m.trainable().parameters() for m in devices), strict=True)
+    ]
+    for method in devices:
+        with torch.no_grad():
+            for parameter, gradient in zip(method.trainable().parameters(), gradients, strict=True):
+                parameter -= 0.01 * gradient
+        if gathered:
+            method.absorb(step, gathered)
+        method.after_step(step)
+
+
+def own_state(method: Method) -> dict:
+    """What a method gathered itself: its buffers, without those of its networks."""
+    networks = tuple(f"{name}." for name in ("student", "teacher"))
+    return {key: value for key, value in method.named_buffers() if not key.startswith(networks)}
+
+
+@pytest.mark.parametrize("name", [*METHODS, "the example"])
+def test_gathered_state_is_the_same_on_one_device_and_on_two(make_batch, name):
+    one, two = [made(name)], [made(name), made(name)]
+    before = copy.deepcopy(own_state(one[0]))
+    for step in range(2):
+        batches = [make_batch(10 * step + number, pseudo=True) for number in range(4)]
+        for devices in (one, two):
+            step_on(devices, batches, step)
+    for method in two:
+        assert own_state(method).keys() == own_state(one[0]).keys()
+        for key, value in own_state(method).items():
+            torch.testing.assert_close(value, own_state(one[0])[key], atol=1e-6, rtol=1e-6)
+    assert own_state(two[0]).keys() == before.keys()
+    assert all(torch.equal(a, b) for a, b in zip(own_state(two[0]).values(), own_state(two[1]).values(), strict=True))
+    if name == "the example":
+        assert not torch.equal(before["progress"], one[0].progress)
+
+
+@pytest.mark.parametrize("name", [*METHODS, "the example"])
+def test_gathered_state_survives_a_resume(make_batch, name):
+    """Saved after a step and loaded into a new method, the next step gives the same bits."""
+    batches = [[make_batch(10 * step + number, pseudo=True) for number in range(2)] for step in range(2)]
+    whole = made(name)
+    step_on([whole], batches[0], 0)
+    resumed = made(name)
+    resumed.load_state_dict(copy.deepcopy(whole.state_dict()))
+    for method in (whole, resumed):
+        step_on([method], batches[1], 1)
+    assert same(whole.state_dict(), resumed.state_dict())

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 
+from harness.core import distributed
 from harness.core.distributed import resolve_device
 from harness.core.types import UserError
 from harness.data.sampling import BatchSampler
@@ -285,3 +286,20 @@ def test_ranks_share_the_same_micro_batches(world_size: int, ratio: str) -> None
     assert draws(world_size) == draws(1)
     assert len(draws(1)) == 24
     assert np.all([len(labeled) >= 1 for _, _, labeled, _ in draws(1)])
+
+
+def test_micro_batches_are_gathered_in_the_order_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Number i of rank r of two is micro-batch 2 i + r."""
+    parts = {rank: [{"x": torch.tensor([2 * i + rank])} for i in range(3)] for rank in range(2)}
+
+    def all_gather(ranks: list[torch.Tensor], own: torch.Tensor) -> None:
+        for rank, into in enumerate(ranks):
+            into.copy_(torch.stack([part["x"] for part in parts[rank]]))
+        assert torch.equal(ranks[1], own)
+
+    monkeypatch.setattr(distributed.dist, "all_gather", all_gather)
+    world = distributed.World(1, 2, torch.device("cpu"))
+    assert distributed.gather_micro_batches(world, parts[1])["x"].flatten().tolist() == [0, 1, 2, 3, 4, 5]
+    alone = distributed.World(0, 1, torch.device("cpu"))
+    assert distributed.gather_micro_batches(alone, parts[0])["x"].flatten().tolist() == [0, 2, 4]
+    assert distributed.gather_micro_batches(alone, [{}]) == {}
