@@ -14,11 +14,7 @@ from harness.core.types import UserError
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _CONF = Path(__file__).parents[1] / "conf" / "data"
 _MOST = 2000  # entries of a folder that are looked at: enough to tell, and quick on any disk
-_YOLO = ("yolo", "ultralytics", "darknet")
-_NO_YOLO = (
-    "YOLO's text files are not read yet; convert them to COCO's format, for instance with the package supervision "
-    "(DetectionDataset.from_yolo(...).as_coco(...)), and then say data=custom data.root=DIR"
-)
+_YOLO = ("yolo", "ultralytics", "darknet")  # with a version behind it, as in yolov8
 
 
 def check_option(overrides: Sequence[str], config_dirs: Iterable[str | Path]) -> None:
@@ -34,7 +30,7 @@ def check_option(overrides: Sequence[str], config_dirs: Iterable[str | Path]) ->
         if key.lstrip("+") != "data" or not value or any((folder / f"{value}.yaml").exists() for folder in folders):
             continue
         if value.lower().rstrip("0123456789v") in _YOLO:
-            raise UserError(f"data={value} is not known: {_NO_YOLO}")
+            raise UserError(f"data={value} is not known: say data=yolo data.root=DIR, where DIR holds data.yaml")
         path = Path(value).expanduser()
         if _exists(path):
             raise UserError(f"data={value} is a path, where the name of a dataset belongs: {_remedy(path)}")
@@ -50,7 +46,9 @@ def _remedy(path: Path) -> str:
     if path.suffix in (".yaml", ".yml") and path.is_file():
         if path.parent.name == "data":
             return f"say --config-dir {path.parent.parent} data={path.stem}"
-        return _NO_YOLO if _is_yolo_yaml(path) else f"move it to DIR/data/ and say --config-dir DIR data={path.stem}"
+        if _is_yolo_yaml(path):
+            return f"say data=yolo {_at(path.parent)} data.description={shlex.quote(path.name)}"
+        return f"move it to DIR/data/ and say --config-dir DIR data={path.stem}"
     if path.suffix == ".json" and path.is_file():
         return (
             f"say data=custom {_at(path.parent)} data.train_annotations={path.name} data.train_images=FOLDER "
@@ -84,7 +82,8 @@ def suggestion(root: Path, but: str = "", tried: str = "") -> str | None:
     if found is None and but != "voc":
         found = _voc(root, names)
     if found is None and _looks_like_yolo(root, names):
-        found = _NO_YOLO
+        found = f"say data=yolo {_at(root)}"
+        found = None if tried == "yolo" else found
     if found is None and not any(name.endswith((".json", ".xml")) for name in names) and _has_pictures(root, names):
         key = shlex.quote(f"data.unlabeled_images={root.absolute()}")
         found = (

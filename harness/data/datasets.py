@@ -204,7 +204,7 @@ def require(path: Path, dataset: str, key: str, layout: tuple[str, Path, str], f
         path: which.
         dataset: how reports call the dataset.
         key: the key under `data` that names it.
-        layout: the dataset's form ("coco" or "voc"), its root, and where to get it ("" if nobody offers it).
+        layout: the dataset's form ("coco", "voc" or "yolo"), its root, and where to get it ("" if nobody offers it).
         folder: whether it must be a folder.
 
     Raises:

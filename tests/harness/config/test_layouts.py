@@ -47,7 +47,19 @@ def voc(root: Path) -> None:
     (root / "train").rename(root / "JPEGImages")
 
 
-@pytest.mark.parametrize("make", [custom, roboflow, coco, voc])
+def yolo(root: Path) -> None:
+    make_pets(root)
+    for part in ("train", "val"):
+        (root / f"{part}.json").unlink()
+        (root / "images").mkdir(exist_ok=True)
+        (root / part).rename(root / "images" / part)
+        (root / "labels" / part).mkdir(parents=True)
+        for picture in (root / "images" / part).iterdir():
+            (root / "labels" / part / f"{picture.stem}.txt").write_text("0 0.4 0.4 0.3 0.3")
+    (root / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [cat, dog]\n")
+
+
+@pytest.mark.parametrize("make", [custom, roboflow, coco, voc, yolo])
 def test_suggested_settings_read_the_folder(tmp_path: Path, make: type, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "my data"
     make(root)
