@@ -205,7 +205,7 @@ GOOD = {
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"scores": ...}, "scores is missing"),
+        ({"scores": ...}, "required field `scores`"),
         ({"made_by": ...}, "made_by is missing"),
         ({"boxes": np.zeros(3)}, "boxes is float64"),
         ({"offsets": np.array([0, 2, 1])}, "offsets do not divide"),
