@@ -15,6 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from harness.config import checks
 from harness.core.console import STDERR, Console
 from harness.core.files import refusal
 from harness.core.lock import RunLock
@@ -38,6 +39,7 @@ def run(cfg: DictConfig) -> int:
     Raises:
         UserError: no suite was chosen, a value cannot work, or another process works on the same suite.
     """
+    checks.check_extras(cfg, logs=True)
     cells = plan(cfg)
     suite_dir = Path(cfg.runs_dir) / cfg.suite.name
     console = Console()

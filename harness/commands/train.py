@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 from omegaconf import DictConfig
 
 from harness.config.checks import check_extras
+from harness.core.types import UserError
 
 
 def run(cfg: DictConfig) -> int:
@@ -21,6 +24,8 @@ def run(cfg: DictConfig) -> int:
     if cfg.launcher.name == "slurm":  # before GPUs are looked for: a login node has none
         from harness.launch import slurm
 
+        if "LOCAL_RANK" in os.environ:
+            raise UserError("launcher=slurm starts all processes itself: start `ssodbench train`, not torchrun")
         return slurm.submit(cfg)
     from harness.launch import local
 

@@ -7,7 +7,6 @@ per cell, as it does on one machine, and each of them submits its job here.
 from __future__ import annotations
 
 import io
-import os
 import signal
 import subprocess
 import time
@@ -75,8 +74,6 @@ def submit(cfg: DictConfig) -> int:
         UserError: when submitit or Slurm is not there.
         RunError: Slurm does not take the job, or it ended without a result.
     """
-    if "LOCAL_RANK" in os.environ:
-        raise UserError("launcher=slurm starts all processes itself: start `ssodbench train`, not torchrun")
     try:
         import submitit
     except ImportError as error:

@@ -53,7 +53,7 @@ def test_ranges() -> None:
 
 def test_changed_keys_become_deviations(policy_config: Config) -> None:
     config = policy_config("soft_teacher")
-    stated = Policy.from_config(compose).deviations
+    stated = Policy.from_config(config).deviations
     changed = Policy.from_config({**config, "color_at": "source", "antialias": True}).deviations
     assert set(changed) - set(stated) == {"color_at=source (paper: view)", "antialias=True (paper: False)"}
 

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig
 
+from harness.commands import prepare
 from harness.config import compose
 from harness.core.types import UserError
-from harness.data import prepare
 from tests.bad_input.conftest import make_pets
 
 pytestmark = pytest.mark.timeout(120)
