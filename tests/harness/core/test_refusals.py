@@ -18,7 +18,7 @@ from tests.bad_input.conftest import make_pets
 pytestmark = pytest.mark.timeout(240)
 
 SSODBENCH = [sys.executable, "-P", "-m", "harness.cli"]
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
