@@ -21,6 +21,8 @@ Milestone = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
+    """The keys of `split`: which images are labelled."""
+
     protocol: Literal["stac", "soft_teacher", "unbiased_teacher", "ids", "annotated", "full"]
     percent: Percent
     fold: Fold
@@ -33,6 +35,8 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
+    """The keys of `batch`: how a student step is made up."""
+
     labeled: Images
     unlabeled: Annotated[int, Limits(ge=0, le=65_536)]
     micro: Images | None
@@ -43,12 +47,16 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepare:
+    """The keys of `prepare`: the splits that it describes."""
+
     percents: Annotated[list[Percent], Limits(least=1)] | None
     folds: Annotated[list[Fold], Limits(least=1)] | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
+    """The keys of `evaluation`: when and how networks are scored."""
+
     every: Annotated[float, Limits(gt=0, le=1e9)] | None
     between: Literal["all", "reported"]
     score_threshold: Share
@@ -57,6 +65,8 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpointing:
+    """The keys of `checkpointing`: when states are saved, and which stay."""
+
     every: Steps
     keep: Steps
     keep_every: Steps | None
@@ -64,12 +74,16 @@ class Checkpointing:
 
 @dataclass(frozen=True, kw_only=True)
 class Logging:
+    """The keys of `logging`: how often lines are written, and where else scalars go."""
+
     every: Steps
     loggers: list[Literal["tensorboard", "wandb", "mlflow"]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
+    """The keys of `profile`."""
+
     pipelines: Annotated[list[Name], Limits(least=1)]
     seconds: Annotated[float, Limits(gt=0, le=86_400)]
     rounds: Annotated[int, Limits(ge=1, le=1000)]
@@ -80,6 +94,8 @@ class Profile:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
+    """The keys of `optimizer`."""
+
     name: Literal["sgd", "adamw"]
     lr: Annotated[float, Limits(gt=0, le=1000)]
     weight_decay: Annotated[float, Limits(ge=0, le=1000)]
@@ -89,6 +105,8 @@ class Optimizer:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
+    """The keys of `schedule`."""
+
     steps: Steps
     optimizer: Optimizer
     warmup_steps: Annotated[int, Limits(ge=0, le=10**9)]
@@ -102,11 +120,15 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Launcher:
+    """The keys of `launcher`."""
+
     name: Literal["local", "slurm"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slurm:
+    """The keys of `slurm`."""
+
     name: Literal["slurm"]
     cluster: Literal["slurm", "local"]
     nodes: Annotated[int, Limits(ge=1, le=1024)]
@@ -123,6 +145,8 @@ class Slurm:
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
+    """The keys of `suite`."""
+
     name: Name
     methods: Annotated[list[Name], Limits(least=1)]
     percents: Annotated[list[Percent], Limits(least=1)]
@@ -159,6 +183,8 @@ class Offline:
 
 @dataclass(frozen=True, kw_only=True)
 class Cli:
+    """The keys of `cli`."""
+
     overrides: list[str]
     config_dirs: list[str]
 
