@@ -72,7 +72,7 @@ def test_processes_at_the_same_time_build_once(tmp_path):
     code = f"""
 import time
 from pathlib import Path
-from harness.cache import build_once
+from harness.data.cache import build_once
 
 def build(folder):
     with open({str(tmp_path / "builds")!r}, "a") as log:

@@ -115,7 +115,7 @@ def test_a_damaged_cache_is_made_anew(tmp_path):
 def test_two_processes_at_once(tmp_path, dataset):
     code = f"""
 from pathlib import Path
-from harness.shapes import shapes_dataset
+from harness.data.shapes import shapes_dataset
 assert len(shapes_dataset("shapes", Path({str(tmp_path)!r}), train_images=12, val_images=5).train) == 12
 """
     processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
