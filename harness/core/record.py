@@ -19,7 +19,7 @@ from harness.core import readback
 from harness.core.files import write_atomically
 from harness.core.types import RunRecord, UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BASELINE = "supervised"  # the method that tables compare the others with
 STATUSES = ("running", "ok", "failed", "interrupted")
 _PACKAGES = ("torch", "torchvision", "numpy", "numba", "pycocotools", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
@@ -44,7 +44,8 @@ _NEEDED = (
     "ap",
     "config_sha256",
 )
-_MOST = dict.fromkeys(("percent", "ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l"), 100) | dict.fromkeys(
+_METRICS = ("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l")
+_MOST = dict.fromkeys(("percent", *_METRICS), 100) | dict.fromkeys(
     ("data_stall", "score_threshold", "pseudo_precision", "pseudo_recall", "pseudo_iou"), 1
 )
 
@@ -80,6 +81,8 @@ def read_record(path: Path) -> RunRecord:
         raise UserError(
             f"{path} is too new (schema {version}, this ssodbench reads up to {SCHEMA_VERSION}): update ssodbench."
         )
+    if version == 1:
+        raw = _of_schema_1(raw)
     if unknown := sorted(set(raw) - _FIELDS):
         raise UserError(
             f"{path} has the unknown key {unknown[0]!r}, so it is too new for this ssodbench, or damaged: update "
@@ -96,6 +99,17 @@ def read_record(path: Path) -> RunRecord:
     return record
 
 
+def _of_schema_1(raw: dict[str, Any]) -> dict[str, Any]:
+    """A record of schema 1 in today's form: it had a key for each metric of `student` and of `teacher`."""
+    migrated = {**raw, "schema_version": SCHEMA_VERSION}
+    scores: dict[str, dict[str, Any]] = {}
+    for network in ("student", "teacher"):
+        metrics = {metric: migrated.pop(f"{network}_{metric}", None) for metric in _METRICS}
+        if any(value is not None for value in metrics.values()):
+            scores[network] = metrics
+    return {**migrated, "scores": scores}
+
+
 def _misfit(raw: dict[str, Any], record: RunRecord) -> str | None:
     """What no run could have written although its type is right."""
     if record.status not in STATUSES:
@@ -104,9 +118,14 @@ def _misfit(raw: dict[str, Any], record: RunRecord) -> str | None:
         return f"the key {missing[0]} is missing"
     for key, value in vars(record).items():
         for number in value if isinstance(value, list) else [value]:
-            most = _MOST.get(key.removeprefix("student_").removeprefix("teacher_"), 2**63 - 1)
+            most = _MOST.get(key, 2**63 - 1)
             if isinstance(number, int | float) and not 0 <= number <= most * (1 + 1e-9):  # a mean may round up
                 return f"{key} is {str(number)[:30]}, not within 0 to {most}"
+    for key in ("scores", "per_class"):
+        for name, metrics in getattr(record, key).items():
+            for metric, number in metrics.items():
+                if number is not None and not 0 <= number <= 100 * (1 + 1e-9):
+                    return f"{key}.{name}.{metric} is {str(number)[:30]}, not within 0 to 100"
     return None
 
 

@@ -189,7 +189,7 @@ class Pipeline(Protocol):
 class RunRecord:
     """What one run was and gave: flat numbers and strings, never formatted. One record.json per run."""
 
-    schema_version: int = 1
+    schema_version: int = 2
     status: str = "running"  # running, ok, failed, interrupted
     error: str | None = None
     # what ran
@@ -237,7 +237,7 @@ class RunRecord:
     trainable_parameters: int = 0
     resumed_from: list[int] = field(default_factory=list)
     bad_images: int = 0
-    # how well, 0..100, the reported network, and each network
+    # how well, 0..100: the reported network, then each network under its own name
     score_threshold: float = 0.0
     ap: float | None = None
     ap50: float | None = None
@@ -245,18 +245,8 @@ class RunRecord:
     ap_s: float | None = None
     ap_m: float | None = None
     ap_l: float | None = None
-    student_ap: float | None = None
-    student_ap50: float | None = None
-    student_ap75: float | None = None
-    student_ap_s: float | None = None
-    student_ap_m: float | None = None
-    student_ap_l: float | None = None
-    teacher_ap: float | None = None
-    teacher_ap50: float | None = None
-    teacher_ap75: float | None = None
-    teacher_ap_s: float | None = None
-    teacher_ap_m: float | None = None
-    teacher_ap_l: float | None = None
+    scores: dict[str, dict[str, float | None]] = field(default_factory=dict)  # network -> metric -> value
+    per_class: dict[str, dict[str, float | None]] = field(default_factory=dict)  # class -> metric -> value, reported
     pseudo_precision: float | None = None  # 0..1, IoU 0.5 and class, against hidden ground truth
     pseudo_recall: float | None = None
     pseudo_iou: float | None = None

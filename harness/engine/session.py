@@ -270,9 +270,7 @@ class _Session:
 
     def _finish(self) -> None:
         reported = self.run_.method.reported
-        for name, metrics in self.scores.items():
-            for key in METRICS:
-                setattr(self.record, f"{name}_{key}", metrics[key])
+        self.record.scores = {name: {key: metrics[key] for key in METRICS} for name, metrics in self.scores.items()}
         for key in METRICS:
             setattr(self.record, key, self.scores[reported][key])
         self.record.weights_sha256 = build.weights_sha256(self.run_.method.networks()[reported])

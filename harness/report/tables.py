@@ -85,6 +85,12 @@ class Cell:
         """Sample standard deviation; None for fewer than two runs."""
         return _number(self._values(key).std(ddof=1))
 
+    def network_ap(self, name: str) -> float | None:
+        """Mean AP of one network over the runs that have it, whether or not it is the reported one."""
+        return _number(
+            pd.Series([run.record.scores.get(name, {}).get("ap") for run in self.runs], dtype="float64").dropna().mean()
+        )
+
     def _values(self, key: str) -> pd.Series[float]:
         return pd.Series([getattr(run.record, key) for run in self.runs], dtype="float64").dropna()
 
@@ -141,6 +147,11 @@ class Section:
     def runs(self) -> list[Run]:
         """Every run that is ok."""
         return [run for row in [*self.rows, *self.reference] for cell in row.cells.values() for run in cell.runs]
+
+    @property
+    def networks(self) -> list[str]:
+        """The names of all networks that were scored: student, teacher, ..."""
+        return list(dict.fromkeys(name for run in self.runs for name in run.record.scores))
 
     @property
     def missing(self) -> list[Run]:

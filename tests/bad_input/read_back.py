@@ -181,7 +181,7 @@ CASES = [
         "train over a record too new",
         TRAIN,
         ("run/record.json", "too new"),
-        record("run/record.json", schema_version=2),
+        record("run/record.json", schema_version=9),
     ),
     Case("train over a FIFO as record", TRAIN, ("run/record.json", "Not a regular"), fifo("run/record.json")),
     Case("train over a cut config", TRAIN, "run/config.yaml", run_with(cut("config.yaml", 0.1))),
@@ -313,7 +313,7 @@ CASES = [
     ),
     # a suite over a damaged cell
     Case("suite over a cut record", SUITE, (CELL, "delete it"), content('{"schema', CELL)),
-    Case("suite over a record too new", SUITE, (CELL, "update ssodbench"), record(CELL, schema_version=2)),
+    Case("suite over a record too new", SUITE, (CELL, "update ssodbench"), record(CELL, schema_version=9)),
     Case("suite over a record with a text as AP", SUITE, (CELL, "ap: Expected"), record(CELL, ap="50")),
     Case("suite over a FIFO as record", SUITE, (CELL, "Not a regular file"), fifo(CELL)),
     # pseudo labels: damaged ones are made again, see the tests of offline labels

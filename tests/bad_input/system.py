@@ -43,7 +43,7 @@ KIND = "Not a regular file"
 
 def _record(tmp: Path) -> None:
     (tmp / "runs/one").mkdir(parents=True)
-    record = RunRecord(schema_version=1, status="ok", cell="one", method="supervised", percent=10.0, ap=1.0)
+    record = RunRecord(status="ok", cell="one", method="supervised", percent=10.0, ap=1.0)
     (tmp / "runs/one/record.json").write_bytes(msgspec.json.encode(record))
 
 

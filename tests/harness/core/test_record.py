@@ -47,7 +47,7 @@ def test_numbers_stay_numbers(tmp_path):
         (b"[1, 2]", "not a run record"),
         (b'{"ap": 1}', "not a run record"),
         (b'{"schema_version": "1"}', "not a run record"),
-        (b'{"schema_version": 2}', "schema 2"),
+        (b'{"schema_version": 9}', "schema 9"),
         (b'{"schema_version": 1, "flavour": 1}', "unknown key 'flavour'"),
         (b'{"schema_version": 1, "ap": "12.3"}', "damaged"),
         (b'{"schema_version": 1, "status": "fine"}', "status is 'fine'"),
@@ -64,6 +64,29 @@ def test_bad_records_are_named(tmp_path, content, words):
     with pytest.raises(UserError, match=words) as caught:
         records.read_record(path)
     assert str(path) in str(caught.value)
+
+
+def test_scores_out_of_range_are_named(tmp_path):
+    path = tmp_path / "record.json"
+    records.write_record(path, RunRecord(status="ok", scores={"student": {"ap": 101.0}}))
+    with pytest.raises(UserError, match=r"scores\.student\.ap is 101\.0, not within 0 to 100"):
+        records.read_record(path)
+
+
+def test_schema_1_is_migrated(tmp_path):
+    """Its scores of `student` and `teacher` stood side by side; a run without a teacher has none of it."""
+    old = Path(__file__).parents[2] / "data" / "schema1" / "records"
+    for file in old.glob("*.json"):
+        raw, record = json.loads(file.read_text()), records.read_record(file)
+        networks = ["student", "teacher"] if raw["teacher_ap"] is not None else ["student"]
+        assert list(record.scores) == networks
+        for name in networks:
+            assert record.scores[name] == {
+                m: raw[f"{name}_{m}"] for m in ("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l")
+            }
+        records.write_record(tmp_path / file.name, record)
+        assert records.read_record(tmp_path / file.name) == record
+        assert json.loads((tmp_path / file.name).read_text())["schema_version"] == 2
 
 
 def test_missing_record(tmp_path):

@@ -63,9 +63,7 @@ def _record(run_dir: Path) -> dict[str, Any]:
 def _outcome(run_dir: Path) -> dict[str, Any]:
     """What must not depend on time, place or interruptions."""
     record = _record(run_dir)
-    keys = [
-        k for k in record if k.startswith(("ap", "student_", "teacher_", "pseudo_", "images_")) or k.endswith("sha256")
-    ]
+    keys = [k for k in record if k.startswith(("ap", "scores", "pseudo_", "images_")) or k.endswith("sha256")]
     outcome = {key: record[key] for key in keys if key != "images_per_s"}
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
@@ -416,7 +414,7 @@ def test_evaluate_scores_a_run_again(cache: Path, tmp_path: Path, capfd: pytest.
     assert main(_command(cache, tmp_path / "run")) == 0
     assert main(["evaluate", f"run_dir={tmp_path / 'run'}", f"cache_dir={cache}"]) == 0
     again = json.loads((tmp_path / "run" / "evaluation_0.05.json").read_text())
-    assert again["networks"]["student"]["ap"] == _record(tmp_path / "run")["student_ap"]
+    assert again["networks"]["student"]["ap"] == _record(tmp_path / "run")["scores"]["student"]["ap"]
     assert "ap50" in capfd.readouterr().out
 
 

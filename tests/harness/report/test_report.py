@@ -29,7 +29,7 @@ def make(folder, method, percent, fold, ap, **changes):
         "fold": fold,
         "seed": fold,
         "ap": ap,
-        "student_ap": ap,
+        "scores": {"student": {"ap": ap}},
         "dataset": "shapes",
         "dataset_sha256": "a" * 64,
         "val_sha256": "b" * 64,
