@@ -101,16 +101,7 @@ class Batch:
         Tensor  # (Bl,) int64, random key of (seed, step, slot), on the training device; see harness.data.sampling
     )
     unlabeled_keys: Tensor  # (Bu,) int64
-
-    @property
-    def weak(self) -> View | None:
-        """The unlabelled images as the teacher sees them, where the method asks for that view."""
-        return self.unlabeled.get("weak")
-
-    @property
-    def strong(self) -> View | None:
-        """The unlabelled images as the student sees them; row i shows the same image as row i of `weak`."""
-        return self.unlabeled.get("strong")
+    lane: int = 0  # which micro-batch of the step it is, over all devices
 
     @property
     def images_seen(self) -> int:
@@ -152,6 +143,13 @@ class ImageSource:
     def rows(self, index: int) -> slice:
         """Rows of image number `index` in the box arrays."""
         return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+
+    def target(self, index: int) -> Target:
+        """The boxes of image number `index`, in original pixels."""
+        import torch  # here, since opening COCO takes less memory than importing it
+
+        part = self.rows(index)
+        return Target(*(torch.from_numpy(array[part]) for array in (self.boxes, self.labels, self.scores)))
 
 
 class Sampler(Protocol):

@@ -33,7 +33,7 @@ from harness.engine import build, checkpoint, offline
 from harness.engine.build import Experiment
 from harness.engine.evaluate import METRICS, evaluate, write_predictions
 from harness.engine.log import RunLog
-from harness.engine.loop import Counters, train
+from harness.engine.loop import REPORTED_MEASURES, Counters, train
 
 
 def say(world: World, text: str) -> None:
@@ -291,9 +291,9 @@ class _Session:
         if counters.train_seconds:
             record.images_per_s = (counters.images_labeled + counters.images_unlabeled) / counters.train_seconds
             record.data_stall = counters.wait_seconds / counters.train_seconds
-        if counters.pseudo_count:
-            means = [value / counters.pseudo_count for value in counters.pseudo]
-            record.pseudo_precision, record.pseudo_recall, record.pseudo_iou = means
+        if counters.measurements:
+            for name in REPORTED_MEASURES:
+                setattr(record, f"pseudo_{name}", counters.measured[name] / counters.measurements)
         record.peak_memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         if world.device.type == "cuda":
             record.peak_gpu_memory_mb = torch.cuda.max_memory_allocated() / 2**20

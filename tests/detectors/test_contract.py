@@ -189,7 +189,7 @@ def test_hidden_truth_cannot_reach_a_loss(make_batch, name):
         for step in range(2):
             batch = make_batch(step)
             if noise is not None:
-                truth = make_batch(100 * noise + step + 7, pseudo=True).strong.targets
+                truth = make_batch(100 * noise + step + 7, pseudo=True).unlabeled["strong"].targets
                 for view in batch.unlabeled.values():
                     view.targets = truth
             losses, metrics = train_step(method, optimizer, batch, step)
