@@ -43,6 +43,7 @@ _CIRCUMSTANCES = (
     "pipeline.threads",
     "pipeline.prefetch",
     "method.offline.checkpoint",
+    "method.unlabeled",  # what its class is like anyway
     "detector.cache_dir",
     "data.cache_dir",
     "out",

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 import harness
 from detectors.detector import Detector
 from detectors.methods.method import Method
+from harness.config.checks import GROUPS
 from harness.core.types import UserError
 
 CONF = Path(harness.__file__).parent / "conf"
@@ -61,7 +62,7 @@ def make_method(name: str, detector: Detector, preset: str = "paper", **changes:
     config = load("method", name)
     if preset == "small":
         config = OmegaConf.merge(config, load("method/preset", f"{name}_small"))
-    options = {k: v for k, v in OmegaConf.to_container(config).items() if k not in ("name", "augment", "offline")}
+    options = {k: v for k, v in OmegaConf.to_container(config).items() if k not in GROUPS["method"].own}
     if "burn_in" in options:
         options["burn_in"] = 0
     method = get_method(options.pop("_target_"))(detector=detector, steps=STEPS, **{**options, **changes})

@@ -113,8 +113,8 @@ def test_mistakes_name_the_key_in_one_sentence(override: str, named: str) -> Non
     [
         (["method=soft_teacher", "batch.unlabeled=0"], "method=soft_teacher needs unlabelled images"),
         (["method=unbiased_teacher", "batch.unlabeled=0"], "method=unbiased_teacher needs unlabelled images"),
-        (["batch.labeled=4", "batch.unlabeled=0", "devices=8"], "devices=8 cannot share the 4 images of a step"),
-        (["batch.micro=8", "devices=4"], "devices=4 cannot share the 16 images .*batch.micro=8 makes 2 micro-batches"),
+        (["batch.labeled=4", "batch.unlabeled=0", "devices=8"], "8 devices cannot share the 4 images of a step"),
+        (["batch.micro=8", "devices=4"], "4 devices cannot share the 16 images .*batch.micro=8 makes 2 micro-batches"),
         (["method=soft_teacher", "batch.micro=5"], "batch.micro=5 does not divide the 32 images"),
         (["method=soft_teacher", "batch.micro=1"], "give at least 2"),
     ],
@@ -167,7 +167,7 @@ def test_devices_that_cannot_share_a_step_are_refused_before_data_is_opened(monk
     """Without batch.micro a step is one micro-batch; commands that train nothing do not mind."""
     monkeypatch.setattr(build, "dataset", lambda _: pytest.fail("the data was opened"))
     with pytest.raises(
-        UserError, match=r"devices=2 cannot share the 16 images .*batch\.micro=null makes 1 micro-batch "
+        UserError, match=r"2 devices cannot share the 16 images .*batch\.micro=null makes 1 micro-batch "
     ):
         build.data(compose.load(["devices=2"]))
 
