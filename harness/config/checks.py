@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from harness.config import schema
 from harness.config.step import StepShape, check_annealing
-from harness.core import validate
+from harness.core import moved, validate
 from harness.core.types import UserError, Views
 
 CONF_DIR = Path(__file__).parents[1] / "conf"
@@ -175,6 +175,7 @@ def _as_shipped(group: str, overrides: Sequence[str], config_dirs: Sequence[str]
     Importing torch takes a second and much memory, which `config` and `prepare` can do without.
     """
     options = {file.stem for file in (CONF_DIR / group).glob("*.yaml")}
+    options |= {option for of, option in moved.OPTIONS if of == group}
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
         if group in re.split(r"[./@]", key) and not (key == group and value in options):
