@@ -16,8 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.config import schema
-from harness.core import validate
-from harness.core.types import UserError
+from harness.config.step import StepShape, check_annealing
+from harness.core import moved, validate
+from harness.core.types import UserError, Views
 
 CONF_DIR = Path(__file__).parents[1] / "conf"
 
@@ -34,7 +35,9 @@ class Group:
 GROUPS = {
     "data": Group("harness.data.datasets:Dataset", ("cache_dir",), ("small",)),
     "detector": Group("detectors.detector:Detector", ("num_classes", "generated")),
-    "method": Group("detectors.methods.method:Method", ("detector", "steps"), ("name", "augment", "offline")),
+    "method": Group(
+        "detectors.methods.method:Method", ("detector", "steps"), ("name", "augment", "unlabeled", "offline")
+    ),
     "pipeline": Group(
         "harness.core.types:Pipeline",
         (
@@ -172,6 +175,7 @@ def _as_shipped(group: str, overrides: Sequence[str], config_dirs: Sequence[str]
     Importing torch takes a second and much memory, which `config` and `prepare` can do without.
     """
     options = {file.stem for file in (CONF_DIR / group).glob("*.yaml")}
+    options |= {option for of, option in moved.OPTIONS if of == group}
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
         if group in re.split(r"[./@]", key) and not (key == group and value in options):
@@ -286,66 +290,65 @@ def _check_schedule(cfg: DictConfig) -> None:
 def draws_unlabeled(cfg: DictConfig) -> bool:
     """Whether the method draws unlabelled images, told without building it.
 
-    By the weight of their losses, `method.lambda_u`, or else by the views that its class names.
+    By `method.unlabeled`; a class of the user's own is asked for its `views` first, since it may stand in a YAML that
+    was made for another one.
     """
-    if cfg.method.get("lambda_u") is not None:
-        return True
+    declared, target = cfg.method.get("unlabeled"), str(cfg.method._target_)
+    if declared is None or not target.startswith("detectors.methods."):
+        views = _views(target)
+        if views is not None:
+            return bool(views.unlabeled)
+    return bool(declared)
+
+
+def _views(target: str) -> Views | None:
+    """The views that a method's class names; None for one that chooses them when it is built."""
     try:
-        views = getattr(pkgutil.resolve_name(str(cfg.method._target_)), "views", None)
+        return getattr(pkgutil.resolve_name(target), "views", None)
     except Exception:  # whatever the user's module raises: building the method tells it better
-        return False
-    return bool(views is not None and views.unlabeled)
+        return None
 
 
-def images_per_step(cfg: DictConfig) -> int:
-    """Images of a student step over all devices."""
-    return int(cfg.batch.labeled) + (int(cfg.batch.unlabeled) if draws_unlabeled(cfg) else 0)
-
-
-def check_devices(cfg: DictConfig) -> None:
-    """Checks that the devices can share a step, before a training opens or makes anything.
+def step_shape(cfg: DictConfig, world: int = 1) -> StepShape:
+    """How a student step is made up, shared by `world` processes.
 
     Raises:
-        UserError: naming the keys, where they cannot.
+        UserError: naming the keys of `batch` that do not fit together, or do not fit the method.
     """
-    if cfg.devices == 1:
-        return
-    images = images_per_step(cfg)
-    number = images // (cfg.batch.micro or images)
-    if number % cfg.devices:
-        raise UserError(
-            f"devices={cfg.devices} cannot share the {images} images of a step evenly, batch.micro="
-            f"{validate.shown(cfg.batch.micro)} makes {number} micro-batch{'es' if number > 1 else ''} of them: "
-            "set it so that their number is a multiple of devices, or lower devices"
-        )
+    return shape_of(cfg, draws_unlabeled(cfg), world)
 
 
-def _check_batch(cfg: DictConfig) -> None:
-    """Checks how a step is made up; asks the method only where it matters, since importing it takes time."""
+def shape_of(cfg: DictConfig, unlabeled: bool, world: int) -> StepShape:
+    """`step_shape` where it is known whether the method draws unlabelled images."""
     batch = cfg.batch
-    if batch.anneal_steps and (batch.ratio != "bernoulli" or batch.anneal_steps > cfg.schedule.steps):
-        raise UserError(
-            f"batch.anneal_steps={batch.anneal_steps} needs batch.ratio=bernoulli and schedule.steps "
-            f"(now {cfg.schedule.steps}) of at least as many: set these, or leave it 0"
-        )
-    if not batch.unlabeled and draws_unlabeled(cfg):
+    if unlabeled and not batch.unlabeled:
         raise UserError(
             f"method={cfg.method.get('name', 'method')} needs unlabelled images: batch.unlabeled must be at least 1, "
             "or take method=supervised"
         )
-    if batch.micro is not None:
-        _check_micro(cfg)
+    return StepShape(
+        labeled=int(batch.labeled),
+        unlabeled=int(batch.unlabeled) if unlabeled else 0,
+        micro=batch.micro,
+        world=world,
+        ratio=batch.ratio,
+    )
+
+
+def check_devices(cfg: DictConfig) -> None:
+    """Checks that the devices, on all nodes, can share a step, before a training opens or makes anything.
+
+    Raises:
+        UserError: naming the keys, where they cannot.
+    """
+    step_shape(cfg, int(cfg.devices) * int(cfg.launcher.get("nodes") or 1))
+
+
+def _check_batch(cfg: DictConfig) -> None:
+    """Checks how a step is made up."""
+    batch = cfg.batch
+    check_annealing(int(batch.anneal_steps), batch.ratio, int(cfg.schedule.steps))
+    step_shape(cfg)
     # Without batch.micro a step may only later be found not to be shared: commands that train nothing do not mind.
     if batch.micro is not None or cfg.devices > batch.labeled + batch.unlabeled:
         check_devices(cfg)
-
-
-def _check_micro(cfg: DictConfig) -> None:
-    images, micro = images_per_step(cfg), int(cfg.batch.micro)
-    if images % micro:
-        raise UserError(
-            f"batch.micro={micro} does not divide the {images} images of a step: choose a divisor, so that every "
-            "micro-batch has the same size"
-        )
-    if micro < 2 and images > cfg.batch.labeled:
-        raise UserError("batch.micro=1 leaves no room for a labelled and an unlabelled image: give at least 2")

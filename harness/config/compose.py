@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
@@ -43,6 +44,7 @@ _CIRCUMSTANCES = (
     "pipeline.threads",
     "pipeline.prefetch",
     "method.offline.checkpoint",
+    "method.unlabeled",  # what its class is like anyway
     "detector.cache_dir",
     "data.cache_dir",
     "out",
@@ -146,9 +148,17 @@ def _check_given(overrides: Sequence[str], config_dirs: Sequence[str | Path]) ->
             raise UserError(f"'{override}' is not of the form key=value{hint}")
 
 
+def _know_old_options() -> None:
+    """Lets Hydra find options under the names that they had: on the command line, in presets, suites, and the user's
+    own files."""
+    for (group, name), (option, keys) in moved.OPTIONS.items():
+        ConfigStore.instance().store(name, {"defaults": [option, "_self_"], **keys}, group=group)
+
+
 def _composed(overrides: Sequence[str]) -> DictConfig:
     """What Hydra makes of the files and the command line; with the method's policy where none is chosen."""
     GlobalHydra.instance().clear()
+    _know_old_options()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         # The policy that `augment.KEY` changes may be the method's, which is known only then.
         own = [override for override in overrides if re.match(r"[+~]*augment\.", override)]
@@ -257,6 +267,7 @@ def _unknown_option(message: str) -> str:
     group, _, option = name.partition("/")
     if group == "method" and option.startswith("preset/"):
         group, option = "method/preset", option.removeprefix("preset/")
+    options = [name for name in options if (group, name) not in moved.OPTIONS]
     options = options or sorted(file.stem for file in (CONF_DIR / group).glob("*.yaml"))
     near = validate.near(option, options).removeprefix("; ")
     said = f"{group}={validate.shown(option)} is not known{f' ({near})' if near else ''}"

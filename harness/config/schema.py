@@ -232,4 +232,5 @@ class MethodKeys:
 
     name: Name
     augment: Name
+    unlabeled: bool | None = None  # whether it draws unlabelled images; None: its class's views say so
     offline: Offline | None = None

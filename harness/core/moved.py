@@ -1,4 +1,5 @@
-"""Names of constructors that have moved: configurations that were saved, or written, under the old ones still work."""
+"""Names that have moved, of constructors and of options: configurations that were saved or written under the old ones
+still work."""
 
 from __future__ import annotations
 
@@ -16,6 +17,12 @@ MOVED = {
     "detectors.supervised.Supervised": "detectors.methods.supervised.Supervised",
     "detectors.unbiased_teacher.UnbiasedTeacher": "detectors.methods.unbiased_teacher.UnbiasedTeacher",
     "pipelines.dali.DaliPipeline": "pipelines.dali.pipeline.DaliPipeline",
+}
+# Options that are no file any more: (group, old name) -> the option, and the keys that make it the old one.
+OPTIONS: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
+    ("detector", f"{family}_r{depth}"): (family, {"depth": depth, "name": f"{family}_r{depth}"})
+    for family in ("faster_rcnn", "retinanet", "fcos")
+    for depth in (18, 50, 101)
 }
 _FIRST = {new: old for old, new in MOVED.items()}
 

@@ -63,8 +63,20 @@ def detector(cfg: DictConfig, num_classes: int) -> Detector:
 
 
 def method(cfg: DictConfig, network: Detector) -> Method:
-    """A method around a detector."""
-    return _make("method", cfg.method, detector=network, steps=cfg.schedule.steps)
+    """A method around a detector.
+
+    Raises:
+        UserError: it cannot be built, or draws other images than its configuration says.
+    """
+    made: Method = _make("method", cfg.method, detector=network, steps=cfg.schedule.steps)
+    draws = bool(made.views.unlabeled)
+    if cfg.method.get("unlabeled") is not None and draws != config_checks.draws_unlabeled(cfg):
+        what = "draws unlabelled images" if draws else "draws no unlabelled images"
+        raise UserError(
+            f"method={cfg.method.get('name', 'method')} {what}, and its configuration says otherwise: "
+            f"set method.unlabeled={str(draws).lower()}"
+        )
+    return made
 
 
 def policy(cfg: DictConfig) -> Policy:
@@ -124,36 +136,23 @@ def sampler(
     """Which images each step draws.
 
     Raises:
-        UserError: when the method needs unlabelled images that are not there, or the batch does not divide.
+        UserError: the method needs unlabelled images that are not there, or a step cannot be divided or shared.
     """
-    images = int(cfg.batch.unlabeled) if views.unlabeled else 0
+    shape = config_checks.shape_of(cfg, bool(views.unlabeled), world.size)
     if views.unlabeled and not unlabeled:
         refuse_no_unlabeled(cfg)
-    if views.unlabeled and not images:
-        raise UserError(f"method={cfg.method.name} needs unlabelled images: batch.unlabeled must be at least 1")
-    total, micro = int(cfg.batch.labeled) + images, cfg.batch.micro
-    if micro is not None and total % micro:
-        raise UserError(f"batch.micro={micro} does not divide the {total} images of a step: choose a divisor")
-    drawn = BatchSampler(
-        num_labeled=len(labeled),
-        num_unlabeled=len(unlabeled) if unlabeled is not None and images else 0,
-        labeled=int(cfg.batch.labeled),
-        unlabeled=images,
-        micro=micro,
+    drawn_from = unlabeled if views.unlabeled else None
+    return BatchSampler(
+        len(labeled),
+        0 if drawn_from is None else len(drawn_from),
+        shape,
         seed=int(cfg.seed),
-        ratio=cfg.batch.ratio,
         anneal_steps=int(cfg.batch.get("anneal_steps", 0)),
         steps=int(cfg.schedule.steps),
         unlabeled_from=unlabeled_from,
         group=cfg.batch.get("group_by_aspect"),
-        landscape=(_landscape(labeled), _landscape(unlabeled if images else None)),
+        landscape=(_landscape(labeled), _landscape(drawn_from)),
     )
-    if drawn.micro_batches % world.size:
-        raise UserError(
-            f"devices={world.size} cannot share the {drawn.micro_batches} micro-batches of a step evenly: "
-            f"set batch.micro so that their number ({total} images / batch.micro) is a multiple of devices"
-        )
-    return drawn
 
 
 def _landscape(source: ImageSource | None) -> np.ndarray:

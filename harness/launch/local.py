@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from harness.config.checks import step_shape
 from harness.config.compose import places
 from harness.core import distributed, escape
 from harness.core.console import STDERR, settle
@@ -121,8 +122,8 @@ def _explain(cfg: DictConfig, world: World, error: Exception) -> tuple[str, int]
         ), 1
     if _is_out_of_memory(error):
         return (
-            f"out of memory on {world.device}: lower batch.micro (now {_micro(cfg)}) or evaluation.batch "
-            f"(now {cfg.evaluation.batch}), or set precision=bf16"
+            f"out of memory on {world.device}: lower batch.micro (now {step_shape(cfg).micro_images}) or "
+            f"evaluation.batch (now {cfg.evaluation.batch}), or set precision=bf16"
         ), 1
     if isinstance(error, OSError) and error.errno is not None:
         error.filename = error.filename or cfg.run_dir  # what the libraries write without naming it
@@ -150,11 +151,6 @@ def _end_alone(world: World, stop: StopRequest, error: Exception, told: tuple[st
 def _is_out_of_memory(error: BaseException) -> bool:
     """A GPU's error has a class of its own; what torch raises on a CPU is a RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def _micro(cfg: DictConfig) -> int:
-    """Images in one forward."""
-    return int(cfg.batch.micro or cfg.batch.labeled + cfg.batch.unlabeled)
 
 
 SHUTDOWN_SECONDS = 600  # what workers get to finish a step and save, before the elastic agent kills them
