@@ -21,7 +21,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
-from harness.config import checks, layouts, split_names, yaml_files
+from harness.config import checks, layouts, sections, yaml_files
 from harness.core import files, moved, validate
 from harness.core.escape import file_name
 from harness.core.types import UserError
@@ -361,18 +361,8 @@ def group_name(cfg: DictConfig, group: str) -> str:
 
 def cell_name(cfg: DictConfig) -> str:
     """A run's name: data, method, split and seed, in [A-Za-z0-9_.-] only."""
-    parts = [group_name(cfg, "data"), group_name(cfg, "method"), _split_name(cfg.split), f"seed{cfg.seed}"]
-    return file_name("_".join(parts))
-
-
-def _split_name(split: DictConfig) -> str:
-    """Protocol, percent and fold; where the protocol reads neither, it alone, with the name of the list it reads."""
-    if split.protocol in ("annotated", "full"):
-        return str(split.protocol)
-    file = str(split.index_file or "")
-    if split.protocol == "ids" and not split_names.names_percent(file):
-        return f"ids-{split_names.index_path(file, split.percent, split.fold).stem}"
-    return f"{split.protocol}-{split.percent:g}pct-fold{split.fold}"
+    words = [group_name(cfg, "data"), group_name(cfg, "method"), sections.split_options(cfg).label, f"seed{cfg.seed}"]
+    return file_name("_".join(words))
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:

@@ -10,27 +10,12 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from harness.core.validate import File, Images, Limits, Name, Pixels, Positive, Seed, Share, Steps, Threads
+from harness.splits.protocols import Fold, Percent, SplitOptions
 
-Percent = Annotated[float, Limits(gt=0, le=100)]
-Fold = Annotated[int, Limits(ge=1, le=10)]
 Milestone = Annotated[
     float,
     Limits(gt=0, le=1e9, words="a step, or below 1 a fraction of the schedule, above 0: [120000,160000], or []"),
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Split:
-    """The keys of `split`: which images are labelled."""
-
-    protocol: Literal["stac", "soft_teacher", "unbiased_teacher", "ids", "annotated", "full"]
-    percent: Percent
-    fold: Fold
-    offset: Annotated[int, Limits(ge=0, le=2**32 - 11)]  # fold + offset seeds NumPy's legacy generator: 32 bits
-    index_file: File | None
-    empty_images: Literal["keep", "drop", "drop_unannotated"] | None
-    crowd_boxes: Literal["keep", "drop"] | None
-    min_side: Annotated[int, Limits(ge=0, le=100_000)] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +185,7 @@ class Config:
     launcher: dict[str, Any]
     schedule: Schedule
     augment: dict[str, Any]
-    split: Split
+    split: SplitOptions
     detector_style: Literal["torchvision", "detectron", "mmdetection", "tensorpack"]
     seed: Seed | None
     batch: Batch

@@ -19,15 +19,15 @@ from detectors.detector import Detector
 from detectors.methods.method import Method
 from detectors.weights import Generated
 from harness.config import checks as config_checks
-from harness.config import compose
+from harness.config import compose, sections
 from harness.core.distributed import World
 from harness.core.types import ImageSource, Normalize, Pipeline, Split, UserError, Views
 from harness.data import prepare
 from harness.data.datasets import Dataset
-from harness.data.protocols import BY_PERCENT
 from harness.data.sampling import BatchSampler
 from harness.engine import pretrain
 from harness.engine.optim import build_optimizer
+from harness.splits.protocols import ImagePolicy
 from pipelines.policy import Policy
 
 
@@ -117,11 +117,11 @@ def pipeline(
 
 def refuse_no_unlabeled(cfg: DictConfig) -> NoReturn:
     """Raises UserError: a method that needs unlabelled images has none."""
-    by_percent = cfg.split.protocol in BY_PERCENT
-    what = f"split.percent={cfg.split.percent:g}" if by_percent else f"split.protocol={cfg.split.protocol}"
-    remedy = "lower split.percent" if by_percent else "add images that are not labelled"
+    options = sections.split_options(cfg)
+    remedy = "lower split.percent" if options.chosen.draws else "add images that are not labelled"
     raise UserError(
-        f"method={cfg.method.name} needs unlabelled images and {what} leaves none: {remedy}, or take method=supervised"
+        f"method={cfg.method.name} needs unlabelled images and {options.said} leaves none: {remedy}, or take "
+        "method=supervised"
     )
 
 
@@ -166,7 +166,7 @@ class Data:
 
     dataset: Dataset
     split: Split
-    policy: prepare.Policy
+    policy: ImagePolicy
     labeled: ImageSource
     unlabeled: ImageSource | None  # without boxes, or with the pseudo labels that were made offline
     hidden: ImageSource | None  # ground truth of unlabelled images, as far as it is known; no method sees it
@@ -196,8 +196,9 @@ def data(cfg: DictConfig) -> Data:
     """
     config_checks.check_devices(cfg)
     opened = dataset(cfg)
-    split = prepare.resolve_split(opened, cfg.split)
-    needs_unlabeled = prepare.needs_unlabeled(cfg.split)
+    options = sections.split_options(cfg)
+    split = prepare.resolve_split(opened, options)
+    needs_unlabeled = options.chosen.takes_unlabeled_part
     checks = prepare.check(opened, unlabeled=needs_unlabeled)
     bad = prepare.bad_files(opened, checks)
     if bad and cfg.pipeline.on_bad_image == "error":
@@ -206,12 +207,12 @@ def data(cfg: DictConfig) -> Data:
             f"{path} is {reason}; repair it or take it off the annotations, or set pipeline.on_bad_image=skip"
         )
     # Bad pictures stay in their lists, so that what a step draws does not depend on which are bad at the moment.
-    labeled, unlabeled = prepare.sources(opened, split, cfg.split)
-    hidden = None if unlabeled is None else prepare.known_truth(opened, split, cfg.split, unlabeled)
+    labeled, unlabeled = prepare.sources(opened, split, options)
+    hidden = None if unlabeled is None else prepare.known_truth(opened, split, options, unlabeled)
     warnings = prepare.found_in_files(prepare.parts(opened, needs_unlabeled), checks)
-    warnings += prepare.about_split(opened, split, cfg.split, labeled)
+    warnings += prepare.about_split(opened, split, options, labeled)
     val = opened.val.source()
-    return Data(opened, split, prepare.policy(cfg.split), labeled, unlabeled, hidden, val, bad, tuple(warnings))
+    return Data(opened, split, options.policy, labeled, unlabeled, hidden, val, bad, tuple(warnings))
 
 
 def experiment(cfg: DictConfig, world: World, data: Data) -> Experiment:
@@ -243,7 +244,7 @@ def prepare_caches(cfgs: Sequence[DictConfig]) -> None:
         if key not in opened:
             opened[key] = dataset(cfg)
         check_split(cfg, opened[key])
-    unlabeled = any(prepare.needs_unlabeled(cfg.split) for cfg in cfgs)
+    unlabeled = any(sections.split_options(cfg).chosen.takes_unlabeled_part for cfg in cfgs)
     for one in opened.values():
         prepare.check(one, unlabeled=unlabeled)
     detector(cfgs[0], len(next(iter(opened.values())).train.category_ids))
@@ -256,8 +257,8 @@ def check_split(cfg: DictConfig, opened: Dataset) -> None:
         UserError: naming the cell of the run; there is no such split, or no unlabelled image for the method.
     """
     try:
-        split = prepare.resolve_split(opened, cfg.split)
-        _, unlabeled = prepare.sources(opened, split, cfg.split)
+        options = sections.split_options(cfg)
+        _, unlabeled = prepare.sources(opened, prepare.resolve_split(opened, options), options)
         if config_checks.draws_unlabeled(cfg) and not unlabeled:
             refuse_no_unlabeled(cfg)
     except UserError as error:

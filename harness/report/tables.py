@@ -21,11 +21,14 @@ from harness.core.files import refusal, trouble
 from harness.core.readback import PlannedCell, read_plan
 from harness.core.record import BASELINE, read_record
 from harness.core.types import RunRecord, UserError
+from harness.splits.protocols import PROTOCOLS
 
 ALL_LABELS = 100.0
 UNKNOWN_SHARE = 0.0  # no run has labels for no image
 
-GIVEN = ("ids", "annotated", "full")  # split protocols that are told what is labelled, and draw nothing
+# Split protocols that are told what is labelled, and draw nothing; those of them that label the whole training part.
+GIVEN = tuple(name for name, protocol in PROTOCOLS.items() if not protocol.draws)
+_WHOLE = tuple(name for name, protocol in PROTOCOLS.items() if protocol.takes_unlabeled_part)
 
 # Runs that differ in one of these are never shown in one table.
 TABLE_KEYS = (
@@ -272,7 +275,7 @@ def _set_shares(runs: list[Run]) -> None:
 
 def _share(record: RunRecord, images: int) -> float:
     """The percentage of `images` that a run has labelled; of lists, three digits of it."""
-    if record.protocol == "full":
+    if record.protocol in _WHOLE:
         return ALL_LABELS
     if record.protocol not in GIVEN and record.percent is not None:
         return record.percent

@@ -1,0 +1,28 @@
+"""The configuration's sections as small typed values: what a function needs is handed down, not the whole of it."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+
+from harness.core import validate
+from harness.splits.protocols import SplitOptions
+
+T = TypeVar("T")
+
+
+def split_options(cfg: DictConfig) -> SplitOptions:
+    """`split`: which images are labelled."""
+    return _section(SplitOptions, cfg, "split")
+
+
+def _section(kind: type[T], cfg: DictConfig, key: str) -> T:
+    """A section as an object of its schema.
+
+    Raises:
+        UserError: a value does not fit.
+    """
+    plain = OmegaConf.to_container(cfg[key], resolve=True)
+    assert isinstance(plain, dict)
+    return validate.make(kind, {str(name): value for name, value in plain.items()}, key)
