@@ -245,6 +245,7 @@ class RunRecord:
     ap_l: float | None = None
     scores: dict[str, dict[str, float | None]] = field(default_factory=dict)  # network -> metric -> value
     per_class: dict[str, dict[str, float | None]] = field(default_factory=dict)  # class -> metric -> value, reported
+    errors: dict[str, dict[str, float | None]] = field(default_factory=dict)  # kind -> count, lost_ap50; reported
     pseudo_precision: float | None = None  # 0..1, IoU 0.5 and class, against hidden ground truth
     pseudo_recall: float | None = None
     pseudo_iou: float | None = None

@@ -28,8 +28,13 @@ from harness.cli import main
 from harness.core import lock, readback
 from harness.core.stopping import stop_signals
 from harness.core.types import Batch
+from harness.data.drawing import CLASSES
 from harness.engine import checkpoint, pretrain
+from harness.engine.accumulate import scores
+from harness.engine.errors import KINDS
+from harness.engine.evaluate import METRICS
 from harness.engine.loop import RunError
+from harness.engine.matches import read_matches
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -412,9 +417,22 @@ def test_share_below_one_image_is_refused(cache: Path, tmp_path: Path, capfd: py
 
 def test_evaluate_scores_a_run_again(cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(_command(cache, tmp_path / "run")) == 0
+    record, file = _record(tmp_path / "run"), tmp_path / "run/matches.npz"
+    kept = scores(read_matches(file))
+    for metric in METRICS:
+        assert kept[metric] == pytest.approx(record[metric], abs=1e-9)
+    assert record["scores"][record["reported_network"]]["ar"] == pytest.approx(kept["ar"])
+    assert set(record["per_class"]) == set(CLASSES)
+    assert set(record["errors"]) == set(KINDS)
+    file.unlink()
+    assert (
+        main(["evaluate", f"run_dir={tmp_path / 'run'}", f"cache_dir={cache}", "evaluation.score_threshold=0.1"]) == 0
+    )
+    assert not file.exists()
     assert main(["evaluate", f"run_dir={tmp_path / 'run'}", f"cache_dir={cache}"]) == 0
-    again = json.loads((tmp_path / "run" / "evaluation_0.05.json").read_text())
-    assert again["networks"]["student"]["ap"] == _record(tmp_path / "run")["scores"]["student"]["ap"]
+    assert scores(read_matches(file)) == pytest.approx(kept, abs=0.01)
+    scored = json.loads((tmp_path / "run" / "evaluation_0.05.json").read_text())
+    assert scored["networks"]["student"]["ap"] == _record(tmp_path / "run")["scores"]["student"]["ap"]
     assert "ap50" in capfd.readouterr().out
 
 
