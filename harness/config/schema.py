@@ -141,6 +141,9 @@ class Suite:
     method_overrides: dict[str, list[str]] = field(default_factory=dict)
     jobs: Annotated[int, Limits(ge=1, le=1024)] | None = None
     cost: dict[str, Positive] = field(default_factory=dict)
+    wait: bool | None = None
+    retry_failed: bool = True
+    status: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
