@@ -21,8 +21,8 @@ class Claims:
     """The cells that this process has taken. The system frees them when it ends, however it ends.
 
     Args:
-        suite_dir: the suite's folder; `claims/CELL.lock` in it is locked by the process that runs the cell, and says why
-            the cell failed, if it did, so that the others do not try the same.
+        suite_dir: the suite's folder; `claims/CELL.lock` in it is locked by the process that runs the cell. If the
+            cell fails it says why, so that the others do not try the same.
     """
 
     def __init__(self, suite_dir: Path) -> None:

@@ -384,7 +384,7 @@ def test_a_method_without_its_first_stage_in_the_suite(bench):
         (["+suite.cost.soft_teachr=2"], r"suite\.cost\.soft_teachr names no method: did you mean soft_teacher"),
         (['+suite.method_overrides.xyz=["a=b"]'], r"suite\.method_overrides\.xyz names no method: choose of"),
         (["suite.name=null"], r"suite\.name=null must be a name"),
-        (["devices=2"], r"devices=2 cannot share the 16 images"),
+        (["devices=2"], r"2 devices cannot share the 16 images"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_written(bench, overrides, words):
