@@ -75,9 +75,7 @@ def transform_source(source: ImageSource, ids: Tensor, view: View) -> list[Targe
     assert (source.ids[rows] == wanted).all(), "an image of the view is not in the source"
     targets = []
     for row, size, matrix in zip(rows.tolist(), view.sizes, view.to_view, strict=True):
-        part = source.rows(row)
-        target = Target(*(torch.from_numpy(a[part]) for a in (source.boxes, source.labels, source.scores)))
-        target = target.to(view.to_view.device)
+        target = source.target(row).to(view.to_view.device)
         boxes = clip_boxes(transform_boxes(target.boxes, matrix)[None], size[None].to(matrix.device))[0]
         targets.append(Target(boxes, target.labels, target.scores)[is_large_enough(boxes)])
     return targets
