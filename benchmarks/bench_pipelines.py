@@ -99,7 +99,7 @@ def test_batch(backend: str, case: Case, source: ImageSource, benchmark: Any) ->
         labeled=source,
         threads=1 if backend == "dali" else 0,
     )
-    batches: Iterator[Any] = pipeline.train()
+    batches: Iterator[Any] = pipeline.batches()
     benchmark.extra_info["images"] = BATCH
     benchmark.pedantic(lambda: next(batches), rounds=10, iterations=2, warmup_rounds=2)
     batches.close()

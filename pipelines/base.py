@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from harness.core.draws import image_keys
-from harness.core.files import require_regular
 from harness.core.types import Batch, ImageSource, MicroBatch, Normalize, Sampler, Target, UnusableImages, View, Views
 from harness.core.validate import Limits, Threads
 from pipelines.plan import ViewPlan, boxes_through, plan_view, shrunk_sizes
@@ -32,16 +31,6 @@ MAX_BAD_SHARE, MIN_BAD_IMAGES = 0.01, 10  # the run stops when more are bad
 
 class BadImageError(Exception):
     """A file that cannot be read or decoded, or is not what the annotations say."""
-
-
-def read_encoded(path: str) -> np.ndarray:
-    """(N,) uint8, the bytes of a picture file.
-
-    Raises:
-        OSError: it cannot be read, or is no regular file.
-    """
-    require_regular(path)
-    return np.fromfile(path, dtype=np.uint8)
 
 
 @dataclass
@@ -115,7 +104,7 @@ class BasePipeline:
     Args:
         policy: augmentation policy.
         normalize: what the network expects.
-        views: the views that training needs; with `sampler` and `labeled` it makes `train` possible.
+        views: the views that training needs; with `sampler` and `labeled` it makes `batches` possible.
         sampler: which images a step draws.
         labeled: labelled images, with boxes.
         unlabeled: unlabelled images; boxes only if they are pseudo labels made offline.
@@ -124,7 +113,7 @@ class BasePipeline:
         world_size: number of processes.
         threads: CPU threads per stream of images.
         prefetch: batches prepared ahead.
-        eval_batch: images per batch of `eval`.
+        eval_batch: images per batch of `images`.
         on_bad_image: "skip" replaces a bad image by the next good one of the list, warns and counts; "error" stops.
         known_bad: files of the two lists that are known to be bad, with the reason: replaced in training without being
             tried. They stay in their list, so that what a step draws does not depend on them.
@@ -184,7 +173,7 @@ class BasePipeline:
 
     # Training
 
-    def train(self, start_step: int = 0) -> Iterator[Batch]:
+    def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """Endless micro-batches of this rank, from the first one of `start_step` on.
 
         Raises:
@@ -256,7 +245,7 @@ class BasePipeline:
 
     # Evaluation
 
-    def eval(self, source: ImageSource, view: str = "test") -> Iterator[tuple[View, Tensor]]:
+    def images(self, source: ImageSource, view: str = "test") -> Iterator[tuple[View, Tensor]]:
         """(View, image ids), every image of `source` exactly once over all ranks.
 
         A batch holds images whose views are padded to the same size alone, so that what a network sees of an image does

@@ -209,7 +209,7 @@ def _steps(
 ) -> None:
     """The loop of `train`."""
     cfg, method = run.cfg, run.method
-    batches = run.pipeline.train(counters.step)
+    batches = run.pipeline.batches(counters.step)
     method.train()
     interval = evaluation_interval(cfg)
     if _evaluation_due(counters.step, interval, cfg.schedule.steps) and counters.evaluated != counters.step:

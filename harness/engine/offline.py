@@ -198,7 +198,7 @@ def _label_with(
     thresholds = {str(k): v for k, v in options.items() if k not in _STAGE_ONE}
     try:
         usable = _without(data.unlabeled, data.bad_images)
-        batches = _until_asked(pipeline.eval(usable, "pseudo"), stop)
+        batches = _until_asked(pipeline.images(usable, "pseudo"), stop)
         own = label_offline(reported, batches, usable, **thresholds)
     finally:
         pipeline.close()
@@ -219,16 +219,7 @@ def _until_asked(batches: Iterator[T], stop: StopRequest) -> Iterator[T]:
 
 def _without(unlabeled: ImageSource, bad: Mapping[str, str]) -> ImageSource:
     """Unlabelled images but for bad ones: nothing is found in them."""
-    if not bad:
-        return unlabeled
-    rows = [row for row, path in enumerate(unlabeled.paths) if path not in bad]
-    return dataclasses.replace(
-        unlabeled,
-        paths=[unlabeled.paths[row] for row in rows],
-        ids=unlabeled.ids[rows],
-        sizes=unlabeled.sizes[rows],
-        offsets=unlabeled.offsets[: len(rows) + 1],  # all 0
-    )
+    return unlabeled.select([row for row, path in enumerate(unlabeled.paths) if path not in bad]) if bad else unlabeled
 
 
 def _merge(parts: list[ImageSource], unlabeled: ImageSource) -> ImageSource:
@@ -236,20 +227,7 @@ def _merge(parts: list[ImageSource], unlabeled: ImageSource) -> ImageSource:
     where = {int(image_id): (part, row) for part in parts for row, image_id in enumerate(part.ids)}
     rows = [row for row, image_id in enumerate(unlabeled.ids) if int(image_id) in where]
     found = [where[int(unlabeled.ids[row])] for row in rows]
-    boxes = [part.rows(row) for part, row in found]
-    return ImageSource(
-        paths=[unlabeled.paths[row] for row in rows],
-        ids=unlabeled.ids[rows],
-        sizes=unlabeled.sizes[rows],
-        boxes=np.concatenate(
-            [np.zeros((0, 4), np.float32), *(p.boxes[b] for (p, _), b in zip(found, boxes, strict=True))]
-        ),
-        labels=np.concatenate([np.zeros(0, np.int64), *(p.labels[b] for (p, _), b in zip(found, boxes, strict=True))]),
-        scores=np.concatenate(
-            [np.zeros(0, np.float32), *(p.scores[b] for (p, _), b in zip(found, boxes, strict=True))]
-        ),
-        offsets=np.cumsum([0, *(b.stop - b.start for b in boxes)]).astype(np.int64),
-    )
+    return unlabeled.select(rows).with_targets([part.target(row) for part, row in found])
 
 
 def _write(path: Path, source: ImageSource, made_by: dict[str, str | None], steps: int) -> None:
@@ -334,13 +312,5 @@ def _read(path: Path, unlabeled: ImageSource, classes: int) -> tuple[ImageSource
         raise readback.damaged(path, f"image {found.ids[rows < 0][0]} is not an unlabelled one", remedy)
     if (found.labels > classes).any():
         raise readback.damaged(path, f"a label is above the number of classes, {classes}", remedy)
-    source = ImageSource(
-        paths=[unlabeled.paths[i] for i in rows],
-        ids=unlabeled.ids[rows],
-        sizes=unlabeled.sizes[rows],
-        boxes=found.boxes,
-        labels=found.labels,
-        scores=found.scores,
-        offsets=found.offsets,
-    )
+    source = unlabeled.select(rows).with_boxes(found.boxes, found.labels, found.scores, found.offsets)
     return source, Extra(found.steps, stage_one=found.made_by["stage 1"])

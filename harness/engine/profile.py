@@ -28,7 +28,6 @@ from harness.core.files import require_writable, write_atomically
 from harness.core.types import ImageSource, MicroBatch, Normalize, Pipeline, UserError, Views
 from harness.data.sampling import BatchSampler
 from harness.engine import build
-from pipelines.base import read_encoded
 from pipelines.policy import Policy
 
 _PIPELINES = Path(__file__).parents[1] / "conf" / "pipeline"
@@ -112,18 +111,18 @@ class _Finite(BatchSampler):
 def _train(pipeline: Pipeline, sampler: _Finite) -> Callable[[int], int]:
     def work(batches: int) -> int:
         sampler.steps = batches
-        return sum(batch.images_seen for batch in pipeline.train(0))
+        return sum(batch.images_seen for batch in pipeline.batches(0))
 
     return work
 
 
 def _read(source: ImageSource, batch: int) -> Callable[[int], int]:
     """Reads files and does nothing with them."""
-    paths = itertools.cycle(source.paths)
+    rows = itertools.cycle(range(len(source)))
 
     def work(batches: int) -> int:
-        for path in itertools.islice(paths, batches * batch):
-            read_encoded(path)
+        for row in itertools.islice(rows, batches * batch):
+            source.read(row)
         return batches * batch
 
     return work
@@ -182,7 +181,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             stack.enter_context(closing(pipeline))
             works[name] = _train(pipeline, sampler)
         meters = alternate(works, seconds, rounds, synchronize)
-        decode = stack.enter_context(closing(DecodeOnly(source.paths, batch, max(1, workers), str(world.device))))
+        decode = stack.enter_context(closing(DecodeOnly(source, batch, max(1, workers), str(world.device))))
         limits = {"read": _read(source, batch), "decode": decode.run}
         ceilings = alternate(limits, min(5.0, seconds), 2, synchronize)
     result = {

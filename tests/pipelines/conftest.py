@@ -121,10 +121,10 @@ def build() -> Iterator[Callable[..., Any]]:
 
 @pytest.fixture(scope="session")
 def whole() -> Callable[..., tuple[View, torch.Tensor]]:
-    """All that `eval` gives as one batch in the source's order, padded to a common size: whole(pipeline, source)."""
+    """All that `images` gives as one batch in the source's order, padded to a common size: whole(pipeline, source)."""
 
     def joined(pipeline: BasePipeline, source: ImageSource, view: str = "test") -> tuple[View, torch.Tensor]:
-        views, ids = zip(*pipeline.eval(source, view), strict=True)
+        views, ids = zip(*pipeline.images(source, view), strict=True)
         joint, numbers = join_views(list(views)), torch.cat(ids)
         order = numbers.argsort()
         assert (source.ids[1:] > source.ids[:-1]).all()
