@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from detectors.detector import Detector, join_views
+from detectors.detector import Detector, ParameterGroup, join_views
 from detectors.methods import ema
 from detectors.methods.pseudo_labels import Quality, measure
 from detectors.padded import PaddedTargets
@@ -161,6 +161,10 @@ class Method(nn.Module, ABC):
     def trainable(self) -> nn.Module:
         """What the optimiser changes."""
         return self.student
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """The parameters of `trainable()`, once each, by learning rate."""
+        return self.student.parameter_groups()
 
     def networks(self) -> dict[str, Detector]:
         """The networks that can be evaluated: `student` and, where there is one, `teacher`."""

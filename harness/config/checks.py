@@ -32,6 +32,7 @@ class Group:
     own: tuple[str, ...] = ()  # keys that the constructor does not take
 
 
+# What has a `_target_`, by its place in the configuration. `logging.loggers` is a list of such.
 GROUPS = {
     "data": Group("harness.data.datasets:Dataset", ("cache_dir",), ("small",)),
     "detector": Group("detectors.detector:Detector", ("num_classes", "generated")),
@@ -46,8 +47,15 @@ GROUPS = {
         ),
         ("name",),
     ),
+    "launcher": Group("harness.launch.launcher:Launcher", (), ("name",)),
+    "schedule.optimizer": Group(
+        "torch.optim:Optimizer", ("params", "lr"), ("lr", "weight_decay", "decay_norm_and_bias")
+    ),
+    "schedule.decay": Group("harness.engine.optim:Decay", ("steps",)),
+    "logging.loggers": Group("harness.engine.loggers:Logger", ("run_dir", "title", "start_step")),
 }
-_CHOSEN = (*GROUPS, "augment", "schedule", "launcher")
+_NAMED = ("data", "detector", "method", "pipeline", "launcher")
+_CHOSEN = (*_NAMED, "augment", "schedule")
 # What is not installed with the program itself: package -> how it is.
 _EXTRAS = {
     "nvidia.dali": "pip install 'ssodbench[cu13]' (or [cu12])",
@@ -89,13 +97,18 @@ def check_values(plain: dict[str, Any]) -> None:
     """
     _check_chosen(plain, _CHOSEN)
     validate.check(schema.Config, plain)
-    _check_launcher(plain["launcher"])
-    for group in GROUPS:
+    for group in _NAMED:
         validate.check(schema.Name, plain[group].get("name"), f"{group}.name")
     _check_method(plain["method"])
-    for name in GROUPS:
+    _check_optimizer(plain["schedule"]["optimizer"])
+    for name in (*_NAMED, "schedule.optimizer"):
         if not _as_shipped(name, plain["cli"]["overrides"], plain["cli"]["config_dirs"]):
-            _check_constructor(name, plain[name])
+            _check_constructor(name, _at(plain, name))
+    if isinstance(plain["schedule"]["decay"], dict):
+        _check_constructor("schedule.decay", plain["schedule"]["decay"])
+    for place, chosen in enumerate(plain["logging"]["loggers"]):
+        if isinstance(chosen, dict):
+            _check_constructor("logging.loggers", chosen, f"logging.loggers[{place}]")
     if "small" in plain["data"]:  # after the keys of `data`, which it may refer to
         validate.check(schema.Small, plain["data"]["small"], "data.small")
     _check_policy(plain)
@@ -146,8 +159,18 @@ def _check_chosen(plain: dict[str, Any], groups: Sequence[str]) -> None:
             raise UserError(f"no {group} is chosen: say {group}=NAME, one of {', '.join(options)}")
 
 
-def _check_launcher(launcher: dict[str, Any]) -> None:
-    validate.check(schema.Slurm if launcher.get("name") == "slurm" else schema.Launcher, launcher, "launcher")
+def _at(plain: dict[str, Any], place: str) -> dict[str, Any]:
+    """The mapping at a dotted place."""
+    for key in place.split("."):
+        plain = plain[key]
+    return plain
+
+
+def _check_optimizer(options: dict[str, Any]) -> None:
+    if "name" in options:
+        moved.override(f"schedule.optimizer.name={options['name']}")  # says which names there are
+    own = {key: options[key] for key in GROUPS["schedule.optimizer"].own if key in options}
+    validate.check(schema.Optimizer, own, "schedule.optimizer")
 
 
 def check_method(cfg: DictConfig) -> None:
@@ -169,32 +192,39 @@ def _check_method(method: dict[str, Any]) -> None:
         raise UserError(f"method.offline.stage1={own['name']} is the method itself: name another, such as supervised")
 
 
-def _as_shipped(group: str, overrides: Sequence[str], config_dirs: Sequence[str]) -> bool:
-    """Whether a group's values all come from the program's own files, which a test keeps right.
+def _as_shipped(place: str, overrides: Sequence[str], config_dirs: Sequence[str]) -> bool:
+    """Whether the values at a place all come from the program's own files, which a test keeps right.
 
     Importing torch takes a second and much memory, which `config` and `prepare` can do without.
     """
+    group = place.split(".")[0]
     options = {file.stem for file in (CONF_DIR / group).glob("*.yaml")}
     options |= {option for of, option in moved.OPTIONS if of == group}
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
-        if group in re.split(r"[./@]", key) and not (key == group and value in options):
+        if _touches(key, place) and not (key == group and value in options):
             return False
     return not config_dirs
 
 
-def _check_constructor(name: str, values: dict[str, Any]) -> None:
-    """Checks a group's keys against the parameters of what its `_target_` names."""
+def _touches(key: str, place: str) -> bool:
+    """Whether an override of a key changes what is at a place: the place itself, what it is in, or what is in it."""
+    parts, wanted = re.split(r"[./@]", key), place.split(".")
+    return wanted[0] in parts if "@" in key else all(a == b for a, b in zip(parts, wanted, strict=False))
+
+
+def _check_constructor(name: str, values: dict[str, Any], key: str | None = None) -> None:
+    """Checks a group's keys against the parameters of what its `_target_` names; `key` is how messages call it."""
     group = GROUPS[name]
     try:
-        target = find_target(name, values)
+        target = find_target(name, values, key)
     except ModuleNotFoundError:
         return  # an extra is not installed: `check_extras` says so where it is needed
     arguments = {key: value for key, value in values.items() if key not in (*group.own, "_target_")}
-    validate.check_arguments(target, arguments, name, group.given)
+    validate.check_arguments(target, arguments, key or name, group.given, group.own)
 
 
-def find_target(name: str, values: dict[str, Any]) -> Callable[..., Any]:
+def find_target(name: str, values: dict[str, Any], key: str | None = None) -> Callable[..., Any]:
     """What a group's `_target_` names.
 
     Raises:
@@ -202,7 +232,7 @@ def find_target(name: str, values: dict[str, Any]) -> Callable[..., Any]:
         ModuleNotFoundError: it needs an extra that is not installed.
     """
     path = values.get("_target_")
-    said = f"{name}._target_={validate.shown(path)}"
+    said = f"{key or name}._target_={validate.shown(path)}"
     if not isinstance(path, str) or not path:
         raise UserError(f"{said} must be the dotted name of a class or function, such as package.module.Name")
     try:
@@ -214,7 +244,8 @@ def find_target(name: str, values: dict[str, Any]) -> Callable[..., Any]:
         raise UserError(f"{said} cannot be imported ({why}): name a class or function that Python finds") from error
     if not _makes(target, pkgutil.resolve_name(GROUPS[name].makes)):
         kind = GROUPS[name].makes.replace(":", ".")
-        raise UserError(f"{said} is no {name}: it must be a {kind}, or a function that is annotated to return one")
+        noun = name.split(".")[-1].removesuffix("s")
+        raise UserError(f"{said} is no {noun}: it must be a {kind}, or a function that is annotated to return one")
     return target
 
 
@@ -255,10 +286,10 @@ def check_extras(cfg: DictConfig, logs: bool = False, pipelines: Sequence[str] =
             _need("cv2", f"pipeline={name} needs OpenCV, which", "pipeline=torchvision")
     if not logs:
         return
-    for name in cfg.logging.loggers:
-        if name != "tensorboard":
-            _need(name, f"logging.loggers names {name}, which", "leave it out")
-    if cfg.launcher.name == "slurm":
+    for chosen in cfg.logging.loggers:
+        if chosen in ("wandb", "mlflow"):
+            _need(chosen, f"logging.loggers names {chosen}, which", "leave it out")
+    if str(cfg.launcher.get("_target_")).startswith("harness.launch.slurm."):
         _need("submitit", "launcher=slurm needs submitit, which", "launcher=local")
 
 

@@ -112,7 +112,7 @@ def _load(overrides: Sequence[str], config_dirs: Sequence[str | Path]) -> DictCo
     _check_given(overrides, config_dirs)
     layouts.check_option(overrides, config_dirs)
     given = list(overrides)
-    overrides = [quote_path(o) for o in overrides]
+    overrides = [quote_path(moved.override(o)) for o in overrides]
     if config_dirs:
         folders = ", ".join(_quote(f"file://{os.path.realpath(folder)}") for folder in config_dirs)
         overrides.append(f"hydra.searchpath=[{folders}]")
@@ -169,6 +169,7 @@ def _composed(overrides: Sequence[str]) -> DictConfig:
             checks.check_method(cfg)
             cfg = _compose([*overrides, f"augment={_quote(str(cfg.method.augment))}"])
     OmegaConf.set_struct(cfg, False)
+    checks.resolved(cfg)  # tells of values that cannot be looked at
     moved.current(cfg)
     return cfg
 

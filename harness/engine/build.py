@@ -1,9 +1,8 @@
-"""Configuration to objects: the only place that calls `hydra.utils.instantiate`."""
+"""Configuration to the objects that a run is made of."""
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +10,6 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from hydra.errors import HydraException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from detectors.detector import Detector
@@ -20,6 +17,7 @@ from detectors.methods.method import Method
 from detectors.weights import Generated
 from harness.config import checks as config_checks
 from harness.config import compose, sections
+from harness.config.make import make
 from harness.core.distributed import World
 from harness.core.types import ImageSource, Normalize, Pipeline, Split, UserError, Views
 from harness.data import prepare
@@ -31,25 +29,9 @@ from harness.splits.protocols import ImagePolicy
 from pipelines.policy import Policy
 
 
-def _make(name: str, options: DictConfig, **runtime: Any) -> Any:
-    """Instantiates a group; what the user can mend comes out as one sentence."""
-    plain = OmegaConf.to_container(options, resolve=True)
-    assert isinstance(plain, dict)
-    kept = {str(key): value for key, value in plain.items() if key not in config_checks.GROUPS[name].own}
-    try:
-        # Partial, since Hydra would turn dataclasses among the arguments into dictionaries.
-        construct = instantiate({**kept, "_partial_": True}, _convert_="all")
-        inspect.signature(construct).bind(**runtime)
-    except (HydraException, TypeError) as error:
-        why = " ".join(str(error).split())
-        said = f"{name}={plain.get('name', name)}"
-        raise UserError(f"{said} cannot be built from its configuration: {why}") from error
-    return construct(**runtime)
-
-
 def dataset(cfg: DictConfig) -> Dataset:
     """Opens the dataset, generating or caching it first where that is needed."""
-    return _make("data", cfg.data, cache_dir=Path(cfg.cache_dir))
+    return make("data", cfg.data, cache_dir=Path(cfg.cache_dir))
 
 
 def detector(cfg: DictConfig, num_classes: int) -> Detector:
@@ -59,7 +41,7 @@ def detector(cfg: DictConfig, num_classes: int) -> Detector:
         recipe = pretrain.Recipe(channels=tuple(cfg.detector.channels))
         state = pretrain.backbone_weights(Path(cfg.cache_dir), recipe)
         made["generated"] = Generated(state, pretrain.description(recipe))
-    return _make("detector", cfg.detector, num_classes=num_classes, **made)
+    return make("detector", cfg.detector, num_classes=num_classes, **made)
 
 
 def method(cfg: DictConfig, network: Detector) -> Method:
@@ -68,7 +50,7 @@ def method(cfg: DictConfig, network: Detector) -> Method:
     Raises:
         UserError: it cannot be built, or draws other images than its configuration says.
     """
-    made: Method = _make("method", cfg.method, detector=network, steps=cfg.schedule.steps)
+    made: Method = make("method", cfg.method, detector=network, steps=cfg.schedule.steps)
     draws = bool(made.views.unlabeled)
     if cfg.method.get("unlabeled") is not None and draws != config_checks.draws_unlabeled(cfg):
         what = "draws unlabelled images" if draws else "draws no unlabelled images"
@@ -98,7 +80,7 @@ def pipeline(
 ) -> Pipeline:
     """A pipeline: for training with all arguments, for evaluation without the last five."""
     config_checks.check_extras(cfg)
-    return _make(
+    made: Pipeline = make(
         "pipeline",
         cfg.pipeline,
         policy=policy(cfg),
@@ -113,6 +95,7 @@ def pipeline(
         eval_batch=cfg.evaluation.batch,
         known_bad=known_bad,
     )
+    return made
 
 
 def refuse_no_unlabeled(cfg: DictConfig) -> NoReturn:
@@ -228,7 +211,7 @@ def experiment(cfg: DictConfig, world: World, data: Data) -> Experiment:
     drawn = sampler(cfg, trained.views, trained.unlabeled_from, data.labeled, data.unlabeled, world)
     lists = (data.labeled, data.unlabeled, data.bad_images)
     feed = pipeline(cfg, world, network.normalize, trained.views, drawn, *lists)
-    optimizer = build_optimizer(trained.trainable(), cfg.schedule.optimizer)
+    optimizer = build_optimizer(trained.trainable(), cfg.schedule.optimizer, trained.parameter_groups())
     return Experiment(cfg, world, data, trained, optimizer, drawn, feed)
 
 

@@ -35,7 +35,7 @@ from harness.core.stopping import Interrupted, StopRequest
 from harness.core.types import Batch, ImageSource, RunError, Target, UnusableImages
 from harness.engine.build import Experiment
 from harness.engine.log import RunLog
-from harness.engine.optim import learning_rate_factor, set_learning_rate
+from harness.engine.optim import LearningRateFactor, set_learning_rate
 
 logger = logging.getLogger(__name__)
 
@@ -211,12 +211,12 @@ def _steps(
     cfg, method = run.cfg, run.method
     batches = run.pipeline.batches(counters.step)
     method.train()
-    interval = evaluation_interval(cfg)
+    interval, factor = evaluation_interval(cfg), LearningRateFactor(cfg.schedule)
     if _evaluation_due(counters.step, interval, cfg.schedule.steps) and counters.evaluated != counters.step:
         _evaluate_or_save(counters, evaluate, save)  # it was interrupted
     for step in range(counters.step, cfg.schedule.steps):
         begin = time.perf_counter()
-        rate = cfg.schedule.optimizer.lr * learning_rate_factor(step, cfg.schedule)
+        rate = cfg.schedule.optimizer.lr * factor(step)
         set_learning_rate(run.optimizer, rate)
         gradients.zero()
         work = accumulate(run, batches, step, gradients)

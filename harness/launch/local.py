@@ -37,20 +37,19 @@ LAUNCHER_SECONDS = 10.0  # in which a launcher notices that a process has ended,
 logger = logging.getLogger(__name__)
 
 
-def run(cfg: DictConfig) -> int:
-    """Trains as the configuration says: in this process, or in `devices` of them.
+class LocalLauncher:
+    """This process, or `devices` of them on this machine, or the group that torchrun started."""
 
-    Returns:
-        Exit code: 0 ok, 1 failed, 2 a mistake of the user's, 128 + n after signal n.
-    """
-    device = distributed.resolve_device(cfg.device, cfg.devices)
-    plain = OmegaConf.to_container(cfg, resolve=False)
-    if cfg.devices > 1 and "LOCAL_RANK" not in os.environ:
-        if device == "cpu":
-            _check_cores(int(cfg.devices))
-        build.data(cfg)  # a mistake is told once, and before many processes start
-        return launch(_work, (plain, device), cfg.devices, [*stop_signals(), signal.SIGQUIT])
-    return run_rank(plain, device)
+    def run(self, cfg: DictConfig) -> int:
+        """See `Launcher.run`."""
+        device = distributed.resolve_device(cfg.device, cfg.devices)
+        plain = OmegaConf.to_container(cfg, resolve=False)
+        if cfg.devices > 1 and "LOCAL_RANK" not in os.environ:
+            if device == "cpu":
+                _check_cores(int(cfg.devices))
+            build.data(cfg)  # a mistake is told once, and before many processes start
+            return launch(_work, (plain, device), cfg.devices, [*stop_signals(), signal.SIGQUIT])
+        return run_rank(plain, device)
 
 
 def _check_cores(processes: int) -> None:
@@ -79,7 +78,7 @@ def _work(plain: Any, device: str) -> int:
 
 
 def run_rank(plain: Any, device: str, signals: Sequence[int] | None = None) -> int:
-    """`run` in one process of the group; says errors once and gives the exit code.
+    """Trains in one process of the group; says errors once and gives the exit code.
 
     An error of one rank alone ends its process at once: the others wait for it in a collective, and only the launcher,
     which sees it end, can stop them.
