@@ -12,8 +12,8 @@ from omegaconf import DictConfig
 from rich.table import Table
 from rich.text import Text
 
-from harness.config import compose
-from harness.core import distributed, readback
+from harness.config import compose, saved
+from harness.core import distributed
 from harness.core.console import STDERR, Console
 from harness.core.escape import literal
 from harness.core.files import require_writable, trouble, write_atomically
@@ -52,7 +52,7 @@ def run(cfg: DictConfig) -> int:
     threshold = float(cfg.evaluation.score_threshold)
     out = Path(cfg.out) if cfg.out else run_dir / _file_name(cfg, other, threshold)
     require_writable(out, "out")
-    trained = readback.read_config(run_dir)
+    trained = saved.read_config(run_dir)
     _refuse_unused(cfg, given, trained)
     file = checkpoint.find(run_dir)
     world = distributed.join(distributed.resolve_device(cfg.device, 1))

@@ -21,8 +21,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
-from harness.config import checks, layouts, sections, yaml_files
-from harness.core import files, moved, validate
+from harness.config import checks, layouts, moved, sections, yaml_files
+from harness.core import files, validate
 from harness.core.escape import file_name
 from harness.core.types import UserError
 

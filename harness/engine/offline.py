@@ -271,12 +271,15 @@ def _decode(path: Path) -> _Labels:
             arrays = {name: archive[name] for name in _Labels.__struct_fields__ if name in archive}
         arrays["made_by"] = msgspec.json.decode(str(arrays["made_by"]))
         arrays["steps"] = arrays["steps"].item()
-        found = msgspec.convert(arrays, _Labels)
-    except (msgspec.MsgspecError, KeyError) as error:
+    except (msgspec.DecodeError, KeyError) as error:
         what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else readback.reason(error)
         raise readback.damaged(path, what, remedy) from error
     except Exception as error:  # numpy and zipfile raise many kinds for a damaged archive
         raise readback.damaged(path, f"{type(error).__name__}: {error}", remedy) from error
+    try:
+        found = readback.convert(arrays, _Labels)
+    except ValueError as error:
+        raise readback.damaged(path, str(error), remedy) from error
     if wrong := _misfit(found):
         raise readback.damaged(path, wrong, remedy)
     return found

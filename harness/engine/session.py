@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from harness.config import compose
-from harness.core import distributed, readback
+from harness.config import compose, saved
+from harness.core import distributed
 from harness.core.console import STDERR
 from harness.core.distributed import World
 from harness.core.files import write_atomically
@@ -88,7 +88,7 @@ def _is_finished(cfg: DictConfig, run_dir: Path) -> bool:
         checkpoint.refuse_foreign(run_dir, compose.differences(before, own) or ["its record is of another run"])
     is_run = (run_dir / "config.yaml").exists()
     if is_run and (finished or checkpoint.checkpoints(run_dir)):
-        before = compose.identity(readback.read_config(run_dir))
+        before = compose.identity(saved.read_config(run_dir))
         checkpoint.refuse_foreign(run_dir, compose.differences(before, own))
     return finished and is_run
 

@@ -282,7 +282,7 @@ class UnbiasedTeacher(_DrawnByPercent):
 
     def _rows(self, total: int, options: SplitOptions, listed: Any) -> np.ndarray:
         folds = _lookup(listed, options.percent, "split.percent")
-        rows = _integers(_lookup(folds, options.fold, "split.fold"), "the index file")
+        rows = _integers(_lookup(folds, options.fold, "split.fold"), "positions")
         beyond = rows[(rows < 0) | (rows >= total)]
         if len(beyond):
             raise UserError(
@@ -316,8 +316,8 @@ class Ids(SplitProtocol):
         if listed is None:
             raise UserError(f"split.protocol={self.name} needs split.index_file with the ids of the labelled images")
         ids, given = _distinct(images.ids), index_files.names_percent(str(options.index_file or ""))
-        labeled = _integers(listed[0], "the labelled ids")
-        rest = ids[~np.isin(ids, labeled)] if listed[1] is None else _integers(listed[1], "the unlabelled ids")
+        labeled = _integers(listed[0], "labelled ids")
+        rest = ids[~np.isin(ids, labeled)] if listed[1] is None else _integers(listed[1], "unlabelled ids")
         _check_lists(ids, labeled, rest)
         return _by_list(ids, labeled, rest, options.percent if given else None)
 
@@ -410,7 +410,8 @@ def _integers(values: Any, what: str) -> np.ndarray:
             raise ValueError
         return array.astype(np.int64).reshape(-1)
     except (ValueError, TypeError, OverflowError) as error:
-        raise UserError(f"{what} must list whole numbers, not {json.dumps(values, default=str)[:60]}") from error
+        shown = json.dumps(values, default=str)[:60]
+        raise UserError(f"split.index_file must list {what} that are whole numbers of 64 bits, not {shown}") from error
 
 
 def _check_lists(ids: np.ndarray, labeled: np.ndarray, unlabeled: np.ndarray) -> None:

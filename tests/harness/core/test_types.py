@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -87,3 +89,11 @@ def test_the_stored_file_is_read_as_it_is(tmp_path: Path) -> None:
     source = ImageSource(**{**vars(source), "paths": [str(tmp_path)] * 2})
     with pytest.raises(OSError, match="directory"):
         source.read(0)
+
+
+def test_the_types_are_light() -> None:
+    """What only opens annotations needs neither torch nor what composes configurations."""
+    heavy = ("torch", "torch.distributed", "hydra", "omegaconf", "nvidia.dali", "numba", "pandas")
+    script = f"import sys, harness.core.types; print([name for name in {heavy} if name in sys.modules])"
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "[]"

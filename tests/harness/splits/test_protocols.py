@@ -226,7 +226,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "empty ids": ({"protocol": "ids", "index": []}, "is empty"),
     "ids beyond 64 bits": ({"protocol": "ids", "index": [2**64]}, "whole numbers"),
-    "positions beyond 64 bits": ({"protocol": "unbiased_teacher", "index": {"10": {"1": [2**63]}}}, "index file"),
+    "positions beyond 64 bits": ({"protocol": "unbiased_teacher", "index": {"10": {"1": [2**63]}}}, "whole numbers"),
 }
 
 
