@@ -48,6 +48,10 @@ _CIRCUMSTANCES = (
     "detector.cache_dir",
     "data.cache_dir",
     "out",
+    "model",
+    "network",
+    "images",
+    "predict",
     "cli",
     "profile",
     "prepare",
@@ -69,8 +73,10 @@ _SUITE_AXES = {
     "split.fold": "suite.folds",
     "seed": "suite.seeds",
 }
-_PATH_KEY = re.compile(r"^\+*([\w.]*(root|_dir|_file|checkpoint|weights|out|annotations|images|logs))=(.*)$", re.DOTALL)
-_PATH_NAME = re.compile(r"(^|_)(root|dir|file|checkpoint|weights|out|annotations|images|logs)$")
+_PATH_KEY = re.compile(
+    r"^\+*([\w.]*(root|_dir|_file|checkpoint|weights|out|model|annotations|images|logs))=(.*)$", re.DOTALL
+)
+_PATH_NAME = re.compile(r"(^|_)(root|dir|file|checkpoint|weights|out|model|annotations|images|logs)$")
 
 
 def quote_path(override: str) -> str:

@@ -81,6 +81,13 @@ class Profile:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Predict:
+    """The keys of `predict`."""
+
+    score: Share
+
+
+@dataclass(frozen=True, kw_only=True)
 class Optimizer:
     """The keys of `schedule.optimizer` that the program reads; its `_target_` takes the others."""
 
@@ -184,6 +191,10 @@ class Config:
     run_dir: File | None
     profile: Profile
     out: File | None
+    model: File | None
+    network: Literal["student", "teacher"] | None
+    images: File | Annotated[list[File], Limits(least=1)] | None
+    predict: Predict
     cache_dir: File | None
     preset_name: Name | None
     cli: Cli

@@ -222,6 +222,7 @@ class _Session:
             "counters": dataclasses.asdict(self.counters),
             "detector": self.run_.method.networks()[self.run_.method.reported].name,
             "classes": list(self.run_.data.dataset.train.category_names),
+            "category_ids": self.run_.data.dataset.train.category_ids.tolist(),
         }
 
     def _pipeline_state(self) -> dict[str, Any]:
