@@ -15,9 +15,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness.config import schema
+from harness.config import moved, schema
 from harness.config.step import StepShape, check_annealing
-from harness.core import moved, validate
+from harness.core import validate
 from harness.core.types import UserError, Views
 
 CONF_DIR = Path(__file__).parents[1] / "conf"

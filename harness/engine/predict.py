@@ -139,7 +139,7 @@ def predict(
 
     with ThreadPoolExecutor(workers) as pool:
         try:
-            for image_id, target in detect_all(trained.detector, feed.eval(source), score):
+            for image_id, target in detect_all(trained.detector, feed.images(source), score):
                 picture = kept[image_id - 1]
                 if picture.path.as_posix() in feed.bad_images:
                     found.skipped[picture.name] = feed.bad_images[picture.path.as_posix()]

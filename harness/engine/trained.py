@@ -21,7 +21,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from detectors.detector import Detector
-from harness.config import compose
+from harness.config import compose, saved
 from harness.core import files, readback
 from harness.core.distributed import World
 from harness.core.record import read_record
@@ -112,7 +112,7 @@ def of_run(run_dir: Path, network: str | None, cache_dir: str) -> Trained:
         )
     if why := files.trouble(run_dir / "config.yaml"):
         raise UserError(f"there is no run in {run_dir} (config.yaml: {why}): set run_dir to the folder of a run")
-    cfg = readback.read_config(run_dir)
+    cfg = saved.read_config(run_dir)
     file = checkpoint.find(run_dir)
     state = checkpoint.read(file)
     refuse_foreign(run_dir, file, state["identity"], cfg)

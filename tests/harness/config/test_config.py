@@ -116,7 +116,7 @@ def test_every_method_composes_in_every_preset(method: str, preset: str) -> None
         ("seed=9223372036854775808", "at most 9223372036854775807"),
         ("evaluation.score_threshold=2", "evaluation.score_threshold=2 must be a number of at least 0 and at most 1"),
         ("method.ema.momentum=2", "method.ema.momentum=2 must be a number of at least 0 and at most 1"),
-        ("method.ema=3", "method.ema=3 must be keys out of momentum, ramp, update, buffers or null"),
+        ("method.ema=3", "method.ema=3 must be keys out of momentum, ramp, gamma, interval, update, buffers or null"),
         ("runs_dir=null", "runs_dir=null must be a path"),
         ("run_dir=2024", "run_dir=2024 must be a path, written ./NAME"),
         ("check=deep", "check=deep must be one of quick, headers, full"),
