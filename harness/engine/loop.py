@@ -23,7 +23,7 @@ from torch import Tensor
 
 from detectors.methods.method import Method
 from detectors.methods.pseudo_labels import quality, unknown_quality
-from harness.config.compose import evaluation_interval
+from harness.config.sections import evaluation_interval
 from harness.core.boxes import transform_source
 from harness.core.distributed import (
     FlatGradients,

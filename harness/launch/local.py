@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from harness.config.compose import places
+from harness.config.paths import places
 from harness.core import distributed, escape
 from harness.core.console import STDERR, settle
 from harness.core.distributed import World
