@@ -18,9 +18,9 @@ from pycocotools.cocoeval import COCOeval
 
 from harness.data.ground_truth import GroundTruth, from_coco
 from harness.engine.accumulate import scores
+from harness.engine.errors import error_table
 from harness.engine.matches import match
 from harness.report.bootstrap import resample
-from harness.report.errors import error_table
 
 SIZES = {"250 images, 3 classes": (250, 3), "5,000 images, 80 classes": (5000, 80)}
 

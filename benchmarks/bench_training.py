@@ -115,7 +115,7 @@ def test_step_overhead(benchmark: Any, cache: Path, tmp_path: Path, say: Callabl
     say(f"{method}: {milliseconds:.2f} ms a step outside model and data, {share:.2%} of a step of {STEP_SECONDS} s")
 
 
-@pytest.mark.parametrize("detector", ["small", "faster_rcnn_r50"])
+@pytest.mark.parametrize("detector", ["small", "faster_rcnn"])
 def test_checkpoint(benchmark: Any, cache: Path, tmp_path: Path, say: Callable[[str], None], detector: str) -> None:
     """Student, teacher and the optimiser's state, synced to the disk; beside the same bytes written plainly."""
     run = _experiment(

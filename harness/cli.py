@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from harness.commands.usage import COMMANDS
 from harness.core.console import STDERR, settle
 from harness.core.escape import plain
 from harness.core.files import open_closed_streams, refusal, require_working_folder
@@ -46,7 +47,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}: see ssodbench --help")
 
 
-_COMMANDS = ("prepare", "train", "suite", "report", "evaluate", "profile", "config")  # modules of harness.commands
+_COMMANDS = tuple(COMMANDS)
 
 
 def _run(given: list[str], places: dict[str, str]) -> int:

@@ -181,21 +181,21 @@ class BasePipeline:
         """
         assert self._views is not None
         assert self._sampler is not None
-        waiting: deque[dict[str, Job]] = deque()
+        waiting: deque[tuple[int, dict[str, Job]]] = deque()
 
         def jobs() -> Generator[Job, None, None]:
             assert self._sampler is not None
             for micro in self._sampler.stream(start_step, self.rank, self.world_size):
                 parts = self._parts(micro)
-                waiting.append(parts)
+                waiting.append((micro.index, parts))
                 yield from parts.values()
 
         results = self._start(jobs())
         for first in results:
-            parts = waiting.popleft()
+            lane, parts = waiting.popleft()
             rendered = [first, *itertools.islice(results, len(parts) - 1)]
             resolved = [self._resolve(job, result) for job, result in zip(parts.values(), rendered, strict=True)]
-            yield self._batch(dict(zip(parts, resolved, strict=True)))
+            yield self._batch(lane, dict(zip(parts, resolved, strict=True)))
 
     def _parts(self, micro: MicroBatch) -> dict[str, Job]:
         """Jobs of the labelled and the unlabelled images of a micro-batch, where it has any."""
@@ -215,7 +215,7 @@ class BasePipeline:
             parts[name] = make_job(self.policy, views, source, self._good(source, positions), keys)
         return parts
 
-    def _batch(self, parts: dict[str, tuple[Job, list[Tensor]]]) -> Batch:
+    def _batch(self, lane: int, parts: dict[str, tuple[Job, list[Tensor]]]) -> Batch:
         none = torch.zeros(0, dtype=torch.int64)
         views: dict[str, dict[str, View]] = {"labeled": {}, "unlabeled": {}}
         ids = {"labeled": none, "unlabeled": none}
@@ -225,7 +225,13 @@ class BasePipeline:
             ids[name] = torch.from_numpy(job.source.ids[job.positions])
             keys[name] = torch.from_numpy(job.keys).to(self.device, non_blocking=True)
         return Batch(
-            views["labeled"], views["unlabeled"], ids["labeled"], ids["unlabeled"], keys["labeled"], keys["unlabeled"]
+            labeled=views["labeled"],
+            unlabeled=views["unlabeled"],
+            labeled_ids=ids["labeled"],
+            unlabeled_ids=ids["unlabeled"],
+            labeled_keys=keys["labeled"],
+            unlabeled_keys=keys["unlabeled"],
+            lane=lane,
         )
 
     def _assemble(self, job: Job, images: list[Tensor]) -> list[View]:

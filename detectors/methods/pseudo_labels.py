@@ -12,6 +12,8 @@ from detectors.detector import Detector
 from harness.core import boxes as box_ops
 from harness.core.types import ImageSource, Target, View
 
+Quality = dict[str, float | None]  # measure -> value; None is unknown
+
 
 def confident(target: Target, threshold: float, keep_top1: bool) -> Target:
     """STAC's rule: scores of at least the threshold; if `keep_top1`, of at least min(threshold, best score).
@@ -105,9 +107,23 @@ def quality(labels: Sequence[Target], truth: Sequence[Target], iou: float = 0.5)
     }
 
 
-def unknown_quality(labels: Sequence[Target]) -> dict[str, float | None]:
-    """`quality` of labels on images whose truth nobody knows: their number alone."""
-    return {"precision": None, "recall": None, "iou": None, "labels": float(sum(map(len, labels))), "boxes": None}
+def measure(labels: Sequence[Target], view: View, truth: Sequence[Target | None]) -> Quality:
+    """`quality` of pseudo labels over those images of a view whose truth is known.
+
+    Args:
+        labels: of the view's B images, in its pixels.
+        view: B images.
+        truth: their boxes in original pixels; None where nobody knows them.
+
+    Returns:
+        As `quality`; where no image's truth is known, the number of labels alone, and None for the rest.
+    """
+    known = [row for row, target in enumerate(truth) if target is not None]
+    if not known:
+        unknown: Quality = dict.fromkeys(("precision", "recall", "iou", "labels", "boxes"))
+        return unknown | {"labels": float(sum(map(len, labels)))}
+    seen = box_ops.targets_in_view([t for t in truth if t is not None], view.rows(torch.tensor(known)))
+    return {**quality([labels[row] for row in known], seen)}
 
 
 def _pairs(found: Target, true: Target, iou: float) -> list[float]:

@@ -22,8 +22,11 @@ from harness.core.files import require_writable, trouble, write_atomically
 from harness.core.record import read_record
 from harness.core.types import UserError
 from harness.data.datasets import Dataset
+from harness.data.ground_truth import from_index
 from harness.engine import build, checkpoint
+from harness.engine.analysis import MATCHES, analyse
 from harness.engine.evaluate import METRICS, evaluate
+from harness.engine.matches import write_matches
 
 # What `evaluate` takes beside the keys that find the run; a group stands for its keys too.
 _USED = (
@@ -36,7 +39,8 @@ def run(cfg: DictConfig) -> int:
     """Scores the newest checkpoint of `run_dir` with this command's `evaluation` settings; prints and writes a table.
 
     The detector and the method are those of the run; so is the dataset, unless `data` is given, whose evaluation images
-    are then scored. Metrics go to `out`, by default `run_dir/evaluation_THRESHOLD.json`.
+    are then scored. Metrics go to `out`, by default `run_dir/evaluation_THRESHOLD.json`. A run without matches.npz,
+    which a report needs for intervals, gets one, if it is scored on its own images at its own threshold.
 
     Raises:
         UserError: there is no run in `run_dir`, the checkpoint is of another one, the classes of `data` are not those
@@ -58,6 +62,7 @@ def run(cfg: DictConfig) -> int:
     _refuse_foreign(run_dir, file, state["identity"], trained)
     torch.set_num_threads(int(cfg.threads))
     opened, classes = _open(cfg, trained, other, state)
+    recorded_threshold = float(trained.evaluation.score_threshold)
     trained.evaluation = cfg.evaluation
     if "pipeline" in given:
         trained.pipeline = cfg.pipeline
@@ -69,7 +74,7 @@ def run(cfg: DictConfig) -> int:
         raise UserError(checkpoint.misfit(file, error)) from error
     pipeline = build.pipeline(trained, world, method.networks()[method.reported].normalize)
     try:
-        scores = {
+        evaluations = {
             name: evaluate(
                 network,
                 pipeline,
@@ -78,11 +83,16 @@ def run(cfg: DictConfig) -> int:
                 opened.val.category_ids,
                 threshold,
                 world,
-            )[0]
+            )
             for name, network in method.networks().items()
         }
     finally:
         pipeline.close()
+    truth = from_index(opened.val)
+    analyses = {name: analyse(rows, truth, opened.voc_ap) for name, (_, rows) in evaluations.items()}
+    scores = {name: analyses[name].scores | metrics for name, (metrics, _) in evaluations.items()}
+    if not other and not (run_dir / MATCHES).exists() and threshold == recorded_threshold:
+        write_matches(run_dir / MATCHES, analyses[method.reported].matches)
     on = f" on data={opened.name}" if other else ""
     content = {"score_threshold": threshold, "data": opened.name, "val_sha256": opened.val.sha256, "networks": scores}
     write_atomically(out, msgspec.json.format(msgspec.json.encode(content)))
@@ -186,9 +196,10 @@ def _file_name(cfg: DictConfig, other: bool, threshold: float) -> str:
 
 def _table(title: Text, scores: dict[str, dict[str, float | None]], reported: str) -> Table:
     table = Table(title=title, title_justify="left")
-    for heading in ("network", *METRICS):
+    keys = [key for key in (*METRICS, "voc07_ap50", "voc_ap50") if key in scores[reported]]
+    for heading in ("network", *keys):
         table.add_column(heading, justify="left" if heading == "network" else "right")
     for name, metrics in scores.items():
-        shown = ["-" if (value := metrics[m]) is None else f"{value:.1f}" for m in METRICS]
+        shown = ["-" if (value := metrics[m]) is None else f"{value:.1f}" for m in keys]
         table.add_row(name + (" (reported)" if name == reported else ""), *shown)
     return table

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
@@ -41,7 +42,7 @@ def _load(overrides: Sequence[str], config_dirs: Sequence[str | Path]) -> DictCo
     _check_given(overrides, config_dirs)
     layouts.check_option(overrides, config_dirs)
     given = list(overrides)
-    overrides = [paths.quote_path(o) for o in overrides]
+    overrides = [paths.quote_path(moved.override(o)) for o in overrides]
     if config_dirs:
         folders = ", ".join(paths.quote(f"file://{os.path.realpath(folder)}") for folder in config_dirs)
         overrides.append(f"hydra.searchpath=[{folders}]")
@@ -77,9 +78,17 @@ def _check_given(overrides: Sequence[str], config_dirs: Sequence[str | Path]) ->
             raise UserError(f"'{override}' is not of the form key=value{hint}")
 
 
+def _know_old_options() -> None:
+    """Lets Hydra find options under the names that they had: on the command line, in presets, suites, and the user's
+    own files."""
+    for (group, name), (option, keys) in moved.OPTIONS.items():
+        ConfigStore.instance().store(name, {"defaults": [option, "_self_"], **keys}, group=group)
+
+
 def _composed(overrides: Sequence[str]) -> DictConfig:
     """What Hydra makes of the files and the command line; with the method's policy where none is chosen."""
     GlobalHydra.instance().clear()
+    _know_old_options()
     with initialize_config_dir(str(checks.CONF_DIR), version_base="1.3"):
         # The policy that `augment.KEY` changes may be the method's, which is known only then.
         own = [override for override in overrides if re.match(r"[+~]*augment\.", override)]
@@ -90,6 +99,7 @@ def _composed(overrides: Sequence[str]) -> DictConfig:
             checks.check_method(cfg)
             cfg = _compose([*overrides, f"augment={paths.quote(str(cfg.method.augment))}"])
     OmegaConf.set_struct(cfg, False)
+    checks.resolved(cfg)  # tells of values that cannot be looked at
     moved.current(cfg)
     return cfg
 

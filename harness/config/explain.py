@@ -12,6 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
+from harness.config import moved
 from harness.config.checks import CONF_DIR
 from harness.core import validate
 
@@ -77,6 +78,7 @@ def unknown_option(message: str) -> str:
     group, _, option = name.partition("/")
     if group == "method" and option.startswith("preset/"):
         group, option = "method/preset", option.removeprefix("preset/")
+    options = [name for name in options if (group, name) not in moved.OPTIONS]
     options = options or sorted(file.stem for file in (CONF_DIR / group).glob("*.yaml"))
     near = validate.near(option, options).removeprefix("; ")
     said = f"{group}={validate.shown(option)} is not known{f' ({near})' if near else ''}"

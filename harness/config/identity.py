@@ -26,19 +26,24 @@ _CIRCUMSTANCES = (
     "pipeline.threads",
     "pipeline.prefetch",
     "method.offline.checkpoint",
+    "method.unlabeled",  # what its class is like anyway
     "detector.cache_dir",
     "data.cache_dir",
     "out",
+    "model",
+    "network",
+    "images",
+    "predict",
     "cli",
     "profile",
     "prepare",
     "check",
     "export_dir",
 )
-# Keys that came after runs had been made: null is what those did, so that such runs keep their identity. Those of the
-# detector only in torchvision's style; in the others null now means something else than it did.
-_ADDED = (
-    "batch.group_by_aspect",
+# Keys that came after runs had been made: null is what those did, so that such runs keep their identity.
+_ADDED = ("batch.group_by_aspect", "method.rise", "method.ema.gamma", "method.ema.interval")
+# The same in torchvision's style of detectors alone; in the others null now means something else than it did.
+_ADDED_IN_TORCHVISION_STYLE = (
     "detector.rpn.low_quality_iou",
     "detector.rpn.low_quality_of",
     "detector.rpn.candidates",
@@ -58,7 +63,7 @@ def without_circumstances(plain: dict[str, Any]) -> dict[str, Any]:
         _remove(plain, dotted)
     moved.first(plain)
     style = (plain.get("detector") or {}).get("style")
-    for dotted in _ADDED if style == "torchvision" else _ADDED[:1]:
+    for dotted in _ADDED + (_ADDED_IN_TORCHVISION_STYLE if style == "torchvision" else ()):
         _remove(plain, dotted, where_null=True)
     return plain
 

@@ -1,7 +1,8 @@
 """The configuration's keys, as types: what each may be, within which bounds, and which are known at all.
 
-The groups `data`, `detector`, `method` and `pipeline` are checked against the constructors that they name, and
-`augment` against `pipelines.policy`. What no machine can mean is out of bounds, before anything is allocated.
+What has a `_target_` (the groups `data`, `detector`, `method`, `pipeline` and `launcher`, the optimiser, the decay, the
+loggers) is checked against the constructor that it names, and `augment` against `pipelines.policy`. What no machine can
+mean is out of bounds, before anything is allocated.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Annotated, Any, Literal
 from harness.core.validate import File, Images, Limits, Name, Pixels, Positive, Seed, Share, Steps, Threads
 from harness.splits.protocols import Fold, Percent, SplitOptions
 
+LoggerName = Literal["tensorboard", "wandb", "mlflow"]
+Decay = Literal["flat", "step", "linear", "cosine"]
 Milestone = Annotated[
     float,
     Limits(gt=0, le=1e9, words="a step, or below 1 a fraction of the schedule, above 0: [120000,160000], or []"),
@@ -62,7 +65,7 @@ class Logging:
     """The keys of `logging`: how often lines are written, and where else scalars go."""
 
     every: Steps
-    loggers: list[Literal["tensorboard", "wandb", "mlflow"]]
+    loggers: list[LoggerName | dict[str, Any]]  # a `_target_` and its keys for one that is not shipped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,14 +81,19 @@ class Profile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optimizer:
-    """The keys of `optimizer`."""
+class Predict:
+    """The keys of `predict`."""
 
-    name: Literal["sgd", "adamw"]
+    score: Share
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """The keys of `schedule.optimizer` that the program reads; its `_target_` takes the others."""
+
     lr: Annotated[float, Limits(gt=0, le=1000)]
     weight_decay: Annotated[float, Limits(ge=0, le=1000)]
     decay_norm_and_bias: bool
-    momentum: Share | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,39 +101,14 @@ class Schedule:
     """The keys of `schedule`."""
 
     steps: Steps
-    optimizer: Optimizer
+    optimizer: dict[str, Any]
     warmup_steps: Annotated[int, Limits(ge=0, le=10**9)]
     warmup_factor: Annotated[float, Limits(ge=0, le=1000)]
-    decay: Literal["flat", "step", "linear", "cosine"]
+    decay: Decay | dict[str, Any]  # a `_target_` and its keys for one that is not shipped
     decay_start: Share
     milestones: list[Milestone]
     decay_factor: Annotated[float, Limits(ge=0, le=1000)]
     clip_norm: Positive | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Launcher:
-    """The keys of `launcher`."""
-
-    name: Literal["local", "slurm"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Slurm:
-    """The keys of `slurm`."""
-
-    name: Literal["slurm"]
-    cluster: Literal["slurm", "local"]
-    nodes: Annotated[int, Limits(ge=1, le=1024)]
-    partition: str | None
-    account: str | None
-    minutes: Annotated[int, Limits(ge=1, le=10**6)]
-    cpus_per_device: Annotated[int, Limits(ge=1, le=1024)]
-    memory_gb: Annotated[float, Limits(gt=0, le=100_000)] | None
-    parameters: dict[str, Any]
-    requeues: Annotated[int, Limits(ge=0, le=10_000)]
-    logs: File | None
-    wait: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +124,9 @@ class Suite:
     method_overrides: dict[str, list[str]] = field(default_factory=dict)
     jobs: Annotated[int, Limits(ge=1, le=1024)] | None = None
     cost: dict[str, Positive] = field(default_factory=dict)
+    wait: bool | None = None
+    retry_failed: bool = True
+    status: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +191,10 @@ class Config:
     run_dir: File | None
     profile: Profile
     out: File | None
+    model: File | None
+    network: Literal["student", "teacher"] | None
+    images: File | Annotated[list[File], Limits(least=1)] | None
+    predict: Predict
     cache_dir: File | None
     preset_name: Name | None
     cli: Cli
@@ -217,4 +207,5 @@ class MethodKeys:
 
     name: Name
     augment: Name
+    unlabeled: bool | None = None  # whether it draws unlabelled images; None: its class's views say so
     offline: Offline | None = None

@@ -6,13 +6,13 @@ Boxes are xyxy; leading dimensions are batch dimensions. Sizes are (height, widt
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torchvision
 from torch import Tensor
 
-from harness.core.types import ImageSource, Target, View
+from harness.core.types import Target, View
 
 MAX_LOG_SCALE = math.log(1000.0 / 16)  # no regression makes a box more than 62.5 times larger
 _LARGEST_JOINT_NMS = 20_000  # boxes; the bit mask of NMS on a GPU grows with the square
@@ -61,24 +61,19 @@ def transform_boxes(boxes: Tensor, matrices: Tensor) -> Tensor:
     return torch.stack([mapped_x.amin(-1), mapped_y.amin(-1), mapped_x.amax(-1), mapped_y.amax(-1)], -1)
 
 
-def transform_source(source: ImageSource, ids: Tensor, view: View) -> list[Target]:
-    """Annotated boxes in the pixels of a view: clipped to its valid size, without those that lie outside.
+def targets_in_view(targets: Sequence[Target], view: View) -> list[Target]:
+    """Boxes in original pixels in those of a view: clipped to its valid size, without those that lie outside.
 
     Args:
-        source: images with boxes.
-        ids: (B,) which of them the view shows, in its order.
+        targets: of the view's B images.
         view: B images.
     """
-    order = np.argsort(source.ids, kind="stable")
-    wanted = ids.cpu().numpy()
-    rows = order[np.searchsorted(source.ids, wanted, sorter=order)]
-    assert (source.ids[rows] == wanted).all(), "an image of the view is not in the source"
-    targets = []
-    for row, size, matrix in zip(rows.tolist(), view.sizes, view.to_view, strict=True):
-        target = source.target(row).to(view.to_view.device)
+    seen = []
+    for target, size, matrix in zip(targets, view.sizes, view.to_view, strict=True):
+        target = target.to(matrix.device)
         boxes = clip_boxes(transform_boxes(target.boxes, matrix)[None], size[None].to(matrix.device))[0]
-        targets.append(Target(boxes, target.labels, target.scores)[is_large_enough(boxes)])
-    return targets
+        seen.append(Target(boxes, target.labels, target.scores)[is_large_enough(boxes)])
+    return seen
 
 
 def between_views(source: Tensor, destination: Tensor) -> Tensor:

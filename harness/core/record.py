@@ -121,11 +121,11 @@ def _misfit(raw: dict[str, Any], record: RunRecord) -> str | None:
             most = _MOST.get(key, 2**63 - 1)
             if isinstance(number, int | float) and not 0 <= number <= most * (1 + 1e-9):  # a mean may round up
                 return f"{key} is {str(number)[:30]}, not within 0 to {most}"
-    for key in ("scores", "per_class"):
+    for key, most in (("scores", 100), ("per_class", 100), ("errors", 2**53)):
         for name, metrics in getattr(record, key).items():
             for metric, number in metrics.items():
-                if number is not None and not 0 <= number <= 100 * (1 + 1e-9):
-                    return f"{key}.{name}.{metric} is {str(number)[:30]}, not within 0 to 100"
+                if number is not None and not 0 <= number <= most * (1 + 1e-9):
+                    return f"{key}.{name}.{metric} is {str(number)[:30]}, not within 0 to {most}"
     return None
 
 

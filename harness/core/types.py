@@ -94,16 +94,7 @@ class Batch:
         Tensor  # (Bl,) int64, random key of (seed, step, slot), on the training device; see harness.data.sampling
     )
     unlabeled_keys: Tensor  # (Bu,) int64
-
-    @property
-    def weak(self) -> View | None:
-        """The unlabelled images as the teacher sees them, where the method asks for that view."""
-        return self.unlabeled.get("weak")
-
-    @property
-    def strong(self) -> View | None:
-        """The unlabelled images as the student sees them; row i shows the same image as row i of `weak`."""
-        return self.unlabeled.get("strong")
+    lane: int = 0  # which micro-batch of the step it is, over all devices
 
     @property
     def images_seen(self) -> int:
@@ -282,6 +273,7 @@ class RunRecord:
     ap_l: float | None = None
     scores: dict[str, dict[str, float | None]] = field(default_factory=dict)  # network -> metric -> value
     per_class: dict[str, dict[str, float | None]] = field(default_factory=dict)  # class -> metric -> value, reported
+    errors: dict[str, dict[str, float | None]] = field(default_factory=dict)  # kind -> count, lost_ap50; reported
     pseudo_precision: float | None = None  # 0..1, IoU 0.5 and class, against hidden ground truth
     pseudo_recall: float | None = None
     pseudo_iou: float | None = None

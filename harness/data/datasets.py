@@ -35,6 +35,7 @@ class Dataset:
     open_unlabeled: Callable[[], CocoIndex] | None = None
     no_unlabeled: str = "the dataset names none"  # why `unlabeled` is None, for the message when it is asked for
     annotation_files: tuple[Path, ...] = ()  # what an export must not replace
+    voc_ap: bool = False  # VOC's own AP50 is of interest beside COCO's AP
 
     @cached_property
     def unlabeled(self) -> CocoIndex | None:

@@ -78,13 +78,13 @@ def voc_dataset(
     missing = [base / file for file in unlabeled if not (base / file).exists()]
     if missing or not unlabeled:
         why = f"{missing[0]} is not there" if missing else "data.unlabeled names no list"
-        return Dataset(name, first, second, None, why)
+        return Dataset(name, first, second, None, why, voc_ap=True)
 
     def open_unlabeled() -> CocoIndex:
         third = open_part(unlabeled, first.category_names)
         return with_ids_from(third, len(first) + len(second) + 1)
 
-    return Dataset(name, first, second, open_unlabeled)
+    return Dataset(name, first, second, open_unlabeled, voc_ap=True)
 
 
 def _as_list(lists: str | Sequence[str]) -> list[str]:

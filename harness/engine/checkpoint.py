@@ -18,7 +18,7 @@ from harness.core import checksum, files
 from harness.core.escape import plain
 from harness.core.readback import Count, convert
 from harness.core.types import RunError, UserError
-from harness.engine.loop import Counters
+from harness.engine.loop import Counters, todays_counters
 
 _NAME = re.compile(r"step-([0-9]{8,})\.pt")
 
@@ -117,6 +117,8 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         raise UserError(f"the checkpoint {path} is damaged ({why}): delete it and start again") from error
     if not isinstance(state, dict) or not {"step", "method", "identity"} <= state.keys():
         raise UserError(f"{path} is not a checkpoint of ssodbench: name a file that a run wrote")
+    if "counters" in state:
+        state["counters"] = todays_counters(state["counters"])
     if wrong := _misfit(path, state):
         raise UserError(f"the checkpoint {path} is damaged ({wrong}): delete it and start again")
     return state

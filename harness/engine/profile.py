@@ -21,6 +21,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
+from harness.config.step import StepShape
 from harness.core.console import Console
 from harness.core.distributed import join, resolve_device
 from harness.core.files import require_writable, write_atomically
@@ -175,7 +176,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             settings = OmegaConf.merge(OmegaConf.load(_PIPELINES / f"{name}.yaml"), {"threads": threads})
             changed = OmegaConf.merge(cfg, {"pipeline": settings})
             assert isinstance(changed, DictConfig)
-            sampler = _Finite(len(source), 0, batch, 0, seed=int(cfg.seed or 0))
+            sampler = _Finite(len(source), 0, StepShape(batch, 0), seed=int(cfg.seed or 0))
             pipeline = build.pipeline(changed, world, Normalize(), Views(views), sampler, source)
             stack.enter_context(closing(pipeline))
             works[name] = _train(pipeline, sampler)

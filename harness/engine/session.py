@@ -31,11 +31,14 @@ from harness.core.lock import RunLock
 from harness.core.record import environment, read_record, write_record
 from harness.core.stopping import Interrupted, StopRequest
 from harness.core.types import RunRecord, UserError
+from harness.data.ground_truth import from_index
 from harness.engine import build, checkpoint, offline
+from harness.engine.analysis import MATCHES, analyse, errors_by_kind
 from harness.engine.build import Experiment
 from harness.engine.evaluate import METRICS, evaluate, write_predictions
 from harness.engine.log import RunLog
-from harness.engine.loop import Counters, train
+from harness.engine.loop import REPORTED_MEASURES, Counters, train
+from harness.engine.matches import write_matches
 
 
 def say(world: World, text: str) -> None:
@@ -221,6 +224,7 @@ class _Session:
             "counters": dataclasses.asdict(self.counters),
             "detector": self.run_.method.networks()[self.run_.method.reported].name,
             "classes": list(self.run_.data.dataset.train.category_names),
+            "category_ids": self.run_.data.dataset.train.category_ids.tolist(),
         }
 
     def _pipeline_state(self) -> dict[str, Any]:
@@ -278,8 +282,20 @@ class _Session:
         self.record.weights_sha256 = build.weights_sha256(self.run_.method.networks()[reported])
         self._pipeline_state()  # the evaluation may have met bad images
         if self.world.is_main:
-            write_predictions(self.run_dir / "predictions.json", self.predictions[reported])
+            self._analyse()
         self._write_record("ok")
+
+    def _analyse(self) -> None:
+        """What the report reads beside COCO's metrics: in the record, in predictions.json and in matches.npz."""
+        dataset, reported = self.run_.data.dataset, self.run_.method.reported
+        truth = from_index(dataset.val)
+        found = {name: analyse(rows, truth, dataset.voc_ap) for name, rows in self.predictions.items()}
+        for name, analysis in found.items():
+            self.record.scores[name] |= {key: v for key, v in analysis.scores.items() if key not in METRICS}
+        self.record.per_class = found[reported].per_class
+        self.record.errors = errors_by_kind(self.predictions[reported], truth)
+        write_predictions(self.run_dir / "predictions.json", self.predictions[reported])
+        write_matches(self.run_dir / MATCHES, found[reported].matches)
 
     def _write_record(self, status: str, error: str | None = None, alone: bool = False) -> None:
         """Writes record.json with what is known by now; rank 0 does, or one that is `alone` with an error."""
@@ -293,9 +309,9 @@ class _Session:
         if counters.train_seconds:
             record.images_per_s = (counters.images_labeled + counters.images_unlabeled) / counters.train_seconds
             record.data_stall = counters.wait_seconds / counters.train_seconds
-        if counters.pseudo_count:
-            means = [value / counters.pseudo_count for value in counters.pseudo]
-            record.pseudo_precision, record.pseudo_recall, record.pseudo_iou = means
+        if counters.measurements:
+            for name in REPORTED_MEASURES:
+                setattr(record, f"pseudo_{name}", counters.measured[name] / counters.measurements)
         record.peak_memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         if world.device.type == "cuda":
             record.peak_gpu_memory_mb = torch.cuda.max_memory_allocated() / 2**20

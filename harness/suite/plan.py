@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -36,7 +37,8 @@ class Cell:
     needs: Cell | None = None  # the cell whose checkpoint this one starts from
     cost: float = 1.0  # relative time
     urgency: float = 0.0  # its cost and that of what waits for it
-    state: str = "waiting"  # waiting, running, ok, failed, skipped, interrupted
+    # waiting, running, held (another process runs it), ok, failed, skipped (its first stage failed), interrupted
+    state: str = "waiting"
     reason: str | None = None
     progress: Progress | None = None
 
@@ -76,6 +78,7 @@ def plan(cfg: DictConfig) -> list[Cell]:
     wanted = list(product(percents, folds, seeds, methods))
     if suite.get("reference"):
         wanted += [(100.0, fold, seed, BASELINE) for fold, seed in product(folds, seeds)]
+    _check_named(suite, config_dirs)
     suite_dir = Path(cfg.runs_dir) / suite.name
     wanted = list(dict.fromkeys(wanted))
     named = dict.fromkeys(method for *_, method in wanted)
@@ -102,6 +105,18 @@ def plan(cfg: DictConfig) -> list[Cell]:
     _check_apart(cells)
     _link(cells)
     return cells
+
+
+def _check_named(suite: DictConfig, config_dirs: list[str]) -> None:
+    """Raises UserError where `suite.cost` or `suite.method_overrides` names a method that there is not."""
+    folders = [checks.CONF_DIR, *map(Path, config_dirs)]
+    known = {file.stem for folder in folders for file in (folder / "method").glob("*.yaml")} | set(suite.methods)
+    for key in ("cost", "method_overrides"):
+        for method in suite.get(key) or {}:
+            if method not in known:
+                near = difflib.get_close_matches(str(method), sorted(known), 1)
+                hint = f"did you mean {near[0]}?" if near else f"choose of {', '.join(sorted(known))}"
+                raise UserError(f"suite.{key}.{method} names no method: {hint}")
 
 
 def _check_apart(cells: list[Cell]) -> None:
@@ -167,6 +182,16 @@ def standing(cell: Cell) -> str:
             "runs_dir=DIR to start a new suite, or delete that folder"
         )
     return "ok"
+
+
+def first_state(cell: Cell, retry_failed: bool) -> tuple[str, str | None]:
+    """A cell's state and its reason before anything is run: `standing`, or failed where that is not tried again."""
+    state = standing(cell)
+    if state == "waiting" and not retry_failed and (cell.run_dir / "record.json").exists():
+        record = read_record(cell.run_dir / "record.json")
+        if record.status == "failed":
+            return "failed", record.error
+    return state, None
 
 
 def write_plan(suite_dir: Path, cfg: DictConfig, cells: list[Cell]) -> None:

@@ -19,6 +19,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
+from harness.config.step import StepShape
 from harness.core.types import Batch, ImageSource, UserError, Views
 from harness.data.sampling import BatchSampler
 from harness.launch.local import _explain
@@ -68,7 +69,8 @@ def copies(photos: ImageSource, tmp_path: Path) -> ImageSource:
 
 
 def arguments(source: ImageSource, batch: int = 5) -> dict[str, Any]:
-    return {"views": Views(("labeled",)), "sampler": BatchSampler(len(source), 0, batch, 0, seed=3), "labeled": source}
+    sampler = BatchSampler(len(source), 0, StepShape(batch, 0), seed=3)
+    return {"views": Views(("labeled",)), "sampler": sampler, "labeled": source}
 
 
 def take(pipeline: Any, count: int, start: int = 0) -> list[Batch]:

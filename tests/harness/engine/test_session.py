@@ -25,11 +25,17 @@ import harness.engine.loggers
 import harness.engine.session
 from detectors.methods.supervised import Supervised
 from harness.cli import main
-from harness.core import lock, readback
+from harness.config import saved
+from harness.core import lock
 from harness.core.stopping import stop_signals
 from harness.core.types import Batch
+from harness.data.drawing import CLASSES
 from harness.engine import checkpoint, pretrain
+from harness.engine.accumulate import scores
+from harness.engine.errors import KINDS
+from harness.engine.evaluate import METRICS
 from harness.engine.loop import RunError
+from harness.engine.matches import read_matches
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -89,7 +95,7 @@ def test_same_command_in_two_folders_gives_the_same_bits(cache: Path, tmp_path: 
     assert one["status"] == "ok"
     assert one["ap"] is not None
     assert one["reported_network"] in ("student", "teacher")
-    assert one["ap"] == one[f"{one['reported_network']}_ap"]
+    assert one["ap"] == one["scores"][one["reported_network"]]["ap"]
     assert one["labeled_images"] == 8
     assert _outcome(tmp_path / "one") == _outcome(tmp_path / "two")
 
@@ -313,7 +319,7 @@ def test_folder_in_which_nothing_was_trained_takes_another_configuration(
     assert main(_command(cache, tmp_path / "run", "logging.loggers=[wandb]")) == 2
     assert "wandb, which is not installed" in capfd.readouterr().err
     assert main(_command(cache, tmp_path / "run", "schedule.optimizer.lr=0.001")) == 0
-    assert readback.read_config(tmp_path / "run").schedule.optimizer.lr == 0.001
+    assert saved.read_config(tmp_path / "run").schedule.optimizer.lr == 0.001
 
 
 # Batches of an evaluation: 3 per network, two networks after 6 steps, two at the end.
@@ -412,9 +418,22 @@ def test_share_below_one_image_is_refused(cache: Path, tmp_path: Path, capfd: py
 
 def test_evaluate_scores_a_run_again(cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(_command(cache, tmp_path / "run")) == 0
+    record, file = _record(tmp_path / "run"), tmp_path / "run/matches.npz"
+    kept = scores(read_matches(file))
+    for metric in METRICS:
+        assert kept[metric] == pytest.approx(record[metric], abs=1e-9)
+    assert record["scores"][record["reported_network"]]["ar"] == pytest.approx(kept["ar"])
+    assert set(record["per_class"]) == set(CLASSES)
+    assert set(record["errors"]) == set(KINDS)
+    file.unlink()
+    assert (
+        main(["evaluate", f"run_dir={tmp_path / 'run'}", f"cache_dir={cache}", "evaluation.score_threshold=0.1"]) == 0
+    )
+    assert not file.exists()
     assert main(["evaluate", f"run_dir={tmp_path / 'run'}", f"cache_dir={cache}"]) == 0
-    again = json.loads((tmp_path / "run" / "evaluation_0.05.json").read_text())
-    assert again["networks"]["student"]["ap"] == _record(tmp_path / "run")["scores"]["student"]["ap"]
+    assert scores(read_matches(file)) == pytest.approx(kept, abs=0.01)
+    scored = json.loads((tmp_path / "run" / "evaluation_0.05.json").read_text())
+    assert scored["networks"]["student"]["ap"] == _record(tmp_path / "run")["scores"]["student"]["ap"]
     assert "ap50" in capfd.readouterr().out
 
 

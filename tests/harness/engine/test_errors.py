@@ -9,8 +9,8 @@ import pytest
 
 from harness.data.ground_truth import GroundTruth, from_coco
 from harness.engine.accumulate import scores
+from harness.engine.errors import KINDS, LEFT_OUT, classify, error_table
 from harness.engine.matches import match
-from harness.report.errors import KINDS, LEFT_OUT, classify, error_table
 from tests.harness.engine.evaluations import random_predictions, random_truth
 
 A, B = 1, 2  # two classes
