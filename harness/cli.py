@@ -79,10 +79,10 @@ def _run(given: list[str], places: dict[str, str]) -> int:
     if known.command not in _COMMANDS:
         hint = near(known.command, _COMMANDS) or f": choose one of {', '.join(_COMMANDS)}"
         raise UserError(f"the command {known.command} is not known{hint}")
-    from harness.config import compose
+    from harness.config import compose, paths
 
     cfg = compose.load(known.overrides, known.config_dir)
-    places.update(compose.places(cfg))
+    places.update(paths.places(cfg))
     code: int = importlib.import_module(f"harness.commands.{known.command}").run(cfg)
     _flush_output()
     return code

@@ -12,7 +12,9 @@ from omegaconf import DictConfig
 from rich.table import Table
 from rich.text import Text
 
-from harness.config import compose, saved
+from harness.config import saved
+from harness.config.identity import config_sha256, differences, identity, is_circumstance, without_circumstances
+from harness.config.names import group_name
 from harness.core import distributed
 from harness.core.console import STDERR, Console
 from harness.core.escape import literal
@@ -117,18 +119,18 @@ def _refuse_unused(cfg: DictConfig, given: set[str], trained: DictConfig) -> Non
     """
     finds = "run_dir" not in given
     for key in sorted(given.difference(_USED)):
-        if not finds or compose.is_circumstance(key):
+        if not finds or is_circumstance(key):
             raise UserError(
                 f"evaluate does not use {key}: leave it out; besides run_dir it takes {', '.join(_USED[2:])}"
             )
     if not finds:
         return
-    before, now = compose.identity(trained), compose.identity(cfg)
+    before, now = identity(trained), identity(cfg)
     for plain in (before, now):
         plain.pop("pipeline", None)
         for key in ("score_threshold", "batch"):
             plain["evaluation"].pop(key, None)
-    differing = compose.differences(before, now)
+    differing = differences(before, now)
     if differing:
         raise UserError(
             f"the run in {cfg.run_dir} was trained with other settings ({'; '.join(differing[:5])}), which evaluate "
@@ -136,17 +138,17 @@ def _refuse_unused(cfg: DictConfig, given: set[str], trained: DictConfig) -> Non
         )
 
 
-def _refuse_foreign(run_dir: Path, file: Path, identity: dict[str, str], trained: DictConfig) -> None:
+def _refuse_foreign(run_dir: Path, file: Path, found: dict[str, str], trained: DictConfig) -> None:
     """Refuses a checkpoint, or a record, that another run has written.
 
     Raises:
         UserError: naming it, and what differs.
     """
-    own = {"config": compose.config_sha256(trained)}
+    own = {"config": config_sha256(trained)}
     path = run_dir / "record.json"
     if path.exists():
         record = read_record(path)
-        differing = compose.differences(compose.without_circumstances(record.config), compose.identity(trained))
+        differing = differences(without_circumstances(record.config), identity(trained))
         if differing:
             raise UserError(
                 f"{path} is of another run than {run_dir / 'config.yaml'} ({'; '.join(differing[:3])}): put the files "
@@ -158,7 +160,7 @@ def _refuse_foreign(run_dir: Path, file: Path, identity: dict[str, str], trained
             "dataset": record.dataset_sha256,
             "evaluation set": record.val_sha256,
         }
-    differing = [what for what, value in own.items() if value and identity.get(what) != value]
+    differing = [what for what, value in own.items() if value and found.get(what) != value]
     if differing:
         raise UserError(
             f"the checkpoint {file} is of another run than the rest of {run_dir}, it has another "
@@ -188,7 +190,7 @@ def _some(names: list[str]) -> str:
 
 
 def _file_name(cfg: DictConfig, other: bool, threshold: float) -> str:
-    data = re.sub(r"[^A-Za-z0-9_.-]", "-", f"{compose.group_name(cfg, 'data')}_") if other else ""
+    data = re.sub(r"[^A-Za-z0-9_.-]", "-", f"{group_name(cfg, 'data')}_") if other else ""
     return f"evaluation_{data}{threshold:g}.json"
 
 

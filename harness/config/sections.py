@@ -26,3 +26,11 @@ def _section(kind: type[T], cfg: DictConfig, key: str) -> T:
     plain = OmegaConf.to_container(cfg[key], resolve=True)
     assert isinstance(plain, dict)
     return validate.make(kind, {str(name): value for name, value in plain.items()}, key)
+
+
+def evaluation_interval(cfg: DictConfig) -> int | None:
+    """Steps between evaluations; a value below 1 is a fraction of the schedule."""
+    every = cfg.evaluation.every
+    if every is None:
+        return None
+    return max(1, round(every * cfg.schedule.steps)) if every < 1 else int(every)

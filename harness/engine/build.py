@@ -16,8 +16,9 @@ from detectors.detector import Detector
 from detectors.methods.method import Method
 from detectors.weights import Generated
 from harness.config import checks as config_checks
-from harness.config import compose, sections
+from harness.config import sections
 from harness.config.make import make
+from harness.config.names import cell_name
 from harness.core.distributed import World
 from harness.core.types import ImageSource, Normalize, Pipeline, Split, UserError, Views
 from harness.data import prepare
@@ -246,7 +247,7 @@ def check_split(cfg: DictConfig, opened: Dataset) -> None:
             refuse_no_unlabeled(cfg)
     except UserError as error:
         raise UserError(
-            f"the cell {compose.cell_name(cfg)} cannot be run: {error}; suite.methods, suite.percents and suite.folds "
+            f"the cell {cell_name(cfg)} cannot be run: {error}; suite.methods, suite.percents and suite.folds "
             "say which cells there are"
         ) from error
 

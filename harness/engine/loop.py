@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from detectors.methods.method import Method
-from harness.config.compose import evaluation_interval
+from harness.config.sections import evaluation_interval
 from harness.core.distributed import (
     FlatGradients,
     average_buffers,

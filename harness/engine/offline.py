@@ -25,6 +25,8 @@ from omegaconf import DictConfig, OmegaConf
 from detectors.detector import Detector
 from detectors.methods.pseudo_labels import label_offline, offline_quality
 from harness.config import compose
+from harness.config.identity import config_sha256
+from harness.config.names import cell_name
 from harness.core import checksum, distributed, readback
 from harness.core.files import write_atomically
 from harness.core.readback import Count
@@ -92,7 +94,7 @@ def _made_by(cfg: DictConfig, stage_one: DictConfig, data: Data) -> dict[str, st
     thresholds = OmegaConf.to_container(cfg.method.offline, resolve=True)
     assert isinstance(thresholds, dict)
     given = thresholds.pop("checkpoint", None)
-    stage: str | None = compose.config_sha256(stage_one)
+    stage: str | None = config_sha256(stage_one)
     if given is not None:
         try:
             stage = hashlib.sha256(checkpoint.find(Path(str(given))).read_bytes()).hexdigest()
@@ -137,7 +139,7 @@ def _stage_one_checkpoint(
     given = cfg.method.offline.get("checkpoint")
     if given is not None:
         return _finished(checkpoint.find(Path(given)))
-    before = Path(cfg.runs_dir) / "train" / compose.cell_name(stage_one)
+    before = Path(cfg.runs_dir) / "train" / cell_name(stage_one)
     if distributed.from_main(world, lambda: _is_run_of(before, stage_one)):
         return checkpoint.find(before)
     train(stage_one, world, stop)
@@ -150,7 +152,7 @@ def _is_run_of(run_dir: Path, cfg: DictConfig) -> bool:
     if not path.exists() or not checkpoint.checkpoints(run_dir):
         return False
     record = read_record(path)
-    return record.status == "ok" and record.config_sha256 == compose.config_sha256(cfg)
+    return record.status == "ok" and record.config_sha256 == config_sha256(cfg)
 
 
 def _finished(file: Path) -> Path:

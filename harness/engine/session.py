@@ -20,7 +20,9 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from harness.config import compose, saved
+from harness.config import saved
+from harness.config.identity import config_sha256, differences, identity, without_circumstances
+from harness.config.names import cell_name
 from harness.core import distributed
 from harness.core.console import STDERR
 from harness.core.distributed import World
@@ -80,16 +82,16 @@ def _is_finished(cfg: DictConfig, run_dir: Path) -> bool:
     Raises:
         UserError: when something was trained in the folder under another configuration.
     """
-    path, own = run_dir / "record.json", compose.identity(cfg)
+    path, own = run_dir / "record.json", identity(cfg)
     record = read_record(path) if path.exists() else None
     finished = record is not None and record.status == "ok"
-    if record is not None and finished and record.config_sha256 != compose.config_sha256(cfg):
-        before = compose.without_circumstances(copy.deepcopy(record.config))
-        checkpoint.refuse_foreign(run_dir, compose.differences(before, own) or ["its record is of another run"])
+    if record is not None and finished and record.config_sha256 != config_sha256(cfg):
+        before = without_circumstances(copy.deepcopy(record.config))
+        checkpoint.refuse_foreign(run_dir, differences(before, own) or ["its record is of another run"])
     is_run = (run_dir / "config.yaml").exists()
     if is_run and (finished or checkpoint.checkpoints(run_dir)):
-        before = compose.identity(saved.read_config(run_dir))
-        checkpoint.refuse_foreign(run_dir, compose.differences(before, own))
+        before = identity(saved.read_config(run_dir))
+        checkpoint.refuse_foreign(run_dir, differences(before, own))
     return finished and is_run
 
 
@@ -139,7 +141,7 @@ class _Session:
         self.log = RunLog(
             self.run_dir,
             steps=int(self.cfg.schedule.steps),
-            title=compose.cell_name(self.cfg),
+            title=cell_name(self.cfg),
             every=int(self.cfg.logging.every),
             loggers=list(self.cfg.logging.loggers),
             start_step=self.counters.step,
@@ -166,7 +168,7 @@ class _Session:
     def _identity(self) -> dict[str, str]:
         data = self.run_.data
         identity = {
-            "config": compose.config_sha256(self.cfg),
+            "config": config_sha256(self.cfg),
             "split": data.split.sha256,
             "dataset": data.dataset.train.sha256,
             "evaluation set": data.dataset.val.sha256,
@@ -183,7 +185,7 @@ class _Session:
         if state is None:
             return
         own = {key: value for key, value in self._identity().items() if key in state["identity"]}  # old ones have fewer
-        checkpoint.refuse_foreign(self.run_dir, compose.differences(state["identity"], own))
+        checkpoint.refuse_foreign(self.run_dir, differences(state["identity"], own))
         try:
             self.run_.method.load_state_dict(state["method"])
             checkpoint.take_up(self.run_.optimizer, state["optimizer"])
@@ -338,7 +340,7 @@ def new_record(run_: Experiment, extra: offline.Extra) -> RunRecord:
     environ = environment()
     network = method.networks()[method.reported]
     record = RunRecord(
-        cell=compose.cell_name(cfg),
+        cell=cell_name(cfg),
         suite=os.environ.get("SSODBENCH_SUITE"),
         method=cfg.method.name,
         preset=str(cfg.get("preset_name", "")),
@@ -373,11 +375,11 @@ def new_record(run_: Experiment, extra: offline.Extra) -> RunRecord:
         pseudo_recall=extra.quality.get("recall"),
         pseudo_iou=extra.quality.get("iou"),
         score_threshold=float(cfg.evaluation.score_threshold),
-        config_sha256=compose.config_sha256(cfg),
+        config_sha256=config_sha256(cfg),
         commit=environ.pop("commit", None),
         command=shlex.join(["ssodbench", "train", *cfg.cli.overrides]),
         started=_now(),
         environment=environ,
     )
-    record.config = compose.identity(cfg)
+    record.config = identity(cfg)
     return record

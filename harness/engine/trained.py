@@ -21,7 +21,9 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from detectors.detector import Detector
-from harness.config import compose, saved
+from harness.config import saved
+from harness.config.identity import config_sha256, differences, without_circumstances
+from harness.config.names import cell_name, group_name
 from harness.core import files, readback
 from harness.core.distributed import World
 from harness.core.record import read_record
@@ -137,8 +139,8 @@ def of_run(run_dir: Path, network: str | None, cache_dir: str) -> Trained:
         normalize=_plain(detector.normalize),
         network=name,
         step=int(state["step"]),
-        cell=compose.cell_name(cfg),
-        dataset=compose.group_name(cfg, "data"),
+        cell=cell_name(cfg),
+        dataset=group_name(cfg, "data"),
         method=str(cfg.method.get("name", "")),
         config_sha256=state["identity"].get("config", ""),
         pretraining=pretraining,
@@ -153,11 +155,11 @@ def refuse_foreign(run_dir: Path, file: Path, identity: Mapping[str, str], train
     Raises:
         UserError: naming it, and what differs.
     """
-    own = {"config": compose.config_sha256(trained)}
+    own = {"config": config_sha256(trained)}
     path = run_dir / "record.json"
     if path.exists():
         record = read_record(path)
-        differing = compose.differences(compose.without_circumstances(record.config), compose.identity(trained))
+        differing = differences(without_circumstances(record.config), identity(trained))
         if differing:
             raise UserError(
                 f"{path} is of another run than {run_dir / 'config.yaml'} ({'; '.join(differing[:3])}): put the files "

@@ -19,7 +19,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from harness.config.checks import step_shape
-from harness.config.compose import places
+from harness.config.paths import places
 from harness.core import distributed, escape
 from harness.core.console import STDERR, settle
 from harness.core.distributed import World

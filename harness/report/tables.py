@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 
-from harness.config import compose
+from harness.config.identity import differences, without_circumstances
 from harness.core.files import refusal, trouble
 from harness.core.readback import PlannedCell, read_plan
 from harness.core.record import BASELINE, read_record
@@ -316,7 +316,7 @@ def _variable_part(record: RunRecord) -> dict[str, Any]:
     if not record.config:
         keys = ("steps", "augment", "pipeline", "batch_labeled", "batch_unlabeled", "micro_batch", "reported_network")
         return {key: getattr(record, key) for key in keys} if record.status == "ok" else {}
-    plain = compose.without_circumstances(copy.deepcopy(record.config))
+    plain = without_circumstances(copy.deepcopy(record.config))
     plain.pop("seed", None)
     split = plain.get("split")
     if isinstance(split, dict):
@@ -332,7 +332,7 @@ def _name_variants(runs: list[Run]) -> None:
         return
     commonest = json.loads(str(texts.mode().iloc[0]))
     for one, part in zip(runs, parts, strict=True):
-        differing = compose.differences(commonest, part) if part else []
+        differing = differences(commonest, part) if part else []
         values = [line.split(": ", 1)[0] + "=" + line.rsplit(" -> ", 1)[1] for line in differing]
         one.variant = ", ".join(values[:3]) + (f" and {len(values) - 3} more" if len(values) > 3 else "")
 

@@ -366,6 +366,9 @@ PROTOCOLS: dict[str, SplitProtocol] = {
 }
 
 
+_LARGEST = 2**63 - 1  # that an id can be
+
+
 def labeled_count(total: int, percent: float) -> int:
     """How many positions the scripts of STAC, mmdetection and Soft Teacher draw."""
     return int(percent / 100.0 * total)
@@ -406,7 +409,7 @@ def _integers(values: Any, what: str) -> np.ndarray:
     """(K,) int64 of a list of whole numbers."""
     try:
         array = np.asarray(values)
-        if array.size and array.dtype.kind not in "iu":
+        if array.size and (array.dtype.kind not in "iu" or array.max() > _LARGEST):
             raise ValueError
         return array.astype(np.int64).reshape(-1)
     except (ValueError, TypeError, OverflowError) as error:

@@ -14,6 +14,8 @@ import msgspec
 from omegaconf import DictConfig, OmegaConf
 
 from harness.config import checks, compose
+from harness.config.identity import config_sha256, differences, identity, without_circumstances
+from harness.config.names import cell_name, group_name
 from harness.core.files import write_atomically
 from harness.core.readback import Progress
 from harness.core.record import BASELINE, read_record
@@ -95,7 +97,7 @@ def plan(cfg: DictConfig) -> list[Cell]:
         share = int(percent) if percent == int(percent) else percent
         own = [f"split.percent={share}", f"split.fold={fold}", f"seed={number}"]
         cell_cfg = _with_place(composed[method], share, fold, number)
-        name = compose.cell_name(cell_cfg)
+        name = cell_name(cell_cfg)
         run_dir = suite_dir / name
         cost = float((suite.get("cost") or {}).get(method, 1.0))
         given = [*extra[method], *own, f"run_dir={run_dir}"]
@@ -172,8 +174,8 @@ def standing(cell: Cell) -> str:
     record = read_record(path)
     if record.status != "ok":
         return "waiting"
-    if record.config_sha256 != compose.config_sha256(cell.cfg):
-        differing = compose.differences(compose.without_circumstances(record.config), compose.identity(cell.cfg))
+    if record.config_sha256 != config_sha256(cell.cfg):
+        differing = differences(without_circumstances(record.config), identity(cell.cfg))
         shown = "; ".join(differing[:5]) or "the code's defaults"
         raise UserError(
             f"{cell.run_dir} was made with other settings ({shown}): give the same ones, set suite.name=NAME or "
@@ -197,7 +199,7 @@ def write_plan(suite_dir: Path, cfg: DictConfig, cells: list[Cell]) -> None:
     keys = ("name", "method", "percent", "fold", "seed", "state", "reason")
     rows = [
         {key: getattr(cell, key) for key in keys}
-        | {"dataset": compose.group_name(cell.cfg, "data"), "protocol": cell.cfg.split.protocol}
+        | {"dataset": group_name(cell.cfg, "data"), "protocol": cell.cfg.split.protocol}
         for cell in cells
     ]
     content = {"suite": cfg.suite.name, "cells": rows}

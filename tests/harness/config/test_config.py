@@ -19,6 +19,9 @@ from omegaconf import OmegaConf
 from detectors.methods.method import Losses, Method
 from harness import cli
 from harness.config import checks, compose
+from harness.config.identity import config_sha256, differences, identity
+from harness.config.names import cell_name
+from harness.config.paths import places, quote_path
 from harness.core import files
 from harness.core.types import Batch, UserError, Views
 from harness.engine import build
@@ -49,7 +52,7 @@ def test_detectors_are_found_under_their_old_names(family: str, depth: int) -> N
         compose.load([f"detector={family}", f"detector.depth={depth}"]),
     )
     assert new.detector.name == f"{family}_r{depth}"
-    assert compose.config_sha256(old) == compose.config_sha256(new)
+    assert config_sha256(old) == config_sha256(new)
 
 
 def test_old_names_of_detectors_work_in_files_too(tmp_path: Path) -> None:
@@ -222,7 +225,7 @@ _names = st.text(st.characters(blacklist_categories=("Cs", "Cc")), min_size=1)
 @settings(deadline=None)
 @given(_names.filter(lambda name: name[0] not in "'\"[{$" and not name.isdigit() and name != "null"))
 def test_paths_may_hold_any_character(name: str) -> None:
-    override = OverridesParser.create().parse_override(compose.quote_path(f"run_dir={name}"))
+    override = OverridesParser.create().parse_override(quote_path(f"run_dir={name}"))
     assert override.value() == name
 
 
@@ -234,8 +237,8 @@ def test_identity_ignores_circumstances_and_sees_everything_else() -> None:
     one = compose.load(["run_dir=a", "threads=1", "checkpointing.every=5"])
     two = compose.load(["run_dir=b", "threads=2", "device=cpu"])
     other = compose.load(["schedule.steps=999"])
-    assert compose.config_sha256(one) == compose.config_sha256(two)
-    assert compose.differences(compose.identity(one), compose.identity(other)) == ["schedule.steps: 600 -> 999"]
+    assert config_sha256(one) == config_sha256(two)
+    assert differences(identity(one), identity(other)) == ["schedule.steps: 600 -> 999"]
 
 
 def test_user_yaml_is_found_in_a_config_dir(tmp_path: Path) -> None:
@@ -263,12 +266,12 @@ def test_user_yaml_is_found_in_a_config_dir(tmp_path: Path) -> None:
 )
 def test_cell_name_says_what_is_labelled(split: dict[str, Any], name: str) -> None:
     cfg = compose.load([f"split.{key}={value}" for key, value in split.items()] + ["seed=1"])
-    assert compose.cell_name(cfg) == f"shapes_supervised_{name}_seed1"
+    assert cell_name(cfg) == f"shapes_supervised_{name}_seed1"
 
 
 def test_cell_names_are_safe() -> None:
     cfg = compose.load(["split.percent=0.5"])
-    assert compose.cell_name(cfg) == "shapes_supervised_soft_teacher-0.5pct-fold1_seed1"
+    assert cell_name(cfg) == "shapes_supervised_soft_teacher-0.5pct-fold1_seed1"
 
 
 def test_home_is_expanded_in_every_key_that_names_a_path(
@@ -285,7 +288,7 @@ def test_home_is_expanded_in_every_key_that_names_a_path(
     assert cfg.run_dir.startswith(f"{tmp_path}/runs_dir/train/")
     assert cfg.data.root == f"{tmp_path}/data/coco"  # from the environment, within an interpolation
     assert cfg.detector.cache_dir == f"{tmp_path}/cache_dir"
-    assert compose.places(cfg)["data.train_images"] == f"{tmp_path}/data/coco/train2017"
+    assert places(cfg)["data.train_images"] == f"{tmp_path}/data/coco/train2017"
     (tmp_path / "conf").mkdir()
     assert compose.load([], ["~/conf"]).cli.config_dirs == [f"{tmp_path}/conf"]
     assert cli.main(["config", "--config-dir=~/conf", "out=./~x"]) == 0  # a folder of that very name
@@ -305,7 +308,7 @@ IDENTITIES = {
 
 @pytest.mark.parametrize("overrides", IDENTITIES)
 def test_the_identity_of_runs_that_exist_stays(overrides: str) -> None:
-    assert compose.config_sha256(compose.load(overrides.split())) == IDENTITIES[overrides]
+    assert config_sha256(compose.load(overrides.split())) == IDENTITIES[overrides]
 
 
 def test_an_interval_of_the_preset_is_capped_and_a_given_one_is_refused() -> None:

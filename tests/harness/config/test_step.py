@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
 from harness.config import checks, compose
+from harness.config.identity import identity
 from harness.config.step import StepShape
 from harness.core.distributed import World
 from harness.core.types import UserError, Views
@@ -157,7 +158,7 @@ def test_shipped_methods_say_what_they_draw(method: str) -> None:
     cfg = compose.load([f"method={method}", "detector.weights=scratch"])
     built = build.method(cfg, build.detector(cfg, 3))
     assert cfg.method.unlabeled == bool(built.views.unlabeled) == checks.draws_unlabeled(cfg)
-    assert "unlabeled" not in compose.identity(cfg)["method"]
+    assert "unlabeled" not in identity(cfg)["method"]
     without = OmegaConf.to_container(cfg)
     assert isinstance(without, dict)
     del without["method"]["unlabeled"]  # as configurations that were saved before have it

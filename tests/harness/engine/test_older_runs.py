@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from harness.cli import main
 from harness.config import compose, moved, saved
+from harness.config.identity import config_sha256
 from harness.core.record import read_record
 
 pytestmark = pytest.mark.timeout(200)
@@ -39,8 +40,8 @@ def test_everything_that_moved_is_where_the_table_says() -> None:
 @pytest.mark.parametrize("run", ["whole", "stopped"])
 def test_saved_configuration_has_the_identity_that_it_had(run: str) -> None:
     config = saved.read_config(OLD / run)
-    assert compose.config_sha256(config) == read_record(OLD / run / "record.json").config_sha256
-    assert compose.config_sha256(compose.load(COMMAND)) == compose.config_sha256(config)
+    assert config_sha256(config) == read_record(OLD / run / "record.json").config_sha256
+    assert config_sha256(compose.load(COMMAND)) == config_sha256(config)
 
 
 def test_configuration_file_with_old_names_is_read(tmp_path: Path) -> None:

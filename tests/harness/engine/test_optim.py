@@ -18,6 +18,7 @@ from torch import nn
 
 from detectors.detector import ParameterGroup
 from harness.config import compose
+from harness.config.identity import identity
 from harness.core.distributed import FlatGradients, World
 from harness.core.types import UserError
 from harness.core.validate import Share, Steps
@@ -142,8 +143,8 @@ def test_short_names_of_optimizers_are_those_of_before(preset: str, name: str, t
     in_file = compose.load([f"preset={preset}", "schedule=mine"], [tmp_path])
     for cfg in (by_key, in_file):
         assert cfg.schedule.optimizer._target_ == f"harness.engine.optim.{name}"
-        assert compose.identity(cfg)["schedule"]["optimizer"]["name"] == name
-        assert "_target_" not in compose.identity(cfg)["schedule"]["optimizer"]
+        assert identity(cfg)["schedule"]["optimizer"]["name"] == name
+        assert "_target_" not in identity(cfg)["schedule"]["optimizer"]
         made = build_optimizer(nn.Linear(2, 2), cfg.schedule.optimizer)
         assert type(made) is {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[name]
         if name == "sgd":

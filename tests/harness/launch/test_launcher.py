@@ -8,6 +8,7 @@ import pytest
 
 from harness.cli import main
 from harness.config import compose
+from harness.config.identity import config_sha256
 
 OWN = '''
 from typing import Annotated
@@ -65,4 +66,4 @@ def test_its_keys_are_checked_before_anything_starts(
 
 def test_a_launcher_is_no_part_of_what_a_run_computes(folder: Path) -> None:
     own = compose.load(["launcher=noting"], [folder])
-    assert compose.config_sha256(own) == compose.config_sha256(compose.load(["launcher=slurm"]))
+    assert config_sha256(own) == config_sha256(compose.load(["launcher=slurm"]))

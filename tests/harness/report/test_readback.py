@@ -20,6 +20,7 @@ from rich.console import Console
 
 from harness.cli import main
 from harness.config import compose, saved
+from harness.config.identity import identity
 from harness.core import readback
 from harness.core.escape import never_refuse
 from harness.core.record import write_record
@@ -230,7 +231,7 @@ def test_progress_that_cannot_be_read_is_none(tmp_path: Path, content: str) -> N
 def test_config_of_a_run_is_read_back_as_it_was(tmp_path: Path) -> None:
     cfg = compose.load(["data=shapes", "device=cpu", "seed=3"])
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
-    assert compose.identity(saved.read_config(tmp_path)) == compose.identity(cfg)
+    assert identity(saved.read_config(tmp_path)) == identity(cfg)
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

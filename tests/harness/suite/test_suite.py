@@ -18,6 +18,7 @@ import pytest
 
 from harness.commands import suite
 from harness.config import compose
+from harness.config.identity import config_sha256, identity
 from harness.core.lock import RunLock
 from harness.core.record import read_record
 from harness.core.types import UserError
@@ -102,8 +103,8 @@ def bench(tmp_path, monkeypatch, capsys):
     def note(cells):
         plan = {
             "behaviour": asked,
-            "sha256": {cell.name: compose.config_sha256(cell.cfg) for cell in cells},
-            "config": {cell.name: compose.identity(cell.cfg) for cell in cells},
+            "sha256": {cell.name: config_sha256(cell.cfg) for cell in cells},
+            "config": {cell.name: identity(cell.cfg) for cell in cells},
         }
         (tmp_path / "state/plan.json").write_text(json.dumps(plan))
         return cells
@@ -414,7 +415,7 @@ def test_cells_are_configured_as_their_process_will_be():
     given = ["suite=smoke", "suite.percents=[0.5,10]", "suite.folds=[2]", "suite.methods=[stac]", "schedule.steps=9"]
     for one in plan.plan(compose.load(given)):
         alone = compose.load(one.overrides)
-        assert compose.config_sha256(alone) == compose.config_sha256(one.cfg)
+        assert config_sha256(alone) == config_sha256(one.cfg)
         assert alone.run_dir == str(one.run_dir)
 
 
