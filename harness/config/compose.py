@@ -48,6 +48,7 @@ _CIRCUMSTANCES = (
     "out",
     "cli",
     "profile",
+    "report",
     "prepare",
     "check",
     "export_dir",

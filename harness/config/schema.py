@@ -93,6 +93,14 @@ class Profile:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Report:
+    """The keys of `report`: what a report takes time for."""
+
+    resamples: Annotated[int, Limits(ge=0, le=100_000)]
+    gallery: Annotated[int, Limits(ge=0, le=100)]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Optimizer:
     """The keys of `optimizer`."""
 
@@ -219,6 +227,7 @@ class Config:
     runs_dir: File
     run_dir: File | None
     profile: Profile
+    report: Report
     out: File | None
     cache_dir: File | None
     preset_name: Name | None
