@@ -36,6 +36,7 @@ _CIRCUMSTANCES = (
     "predict",
     "cli",
     "profile",
+    "report",
     "prepare",
     "check",
     "export_dir",

@@ -88,6 +88,14 @@ class Predict:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Report:
+    """The keys of `report`: what a report takes time for."""
+
+    resamples: Annotated[int, Limits(ge=0, le=100_000)]
+    gallery: Annotated[int, Limits(ge=0, le=100)]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Optimizer:
     """The keys of `schedule.optimizer` that the program reads; its `_target_` takes the others."""
 
@@ -190,6 +198,7 @@ class Config:
     runs_dir: File
     run_dir: File | None
     profile: Profile
+    report: Report
     out: File | None
     model: File | None
     network: Literal["student", "teacher"] | None

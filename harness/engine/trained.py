@@ -23,6 +23,7 @@ from torch import Tensor
 from detectors.detector import Detector
 from harness.config import saved
 from harness.config.identity import config_sha256, differences, without_circumstances
+from harness.config.identity import identity as identity_of
 from harness.config.names import cell_name, group_name
 from harness.core import files, readback
 from harness.core.distributed import World
@@ -159,7 +160,7 @@ def refuse_foreign(run_dir: Path, file: Path, identity: Mapping[str, str], train
     path = run_dir / "record.json"
     if path.exists():
         record = read_record(path)
-        differing = differences(without_circumstances(record.config), identity(trained))
+        differing = differences(without_circumstances(record.config), identity_of(trained))
         if differing:
             raise UserError(
                 f"{path} is of another run than {run_dir / 'config.yaml'} ({'; '.join(differing[:3])}): put the files "

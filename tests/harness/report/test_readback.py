@@ -206,6 +206,8 @@ def test_report_without_published_numbers(tmp_path: Path, monkeypatch: pytest.Mo
         assert report.published(problems) == []
         assert "published.csv is damaged" in problems[0]
     (tmp_path / "published.csv").unlink()
+    assert "published" not in _report(tmp_path)  # of other data than COCO there is nothing to show them beside
+    write_record(tmp_path / FILES[0], _record("a", "supervised", dataset="coco"))
     assert "published.csv cannot be read" in _report(tmp_path)
 
 
@@ -359,6 +361,7 @@ def test_odd_names_in_every_form(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert {row["preset"] for row in rows} == {"'=1+1"}
     tex = page.with_suffix(".tex").read_text()
     assert tex.count(r"\end{table}") == tex.count(r"\begin{table}") == 3
+    assert page.read_text().count("<script") == 1  # its own
     capfd.readouterr()
     assert main(["report", f"runs_dir={tmp_path / 'runs'}", f"out={tmp_path / 'out'}"]) == 0
 

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import statistics
+from urllib.parse import unquote
 
 import pandas as pd
 import pytest
@@ -106,9 +107,15 @@ def test_markdown_table(runs):
     rows = table_rows(read(runs / "report/report.md"))
     assert ["method", "1 % (8 images)", "10 % (80 images)"] in rows
     assert ["Supervised", "22.0 ± 2.0 (n=3)", "62.0 ± 2.6 (n=3)"] in rows
-    assert ["STAC", "28.0 ± 2.6 (n=3) [+6.0]", "67.7 ± 3.8 (n=3) [+5.7]"] in rows
+    # 8 images give 22, 80 give 62: 28 lies 6 / 40 of the way from log 8 to log 80, so 8 * 10 ** 0.15 = 11.3 are needed.
+    stac = next(row for row in rows if row[0].startswith("STAC"))
+    assert stac[0] == "STAC (a)"
+    assert stac[1].startswith("**28.0 ± 2.6 (n=3) [+6.0 ± 3.0]**<br>\\= supervised with 11 (")
+    # Fold 1 alone has all 800 labels: 66 lies 6 / 19.4 of the way from 60 to 79.4: 80 * 10 ** 0.309 = 163, no interval.
+    assert stac[2] == "**67.7 ± 3.8 (n=3) [+5.7 ± 1.5]**<br>\\= supervised with 163"
     assert ["Supervised, 100 % of the labels (reference)", "79.4 (n=1)", ""] in rows
-    assert ["STAC", "1 %", "200.0", "3.4 %", "12.6 min", "1,000", "1,000", "16,000", "0", "-"] in rows
+    costs = ["28.0", "32,000", "unknown", "-", "200.0", "3.4 %", "12.6 min", "1,000", "1,000", "16,000", "0", "-"]
+    assert ["STAC", "1 %", *costs] in rows
     assert ["STAC", "10 %", "0.50", "0.25", "0.75"] in rows
     text = read(runs / "report/report.md")
     assert "Every run took the same number of student steps (1,000). Beyond that, STAC needs a finished run" in text
@@ -189,7 +196,9 @@ def test_missing_cells_have_their_reason(runs):
     page = read(report.run(runs))
     text = read(runs / "report/report.md")
     assert ["Soft Teacher", "-", "-"] in table_rows(text)
-    assert ["STAC", "28.0 ± 2.6 (n=3) [+6.0]", "68.5 ± 4.9 (n=2) [+5.5]"] in table_rows(text)
+    stac = next(row for row in table_rows(text) if row[0].startswith("STAC"))
+    assert stac[1].startswith("28.0 ± 2.6 (n=3) [+6.0 ± 3.0]") or stac[1].startswith("**28.0 ± 2.6 (n=3) [+6.0 ± 3.0]")
+    assert "68.5 ± 4.9 (n=2) [+5.5 ± 2.1]" in stac[2]
     for reason in ("the loss is not finite", "interrupted by SIGTERM", "its first stage failed"):
         assert reason in text
         assert reason in page
@@ -252,8 +261,10 @@ def test_html_is_one_file_and_well_formed(runs):
     checker = Checker()
     checker.feed(page)
     assert checker.open == []
-    assert all(address.startswith(("data:image/svg+xml;base64,", "#")) for address in checker.addresses)
-    assert "<script>" not in page
+    records = {str(path.relative_to(runs)) for path in runs.rglob("record.json")}
+    links = [address for address in checker.addresses if not address.startswith(("data:image/svg+xml;base64,", "#"))]
+    assert {unquote(link) for link in links} == {f"../{record}" for record in records} | {"report.json"}
+    assert page.count("<script>") == 1  # its own
     assert page.count("data:image/svg+xml") >= 3
 
 
@@ -301,7 +312,8 @@ def test_console_tables(runs):
     console = Console(file=io.StringIO(), width=120)
     report.show(runs, console)
     text = console.file.getvalue()
-    assert "28.0 ± 2.6 (n=3) [+6.0]" in text
+    assert "28.0 ± 2.6 (n=3) [+6.0 ± 3.0]" in text
+    assert "At 1 % labels, " in text
     assert "shapes, split protocol soft_teacher, suite quick" in text
 
 
@@ -315,7 +327,7 @@ def test_latex_has_no_bare_special_characters(runs):
         assert "±" not in line
         assert "_" not in line.replace("\\_", "")
         assert line.lstrip().startswith("%") or not re.search(r"(?<!\\)%", line)
-    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 5  # two sections of two, and the published
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 5  # sections of three and of two
 
 
 def test_published_numbers():
@@ -333,7 +345,9 @@ def test_published_numbers():
             assert row[key], (row["method"], key)
 
 
-def test_published_numbers_are_marked_and_apart(runs):
+def test_published_numbers_are_marked_and_apart(tmp_path):
+    runs = tmp_path
+    make(runs, "supervised", 10, 1, 20.0, dataset="coco", protocol="stac")
     text = read(report.run(runs).with_name("report.md"))
     own, published = text.split("## Published COCO numbers")
     assert "33.78" in published
@@ -371,7 +385,7 @@ def test_stage_one_of_a_suite_is_not_the_papers(tmp_path):
     make(tmp_path / "own", "stac", 1, 1, 14.0, config={"method": own}, suite="mine", preset="paper")
     report.run(tmp_path, tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "| STAC (stage 1: the suite's baseline) | 13.0" in text
+    assert "| STAC (stage 1: the suite's baseline) | **13.0" in text
     assert "- stage 1 of STAC: the supervised baseline of this suite, not the paper's own" in text
     assert "| STAC | 14.0" in text
     assert text.count("baseline of this suite") == 1
