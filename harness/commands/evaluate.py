@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,18 @@ from omegaconf import DictConfig
 from rich.table import Table
 from rich.text import Text
 
+from detectors.detector import Detector
+from harness.commands import usage
 from harness.config import compose
 from harness.core import distributed, readback
 from harness.core.console import STDERR, Console
 from harness.core.escape import literal
 from harness.core.files import require_writable, trouble, write_atomically
-from harness.core.record import read_record
-from harness.core.types import UserError
+from harness.core.types import Pipeline, UserError
 from harness.data.datasets import Dataset
-from harness.engine import build, checkpoint
+from harness.engine import build, checkpoint, trained
 from harness.engine.evaluate import METRICS, evaluate
+from harness.engine.trained import refuse_foreign
 
 # What `evaluate` takes beside the keys that find the run; a group stands for its keys too.
 _USED = (
@@ -40,6 +43,8 @@ def run(cfg: DictConfig) -> int:
         UserError: there is no run in `run_dir`, the checkpoint is of another one, the classes of `data` are not those
             of the run, a key is given that cannot be used, or `out` cannot be written.
     """
+    if cfg.model:
+        return _of_file(cfg)
     run_dir = Path(cfg.run_dir)
     if why := trouble(run_dir / "config.yaml"):
         raise UserError(f"there is no run in {run_dir} (config.yaml: {why}): set run_dir to the folder of a run")
@@ -48,46 +53,71 @@ def run(cfg: DictConfig) -> int:
     threshold = float(cfg.evaluation.score_threshold)
     out = Path(cfg.out) if cfg.out else run_dir / _file_name(cfg, other, threshold)
     require_writable(out, "out")
-    trained = readback.read_config(run_dir)
-    _refuse_unused(cfg, given, trained)
+    own = readback.read_config(run_dir)
+    _refuse_unused(cfg, given, own)
     file = checkpoint.find(run_dir)
     world = distributed.join(distributed.resolve_device(cfg.device, 1))
     state = checkpoint.read(file, world.device)
-    _refuse_foreign(run_dir, file, state["identity"], trained)
+    refuse_foreign(run_dir, file, state["identity"], own)
     torch.set_num_threads(int(cfg.threads))
-    opened, classes = _open(cfg, trained, other, state)
-    trained.evaluation = cfg.evaluation
+    opened, classes = _open(cfg, own, other, state)
+    own.evaluation = cfg.evaluation
     if "pipeline" in given:
-        trained.pipeline = cfg.pipeline
-    trained.pipeline.on_bad_image = cfg.pipeline.on_bad_image
-    method = build.method(trained, build.detector(trained, len(classes))).to(world.device)
+        own.pipeline = cfg.pipeline
+    own.pipeline.on_bad_image = cfg.pipeline.on_bad_image
+    method = build.method(own, build.detector(own, len(classes))).to(world.device)
     try:
         method.load_state_dict(state["method"])
     except RuntimeError as error:
         raise UserError(checkpoint.misfit(file, error)) from error
-    pipeline = build.pipeline(trained, world, method.networks()[method.reported].normalize)
+    pipeline = build.pipeline(own, world, method.networks()[method.reported].normalize)
+    scores = _scores(method.networks(), pipeline, opened, threshold, world)
+    _tell(scores, method.reported, opened, threshold, out, f"{file}{f' on data={opened.name}' if other else ''}")
+    return 0
+
+
+def _of_file(cfg: DictConfig) -> int:
+    """The same for the one network of an exported file, on the evaluation images of `data`."""
+    usage.require_network("evaluate", _given(cfg))
+    for key in sorted(_given(cfg).difference(_USED, ("model", "network"))):
+        raise UserError(f"evaluate does not use {key} with model=FILE: leave it out")
+    threshold = float(cfg.evaluation.score_threshold)
+    out = Path(cfg.out) if cfg.out else Path(cfg.model).parent / _file_name(cfg, True, threshold)
+    require_writable(out, "out")
+    world = distributed.join(distributed.resolve_device(cfg.device, 1))
+    torch.set_num_threads(int(cfg.threads))
+    network = trained.open_trained(cfg, world.device)
+    opened = build.dataset(cfg)
+    _require_classes(opened, network.about.classes)
+    name = network.about.network
+    scores = _scores({name: network.detector}, network.pipeline(cfg, world), opened, threshold, world)
+    _tell(scores, name, opened, threshold, out, f"{cfg.model} on data={opened.name}")
+    return 0
+
+
+def _scores(
+    networks: Mapping[str, Detector], feed: Pipeline, opened: Dataset, threshold: float, world: distributed.World
+) -> dict[str, dict[str, float | None]]:
+    """Metrics of each network on the evaluation images; closes the pipeline."""
+    val = opened.val
     try:
-        scores = {
-            name: evaluate(
-                network,
-                pipeline,
-                opened.val.source(),
-                opened.val.coco_ground_truth(),
-                opened.val.category_ids,
-                threshold,
-                world,
-            )[0]
-            for name, network in method.networks().items()
+        return {
+            name: evaluate(network, feed, val.source(), val.coco_ground_truth(), val.category_ids, threshold, world)[0]
+            for name, network in networks.items()
         }
     finally:
-        pipeline.close()
-    on = f" on data={opened.name}" if other else ""
+        feed.close()
+
+
+def _tell(
+    scores: dict[str, dict[str, float | None]], reported: str, opened: Dataset, threshold: float, out: Path, what: str
+) -> None:
+    """Writes the scores to `out` and prints them, and where they are."""
     content = {"score_threshold": threshold, "data": opened.name, "val_sha256": opened.val.sha256, "networks": scores}
     write_atomically(out, msgspec.json.format(msgspec.json.encode(content)))
     console = Console()
-    title = literal(f"{file}{on}, scores above {threshold:g}", console.encoding)
-    console.print(_table(title, scores, method.reported))
-    return 0
+    console.print(_table(literal(f"{what}, scores above {threshold:g}", console.encoding), scores, reported))
+    console.say(f"written to {out}")
 
 
 def _given(cfg: DictConfig) -> set[str]:
@@ -96,7 +126,7 @@ def _given(cfg: DictConfig) -> set[str]:
     return {key.split(".")[0] if key.split(".")[0] in _USED else key for key in keys}
 
 
-def _refuse_unused(cfg: DictConfig, given: set[str], trained: DictConfig) -> None:
+def _refuse_unused(cfg: DictConfig, given: set[str], own: DictConfig) -> None:
     """Refuses keys that would change nothing.
 
     Without `run_dir` keys such as `method` and `split.percent` find the run, as they name it for `train`: they must
@@ -113,7 +143,7 @@ def _refuse_unused(cfg: DictConfig, given: set[str], trained: DictConfig) -> Non
             )
     if not finds:
         return
-    before, now = compose.identity(trained), compose.identity(cfg)
+    before, now = compose.identity(own), compose.identity(cfg)
     for plain in (before, now):
         plain.pop("pipeline", None)
         for key in ("score_threshold", "batch"):
@@ -126,51 +156,26 @@ def _refuse_unused(cfg: DictConfig, given: set[str], trained: DictConfig) -> Non
         )
 
 
-def _refuse_foreign(run_dir: Path, file: Path, identity: dict[str, str], trained: DictConfig) -> None:
-    """Refuses a checkpoint, or a record, that another run has written.
-
-    Raises:
-        UserError: naming it, and what differs.
-    """
-    own = {"config": compose.config_sha256(trained)}
-    path = run_dir / "record.json"
-    if path.exists():
-        record = read_record(path)
-        differing = compose.differences(compose.without_circumstances(record.config), compose.identity(trained))
-        if differing:
-            raise UserError(
-                f"{path} is of another run than {run_dir / 'config.yaml'} ({'; '.join(differing[:3])}): put the files "
-                "back as one run wrote them, or evaluate another folder"
-            )
-        own = {
-            "config": record.config_sha256,  # as the code of its time made it, like the checkpoint's
-            "split": record.split_sha256,
-            "dataset": record.dataset_sha256,
-            "evaluation set": record.val_sha256,
-        }
-    differing = [what for what, value in own.items() if value and identity.get(what) != value]
-    if differing:
-        raise UserError(
-            f"the checkpoint {file} is of another run than the rest of {run_dir}, it has another "
-            f"{' and another '.join(differing)}: evaluate the run that wrote it, or delete it here"
-        )
-
-
-def _open(cfg: DictConfig, trained: DictConfig, other: bool, state: dict[str, Any]) -> tuple[Dataset, list[str]]:
+def _open(cfg: DictConfig, own: DictConfig, other: bool, state: dict[str, Any]) -> tuple[Dataset, list[str]]:
     """The dataset to score on, and the classes of the run, which are its classes too."""
-    trained.cache_dir = cfg.cache_dir
+    own.cache_dir = cfg.cache_dir
     names = state.get("classes")  # checkpoints of before do not say
-    classes = list(names or build.dataset(trained).train.category_names)
-    opened = build.dataset(cfg if other else trained)
+    classes = list(names or build.dataset(own).train.category_names)
+    opened = build.dataset(cfg if other else own)
+    _require_classes(opened, classes)
+    if not other and opened.val.sha256 != state["identity"]["evaluation set"]:
+        STDERR.say(f"the evaluation images of data={opened.name} have changed since the run was trained")
+    return opened, classes
+
+
+def _require_classes(opened: Dataset, classes: list[str]) -> None:
+    """Raises UserError where a dataset's classes are not those of a network."""
     found = list(opened.val.category_names)
     if found != classes:
         raise UserError(
             f"data={opened.name} has the classes {_some(found)}, and the run was trained on {_some(classes)}: evaluate "
             "on data with the same classes in the same order"
         )
-    if not other and opened.val.sha256 != state["identity"]["evaluation set"]:
-        STDERR.say(f"the evaluation images of data={opened.name} have changed since the run was trained")
-    return opened, classes
 
 
 def _some(names: list[str]) -> str:

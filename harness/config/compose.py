@@ -50,6 +50,8 @@ _CIRCUMSTANCES = (
     "network",
     "images",
     "predict",
+    "format",
+    "export",
     "cli",
     "profile",
     "prepare",
