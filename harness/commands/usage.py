@@ -83,6 +83,15 @@ COMMANDS = {
             ("an exported file, what it is sure of", "model=D.safetensors images='photos/*.jpg' predict.score=0.8"),
         ),
     ),
+    "export": Command(
+        "one network of a run as a file",
+        "run_dir=DIR out=FILE.safetensors",
+        (*_NETWORK, "out", "format", "export"),
+        (
+            ("the reported network, with what rebuilds it", "run_dir=runs/train/CELL out=detector.safetensors"),
+            ("the student as a graph for other programs", "run_dir=runs/train/CELL network=student out=student.onnx"),
+        ),
+    ),
     "profile": Command(
         "throughput of the pipelines, alternating",
         "profile.pipelines=[dali,torchvision]",

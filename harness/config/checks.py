@@ -62,6 +62,8 @@ _EXTRAS = {
     "cv2": "pip install opencv-python-headless",
     "wandb": "pip install 'ssodbench[wandb]'",
     "mlflow": "pip install 'ssodbench[mlflow]'",
+    "onnx": "pip install 'ssodbench[onnx]'",
+    "onnxscript": "pip install 'ssodbench[onnx]'",
     "submitit": "pip install 'ssodbench[slurm]'",
 }
 
@@ -281,19 +283,29 @@ def check_extras(cfg: DictConfig, logs: bool = False, pipelines: Sequence[str] =
     targets = {name: f"pipelines.{name}." for name in pipelines} or {str(cfg.pipeline.name): str(cfg.pipeline._target_)}
     for name, target in targets.items():
         if target.startswith("pipelines.dali."):
-            _need("nvidia.dali", f"pipeline={name} needs NVIDIA DALI, which", "pipeline=torchvision")
+            need("nvidia.dali", f"pipeline={name} needs NVIDIA DALI, which", "pipeline=torchvision")
         if target.startswith("pipelines.opencv."):
-            _need("cv2", f"pipeline={name} needs OpenCV, which", "pipeline=torchvision")
+            need("cv2", f"pipeline={name} needs OpenCV, which", "pipeline=torchvision")
     if not logs:
         return
     for chosen in cfg.logging.loggers:
         if chosen in ("wandb", "mlflow"):
-            _need(chosen, f"logging.loggers names {chosen}, which", "leave it out")
+            need(chosen, f"logging.loggers names {chosen}, which", "leave it out")
     if str(cfg.launcher.get("_target_")).startswith("harness.launch.slurm."):
-        _need("submitit", "launcher=slurm needs submitit, which", "launcher=local")
+        need("submitit", "launcher=slurm needs submitit, which", "launcher=local")
 
 
-def _need(module: str, said: str, otherwise: str) -> None:
+def need(module: str, said: str, otherwise: str) -> None:
+    """Checks that a module of an extra is installed.
+
+    Args:
+        module: its name.
+        said: what needs it, up to "which".
+        otherwise: what to give instead.
+
+    Raises:
+        UserError: it is not, saying how to install it.
+    """
     try:
         found = importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):

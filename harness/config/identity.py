@@ -34,6 +34,8 @@ _CIRCUMSTANCES = (
     "network",
     "images",
     "predict",
+    "format",
+    "export",
     "cli",
     "profile",
     "report",

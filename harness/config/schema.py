@@ -20,6 +20,8 @@ Milestone = Annotated[
     Limits(gt=0, le=1e9, words="a step, or below 1 a fraction of the schedule, above 0: [120000,160000], or []"),
 ]
 
+_TWO = "a list of two, height and width in pixels: [800,1344]"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
@@ -93,6 +95,14 @@ class Report:
 
     resamples: Annotated[int, Limits(ge=0, le=100_000)]
     gallery: Annotated[int, Limits(ge=0, le=100)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """The keys of `export`."""
+
+    size: Annotated[list[Annotated[int, Limits(ge=1, le=16_384)]], Limits(least=2, most=2, words=_TWO)] | None
+    score: Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +214,8 @@ class Config:
     network: Literal["student", "teacher"] | None
     images: File | Annotated[list[File], Limits(least=1)] | None
     predict: Predict
+    format: Literal["safetensors", "pt", "onnx", "pt2"] | None
+    export: Export
     cache_dir: File | None
     preset_name: Name | None
     cli: Cli

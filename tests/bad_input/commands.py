@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -61,6 +63,23 @@ CASES = [
         "predict run_dir={tmp} images={pets}/val out={pets}/val.json",
         ("out={pets}/val.json", "no folder"),
     ),
+    Case("export nothing", "export out={tmp}/a.pt", ("run_dir=DIR", "model=FILE")),
+    Case("export without a file", "export run_dir={tmp}", ("out=FILE",)),
+    Case("export of no kind", "export run_dir={tmp} out={tmp}/a.bin", ("out={tmp}/a.bin", ".onnx", "format=KIND")),
+    Case("export of another kind", "export run_dir={tmp} out={tmp}/a format=engine", ("format=engine", "onnx")),
+    Case("export onto a folder", "export run_dir={tmp} out={tmp}", ("out={tmp}", "is a folder")),
+    Case("export, no run", "export run_dir={tmp}/none out={tmp}/a.pt", ("{tmp}/none", "set run_dir")),
+    Case("export, canvas of one side", "export run_dir={tmp} out={tmp}/a.onnx export.size=[64]", ("export.size",)),
+    Case("export, unused key", "export run_dir={tmp} out={tmp}/a.pt split.percent=5", ("split.percent", "it takes")),
+    Case(
+        "export without onnx",
+        "export run_dir={tmp} out={tmp}/a.onnx",
+        ("format=onnx needs onnx", "pip install", "format=pt2"),
+        patch=lambda monkeypatch, _: _hide(monkeypatch, "onnx"),
+    ),
+    Case("evaluate a file and a run", "evaluate run_dir=a model=b", ("run_dir", "model", "not both")),
+    Case("evaluate a file, key of training", "evaluate model={tmp}/a.pt seed=3", ("seed", "leave it out")),
+    Case("evaluate a file that is missing", "evaluate model={tmp}/a.pt", ("model={tmp}/a.pt", "export wrote")),
     Case("exported file missing", MODEL, ("model={tmp}/net.safetensors", "No such file", "export wrote")),
     Case("exported file a folder", f"{PREDICT} model={{tmp}}", ("model={tmp}", "run_dir={tmp}")),
     Case("run_dir an exported file", f"{PREDICT} run_dir={{tmp}}/net.safetensors", ("model={tmp}",), _weights(ABOUT)),
@@ -97,3 +116,9 @@ CASES = [
 
 def _halve(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
+
+
+def _hide(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    """As if a package were not installed."""
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == module else found(name))
