@@ -46,6 +46,7 @@ _CIRCUMSTANCES = (
     "method.offline.checkpoint",
     "method.unlabeled",  # what its class is like anyway
     "detector.cache_dir",
+    "detector.start",  # start_sha256 says which weights they are
     "data.cache_dir",
     "out",
     "cli",
@@ -54,14 +55,10 @@ _CIRCUMSTANCES = (
     "check",
     "export_dir",
 )
-# Keys that came after runs had been made: null is what those did, so that such runs keep their identity. Those of the
-# detector only in torchvision's style; in the others null now means something else than it did.
-_ADDED = (
-    "batch.group_by_aspect",
-    "detector.rpn.low_quality_iou",
-    "detector.rpn.low_quality_of",
-    "detector.rpn.candidates",
-)
+# Keys that came after runs had been made: null is what those did, so that such runs keep their identity.
+_ADDED = ("batch.group_by_aspect", "detector.backbone_lr_scale", "detector.start_sha256")
+# In torchvision's style alone; in the others null now means something else than it did.
+_ADDED_TO_TORCHVISION = ("detector.rpn.low_quality_iou", "detector.rpn.low_quality_of", "detector.rpn.candidates")
 # What of a run a suite varies, and by which key.
 _SUITE_AXES = {
     "method": "suite.methods",
@@ -69,8 +66,9 @@ _SUITE_AXES = {
     "split.fold": "suite.folds",
     "seed": "suite.seeds",
 }
-_PATH_KEY = re.compile(r"^\+*([\w.]*(root|_dir|_file|checkpoint|weights|out|annotations|images|logs))=(.*)$", re.DOTALL)
-_PATH_NAME = re.compile(r"(^|_)(root|dir|file|checkpoint|weights|out|annotations|images|logs)$")
+_PATH_ENDS = "root|_dir|_file|checkpoint|weights|out|annotations|images|logs"
+_PATH_KEY = re.compile(rf"^\+*([\w.]*({_PATH_ENDS})|detector\.start)=(.*)$", re.DOTALL)
+_PATH_NAME = re.compile(r"(^|_)(root|dir|file|checkpoint|weights|out|annotations|images|logs)$|^start$")
 
 
 def quote_path(override: str) -> str:
@@ -130,6 +128,8 @@ def _load(overrides: Sequence[str], config_dirs: Sequence[str | Path]) -> DictCo
         raise UserError(yaml_files.located(str(error), own)) from error
     _fill_defaults(cfg)
     _expand_home(cfg)
+    if cfg.detector.get("start"):
+        cfg.detector.start_sha256 = _start_sha256(Path(cfg.detector.start))
     OmegaConf.set_struct(cfg, True)
     return cfg
 
@@ -329,6 +329,28 @@ def _fill_defaults(cfg: DictConfig) -> None:
         cfg.run_dir = str(Path(cfg.runs_dir) / "train" / cell_name(cfg))
 
 
+def _start_sha256(run_dir: Path) -> str:
+    """`weights_sha256` of the network that a finished run reports; by it the run that starts there is known.
+
+    Raises:
+        UserError: there is no finished run.
+    """
+    from harness.core.record import read_record  # it imports torch
+
+    path = run_dir / "record.json"
+    if why := files.trouble(path):
+        raise UserError(
+            f"detector.start={run_dir} holds no run (record.json: {why}): name the folder of a finished one"
+        )
+    record = read_record(path)
+    if record.status != "ok" or not record.weights_sha256:
+        raise UserError(
+            f"detector.start={run_dir} is not finished (status {record.status}): finish it first, by the command that "
+            "started it, or name another run"
+        )
+    return record.weights_sha256
+
+
 def places(cfg: DictConfig) -> dict[str, str]:
     """Dotted key -> path, of every key that names one."""
     found = {key: value for node, name, key in _path_nodes(cfg) if isinstance(value := node[name], str) and value}
@@ -389,7 +411,7 @@ def without_circumstances(plain: dict[str, Any]) -> dict[str, Any]:
         _remove(plain, dotted)
     moved.first(plain)
     style = (plain.get("detector") or {}).get("style")
-    for dotted in _ADDED if style == "torchvision" else _ADDED[:1]:
+    for dotted in (*_ADDED, *(_ADDED_TO_TORCHVISION if style == "torchvision" else ())):
         _remove(plain, dotted, where_null=True)
     return plain
 
