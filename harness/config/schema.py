@@ -223,6 +223,15 @@ class Config:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DetectorKeys:
+    """Of a detector's keys those that its constructor does not take."""
+
+    backbone_lr_scale: Positive | None = None
+    start: File | None = None
+    start_sha256: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class MethodKeys:
     """Of a method's keys those that its class does not take."""
 
