@@ -206,7 +206,7 @@ def ap_by_compute(section: Section, found: dict[tuple[str, float], Cost]) -> str
 
 def published_against_ours(sections: list[Section], published: list[dict[str, Any]]) -> str | None:
     """Our mean AP against published AP of the same method and share of labels; None where we have no such pair."""
-    points = list(_published_pairs(sections, published))
+    points = list(published_pairs(sections, published))
     if not points:
         return None
     looks = look({row.label: row for section in sections for row in section.rows}.values())
@@ -224,14 +224,16 @@ def published_against_ours(sections: list[Section], published: list[dict[str, An
         return _svg(figure)
 
 
-def _published_pairs(
+def published_pairs(
     sections: list[Section], published: list[dict[str, Any]]
 ) -> Iterator[tuple[Row, float, float, bool]]:
     """(row, published AP, our mean AP, whether the split protocol is the same) where method and share of labels agree.
 
-    A published method is ours if its name is ours, or begins with it and goes on with a bracket or a comma.
+    A published method is ours if its name is ours, or begins with it and goes on with a bracket or a comma, and if its
+    backbone has our depth, by which the names of detectors end (faster_rcnn_r50).
     """
     for section in sections:
+        depth = str(section.keys["detector"]).rpartition("_")[2].upper()
         for row in [*section.rows, *section.reference]:
             for source in published:
                 name, ours = source["method"].lower(), method_label(row.method).lower()
@@ -240,7 +242,7 @@ def _published_pairs(
                 for percent, line in source["values"].items():
                     cell = row.cells.get(100.0 if percent == "full" else float(percent))
                     ap = cell.mean("ap") if cell is not None else None
-                    if ap is not None:
+                    if ap is not None and line["backbone"].startswith(f"{depth} "):
                         yield row, float(line["ap"]), ap, line["protocol"] == section.keys["protocol"]
 
 
