@@ -57,7 +57,8 @@ def _conditions(row: Row, label: str) -> Conditions:
     records = _records(row)
 
     def values(read: Callable[[RunRecord], Any]) -> str:
-        return ", ".join(str(value) for value in sorted({read(record) for record in records}))
+        found = sorted({read(record) for record in records})
+        return ", ".join(f"{value:,}" if isinstance(value, int) else str(value) for value in found)
 
     return Conditions(
         row,

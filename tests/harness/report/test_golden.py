@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from harness.report import report
 from tests.harness.report.test_report import make
 
 GOLDEN = Path(__file__).parents[2] / "data/report"
+REFERENCE = Path(__file__).parents[3] / "results/reference"
 CLASSES = ("cross", "ellipse")
 
 
@@ -57,6 +61,51 @@ def _records(folder: Path) -> None:
         config = {"schedule": {"steps": 2000}, "split": {"percent": 5, "fold": fold}, "seed": fold}
         equal = {"steps": 2000, "images_labeled": 32000, "batch_labeled": 16, "cell": f"longer-{fold}"}
         make(folder, "supervised", 5, fold, 44.0 + fold + fold % 2 / 5, **equal, train_seconds=1200.0, config=config)
+
+
+@pytest.mark.parametrize("name", ["bccd-2cores", "shapes-2cores"])
+def test_the_records_that_we_measured_have_a_report(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "records.jsonl").write_bytes((REFERENCE / name / "records.jsonl").read_bytes())
+    text = report.run(folder).with_suffix(".md").read_text()
+    assert not [line for line in text.splitlines() if line.startswith("> ")]  # no record that could not be used
+    assert text.count("\n## ") == 1
+    dataset = name.removesuffix("-2cores")
+    records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    (table,) = json.loads((folder / "report/report.json").read_text())["tables"]
+    assert table["keys"]["dataset"] == dataset
+    assert sum(cell["n"] for row in table["rows"] for cell in row["cells"]) == len(records)
+    best = max(record["ap"] for record in records)
+    assert best in {run["ap"] for row in table["rows"] for cell in row["cells"] for run in cell["runs"]}
+
+
+def _document(folder: Path) -> Path:
+    (folder / "document.tex").write_text(
+        "\\documentclass{article}\\usepackage{booktabs}\\usepackage{graphicx}\\begin{document}\\input{report}\\end{document}"
+    )
+    return folder / "document.tex"
+
+
+def test_latex_compiles_or_is_balanced(tmp_path: Path) -> None:
+    _records(tmp_path)
+    odd = {"dataset": "a_b & {c} 50 % #1 $x^2$ ~ \\end{table}", "suite": "[*]", "cell": "odd", "pretraining": "<i>|`"}
+    make(tmp_path, "supervised", 5, 1, 40.0, **odd)
+    make(tmp_path, "my_method", 5, 1, 44.0, **{**odd, "cell": "other", "error": "\\frac"})
+    make(tmp_path, "supervised", 5, 1, 40.0, dataset="coco", cell="coco")
+    folder = report.run(tmp_path, tmp_path / "report").parent
+    text = (folder / "report.tex").read_text()
+    assert text.count("\\begin{") == text.count("\\end{")
+    bare = re.sub(r"\\\\|\\[{}%]", "", re.sub(r"(?m)^%.*$", "", text))
+    assert bare.count("{") == bare.count("}")
+    compiler = shutil.which("tectonic") or shutil.which("pdflatex")
+    if compiler is not None:
+        options = [] if compiler.endswith("tectonic") else ["-interaction=nonstopmode", "-halt-on-error"]
+        done = subprocess.run(
+            [compiler, *options, _document(folder).name], cwd=folder, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stdout[-3000:]
+        assert (folder / "document.pdf").stat().st_size > 10_000
 
 
 def _same(found: Any, golden: Any) -> bool:
