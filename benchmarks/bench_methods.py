@@ -23,6 +23,7 @@ from torchvision.ops import MultiScaleRoIAlign
 import harness
 from detectors.faster_rcnn import FasterRcnn
 from detectors.methods.method import Method
+from harness.config.checks import GROUPS
 from harness.core.draws import image_keys
 from harness.core.types import Batch, Target, View
 
@@ -81,7 +82,7 @@ def make_method(name: str) -> Method:
     config = OmegaConf.merge(
         OmegaConf.load(CONF / "method" / f"{name}.yaml"), OmegaConf.load(CONF / "method/preset" / f"{name}_small.yaml")
     )
-    options = {k: v for k, v in OmegaConf.to_container(config).items() if k not in ("name", "augment", "offline")}
+    options = {k: v for k, v in OmegaConf.to_container(config).items() if k not in GROUPS["method"].own}
     if "burn_in" in options:
         options["burn_in"] = WARM_UP
     return get_method(options.pop("_target_"))(detector=make_detector(), steps=1000, **options).train()

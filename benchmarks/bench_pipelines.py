@@ -18,6 +18,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
+from harness.config.step import StepShape
 from harness.core.types import ImageSource, Normalize, Views
 from harness.data.sampling import BatchSampler
 from pipelines.dali.pipeline import DaliPipeline
@@ -94,11 +95,11 @@ def test_batch(backend: str, case: Case, source: ImageSource, benchmark: Any) ->
         _policy(name, changes),
         Normalize(),
         views=Views(views),
-        sampler=BatchSampler(len(source), 0, BATCH, 0),
+        sampler=BatchSampler(len(source), 0, StepShape(BATCH, 0)),
         labeled=source,
         threads=1 if backend == "dali" else 0,
     )
-    batches: Iterator[Any] = pipeline.train()
+    batches: Iterator[Any] = pipeline.batches()
     benchmark.extra_info["images"] = BATCH
     benchmark.pedantic(lambda: next(batches), rounds=10, iterations=2, warmup_rounds=2)
     batches.close()

@@ -24,7 +24,7 @@ import pytest
 from benchmarks.coco_scale import BOXES, IMAGES, write_annotations
 from harness.data import prepare, split_files
 from harness.data.datasets import CocoIndex, Dataset, coco_index
-from harness.data.protocols import labeled_count, make_split
+from harness.splits.protocols import Candidates, SplitOptions, labeled_count
 
 PERCENTS, FOLDS = (1, 2, 5, 10), (1, 2, 3, 4, 5)
 
@@ -115,9 +115,17 @@ def test_cached_open(benchmark: Any, annotations: Path, index: CocoIndex, figure
     assert max(peak for *_, peak in figures["cached open"]) < 300
 
 
+def options(protocol: str, percent: float = 10, fold: int = 1) -> SplitOptions:
+    return SplitOptions(
+        protocol=protocol, percent=percent, fold=fold, offset=0, index_file=None, empty_images=None, crowd_boxes=None,
+        min_side=None,
+    )  # fmt: skip
+
+
 def test_sixty_splits(benchmark: Any, index: CocoIndex) -> None:
     """3 protocols x 4 percentages x 5 folds, at most 10 s together."""
-    nonempty = index.nonempty_ids()
+    images = Candidates(index.image_ids, index.annotated(), index.boxed())
+    nonempty = index.image_ids[images.boxed]
     rng = np.random.default_rng(0)
     table = {
         str(float(p)): {
@@ -129,9 +137,9 @@ def test_sixty_splits(benchmark: Any, index: CocoIndex) -> None:
     def run() -> set[str]:
         found = set()
         for percent, fold in product(PERCENTS, FOLDS):
-            found.add(make_split(index.image_ids, percent, fold, "stac").sha256)
-            found.add(make_split(index.image_ids, percent, fold, "soft_teacher").sha256)
-            found.add(make_split(nonempty, percent, fold, "unbiased_teacher", index=table).sha256)
+            for protocol in ("stac", "soft_teacher", "unbiased_teacher"):
+                wanted = options(protocol, percent, fold)
+                found.add(wanted.chosen.split(images, wanted, table).sha256)
         return found
 
     assert len(benchmark.pedantic(run, rounds=3)) == 60
@@ -140,7 +148,7 @@ def test_sixty_splits(benchmark: Any, index: CocoIndex) -> None:
 def test_resolve_and_sources(benchmark: Any, index: CocoIndex) -> None:
     """What a run does after opening its dataset."""
     dataset = Dataset("scale", index, index)
-    wanted = {"protocol": "soft_teacher", "percent": 10, "fold": 1}
+    wanted = options("soft_teacher")
 
     def run() -> int:
         labeled, unlabeled = prepare.sources(dataset, prepare.resolve_split(dataset, wanted), wanted)
@@ -152,8 +160,8 @@ def test_resolve_and_sources(benchmark: Any, index: CocoIndex) -> None:
 
 def test_export(benchmark: Any, index: CocoIndex, tmp_path: Path) -> None:
     """Both files of one split, without polygons."""
-    split = make_split(index.image_ids, 10, 1, "soft_teacher")
     dataset = Dataset("scale", index, index)
+    split = prepare.resolve_split(dataset, options("soft_teacher"))
     labeled, _ = benchmark.pedantic(lambda: split_files.export(dataset, split, tmp_path), rounds=2)
     assert labeled.name == "instances_train2017.1@10.json"
 

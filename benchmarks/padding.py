@@ -17,6 +17,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from harness.config import compose
+from harness.config.step import StepShape
 from harness.core.draws import image_keys
 from harness.core.types import MicroBatch
 from harness.data.sampling import BatchSampler
@@ -54,8 +55,9 @@ def areas(
 def training(cfg: DictConfig, sizes: list[np.ndarray], group: str | None, steps: int) -> float:
     """Pixels of padding per pixel of image in training batches."""
     batch, policy = cfg.batch, build.policy(cfg)
+    shape = StepShape(batch.labeled, batch.unlabeled, batch.micro, ratio=batch.ratio)
     sampler = BatchSampler(
-        *map(len, sizes), batch.labeled, batch.unlabeled, batch.micro, seed=1, ratio=batch.ratio, group=group,
+        len(sizes[0]), len(sizes[1]), shape, seed=1, group=group,
         landscape=(sizes[0][:, 1] > sizes[0][:, 0], sizes[1][:, 1] > sizes[1][:, 0]),
     )  # fmt: skip
     views = list(VIEWS.get(cfg.method.name, (("labeled",), ("weak", "strong"))))

@@ -206,7 +206,7 @@ def build_resnet(
 
     Args:
         depth: 18, 50 or 101.
-        weights: `torchvision`, `scratch`, or the path of a file; see `detectors.weights`.
+        weights: `torchvision`, `scratch`, `later`, or the path of a file; see `first_weights`.
         norm: `frozen`, `frozen_statistics`, `batch` or `group`; None: group from scratch, frozen otherwise.
         frozen_stages: None: 2 (stem and layer1), but 0 from scratch.
         caffe: see `first_weights`.

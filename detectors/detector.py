@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,14 @@ from torch import Tensor, nn
 
 from detectors.padded import PaddedTargets, pad
 from harness.core.types import Normalize, Target, View
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that are trained with a learning rate of their own."""
+
+    parameters: tuple[nn.Parameter, ...]
+    lr_scale: float = 1.0  # times the schedule's learning rate
 
 
 class Detector(nn.Module, ABC):
@@ -24,6 +33,7 @@ class Detector(nn.Module, ABC):
     """
 
     backbone: nn.Module  # images to features
+    backbone_lr_scale = 1.0  # learning rate of the backbone, without its pyramid, over that of the rest
 
     def __init__(self, *, num_classes: int, name: str, normalize: Normalize, pretraining: str) -> None:
         super().__init__()
@@ -35,6 +45,15 @@ class Detector(nn.Module, ABC):
     def features(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) normalised images to feature maps."""
         return self.backbone(images)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """All parameters, once each, by learning rate."""
+        if self.backbone_lr_scale == 1:
+            return [ParameterGroup(tuple(self.parameters()))]
+        body = tuple(getattr(self.backbone, "body", self.backbone).parameters())
+        known = set(map(id, body))
+        rest = tuple(p for p in self.parameters() if id(p) not in known)
+        return [ParameterGroup(rest), ParameterGroup(body, self.backbone_lr_scale)]
 
     @abstractmethod
     def losses(self, features: list[Tensor], view: View, targets: PaddedTargets, keys: Tensor) -> dict[str, Tensor]:

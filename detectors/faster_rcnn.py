@@ -16,7 +16,7 @@ from detectors.detector import Detector
 from detectors.padded import PaddedTargets
 from detectors.roi import RoiSettings, RoiStage
 from detectors.rpn import Anchors, Proposals, Rpn, RpnSettings
-from detectors.weights import Generated, load_backbone
+from detectors.weights import LATER, Generated, load_backbone
 from harness.core.types import Normalize, UserError, View
 from harness.core.validate import Channels, File, Limits, Pixels, Positive, keys_of
 
@@ -185,7 +185,8 @@ def small_faster_rcnn(
     Args:
         num_classes, name: see `Detector`.
         cache_dir: where generated first weights lie; not read here.
-        weights: `generated`, `scratch`, or the path of a file with the backbone's state.
+        weights: `generated`, `scratch`, the path of a file with the backbone's state, or `later` for those of a whole
+            detector, which will replace them.
         generated: the weights that `generated` means.
         channels: of the backbone.
         pyramid_channels: of every pyramid level.
@@ -208,6 +209,8 @@ def small_faster_rcnn(
         assert generated is not None, "whoever builds the detector makes these weights"
         body.load_state_dict(generated.state)
         pretraining = generated.origin
+    elif weights == "later":
+        pretraining = LATER
     elif weights == "scratch":
         pretraining = "small backbone from scratch, nothing pre-trained"
     else:

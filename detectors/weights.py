@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 RGB = Normalize()  # what torchvision's weights want
 CAFFE = Normalize(std=(1.0, 1.0, 1.0), bgr=True)  # MSRA's weights: BGR, mean subtraction only
 
+LATER = "none yet, those of a trained detector follow"  # words for `weights: later`
+
 _EPS = 1e-5  # of the batch normalisation, which caffe2's folded statistics must undo
 
 
@@ -53,7 +55,8 @@ def first_weights(depth: int, weights: str, caffe: bool | None, cache_dir: Path)
 
     Args:
         depth: 18, 50 or 101.
-        weights: `torchvision` (downloaded once into the cache), `scratch`, or the path of a file.
+        weights: `torchvision` (downloaded once into the cache), `scratch`, the path of a file, or `later` for those of
+            a whole detector, which will replace them.
         caffe: whether the file wants BGR and has its strides in the 1x1 convolutions; None: yes for caffe2's layout, no
             for the others, unless `raw_pixels` doubts it.
         cache_dir: downloads go to its sub-folder `weights`.
@@ -64,6 +67,8 @@ def first_weights(depth: int, weights: str, caffe: bool | None, cache_dir: Path)
     """
     if weights == "scratch":
         return FirstWeights(None, bool(caffe), f"ResNet-{depth} from scratch, nothing pre-trained")
+    if weights == "later":
+        return FirstWeights(None, bool(caffe), LATER)
     if weights == "torchvision":
         if caffe:
             raise UserError("detector.caffe=true does not fit detector.weights=torchvision: those weights want RGB")

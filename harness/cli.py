@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from harness.commands.usage import COMMANDS
 from harness.core.console import STDERR, settle
 from harness.core.escape import plain
 from harness.core.files import open_closed_streams, refusal, require_working_folder
@@ -46,7 +47,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}: see ssodbench --help")
 
 
-_COMMANDS = ("prepare", "train", "suite", "report", "evaluate", "profile", "config")  # modules of harness.commands
+_COMMANDS = tuple(COMMANDS)
 
 
 def _run(given: list[str], places: dict[str, str]) -> int:
@@ -78,10 +79,10 @@ def _run(given: list[str], places: dict[str, str]) -> int:
     if known.command not in _COMMANDS:
         hint = near(known.command, _COMMANDS) or f": choose one of {', '.join(_COMMANDS)}"
         raise UserError(f"the command {known.command} is not known{hint}")
-    from harness.config import compose
+    from harness.config import compose, paths
 
     cfg = compose.load(known.overrides, known.config_dir)
-    places.update(compose.places(cfg))
+    places.update(paths.places(cfg))
     code: int = importlib.import_module(f"harness.commands.{known.command}").run(cfg)
     _flush_output()
     return code

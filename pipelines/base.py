@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from harness.core.draws import image_keys
-from harness.core.files import require_regular
 from harness.core.types import Batch, ImageSource, MicroBatch, Normalize, Sampler, Target, UnusableImages, View, Views
 from harness.core.validate import Limits, Threads
 from pipelines.plan import ViewPlan, boxes_through, plan_view, shrunk_sizes
@@ -32,16 +31,6 @@ MAX_BAD_SHARE, MIN_BAD_IMAGES = 0.01, 10  # the run stops when more are bad
 
 class BadImageError(Exception):
     """A file that cannot be read or decoded, or is not what the annotations say."""
-
-
-def read_encoded(path: str) -> np.ndarray:
-    """(N,) uint8, the bytes of a picture file.
-
-    Raises:
-        OSError: it cannot be read, or is no regular file.
-    """
-    require_regular(path)
-    return np.fromfile(path, dtype=np.uint8)
 
 
 @dataclass
@@ -115,7 +104,7 @@ class BasePipeline:
     Args:
         policy: augmentation policy.
         normalize: what the network expects.
-        views: the views that training needs; with `sampler` and `labeled` it makes `train` possible.
+        views: the views that training needs; with `sampler` and `labeled` it makes `batches` possible.
         sampler: which images a step draws.
         labeled: labelled images, with boxes.
         unlabeled: unlabelled images; boxes only if they are pseudo labels made offline.
@@ -124,7 +113,7 @@ class BasePipeline:
         world_size: number of processes.
         threads: CPU threads per stream of images.
         prefetch: batches prepared ahead.
-        eval_batch: images per batch of `eval`.
+        eval_batch: images per batch of `images`.
         on_bad_image: "skip" replaces a bad image by the next good one of the list, warns and counts; "error" stops.
         known_bad: files of the two lists that are known to be bad, with the reason: replaced in training without being
             tried. They stay in their list, so that what a step draws does not depend on them.
@@ -184,7 +173,7 @@ class BasePipeline:
 
     # Training
 
-    def train(self, start_step: int = 0) -> Iterator[Batch]:
+    def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """Endless micro-batches of this rank, from the first one of `start_step` on.
 
         Raises:
@@ -192,21 +181,21 @@ class BasePipeline:
         """
         assert self._views is not None
         assert self._sampler is not None
-        waiting: deque[dict[str, Job]] = deque()
+        waiting: deque[tuple[int, dict[str, Job]]] = deque()
 
         def jobs() -> Generator[Job, None, None]:
             assert self._sampler is not None
             for micro in self._sampler.stream(start_step, self.rank, self.world_size):
                 parts = self._parts(micro)
-                waiting.append(parts)
+                waiting.append((micro.index, parts))
                 yield from parts.values()
 
         results = self._start(jobs())
         for first in results:
-            parts = waiting.popleft()
+            lane, parts = waiting.popleft()
             rendered = [first, *itertools.islice(results, len(parts) - 1)]
             resolved = [self._resolve(job, result) for job, result in zip(parts.values(), rendered, strict=True)]
-            yield self._batch(dict(zip(parts, resolved, strict=True)))
+            yield self._batch(lane, dict(zip(parts, resolved, strict=True)))
 
     def _parts(self, micro: MicroBatch) -> dict[str, Job]:
         """Jobs of the labelled and the unlabelled images of a micro-batch, where it has any."""
@@ -226,7 +215,7 @@ class BasePipeline:
             parts[name] = make_job(self.policy, views, source, self._good(source, positions), keys)
         return parts
 
-    def _batch(self, parts: dict[str, tuple[Job, list[Tensor]]]) -> Batch:
+    def _batch(self, lane: int, parts: dict[str, tuple[Job, list[Tensor]]]) -> Batch:
         none = torch.zeros(0, dtype=torch.int64)
         views: dict[str, dict[str, View]] = {"labeled": {}, "unlabeled": {}}
         ids = {"labeled": none, "unlabeled": none}
@@ -236,7 +225,13 @@ class BasePipeline:
             ids[name] = torch.from_numpy(job.source.ids[job.positions])
             keys[name] = torch.from_numpy(job.keys).to(self.device, non_blocking=True)
         return Batch(
-            views["labeled"], views["unlabeled"], ids["labeled"], ids["unlabeled"], keys["labeled"], keys["unlabeled"]
+            labeled=views["labeled"],
+            unlabeled=views["unlabeled"],
+            labeled_ids=ids["labeled"],
+            unlabeled_ids=ids["unlabeled"],
+            labeled_keys=keys["labeled"],
+            unlabeled_keys=keys["unlabeled"],
+            lane=lane,
         )
 
     def _assemble(self, job: Job, images: list[Tensor]) -> list[View]:
@@ -250,7 +245,7 @@ class BasePipeline:
 
     # Evaluation
 
-    def eval(self, source: ImageSource, view: str = "test") -> Iterator[tuple[View, Tensor]]:
+    def images(self, source: ImageSource, view: str = "test") -> Iterator[tuple[View, Tensor]]:
         """(View, image ids), every image of `source` exactly once over all ranks.
 
         A batch holds images whose views are padded to the same size alone, so that what a network sees of an image does

@@ -21,13 +21,13 @@ class CachedPipeline:
     def __init__(self, pipeline: Pipeline, count: int = 8) -> None:
         self._pipeline, self._count = pipeline, count
 
-    def train(self, start_step: int = 0) -> Iterator[Batch]:
+    def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """The batches from `start_step` on, kept as they are drawn, then over and over."""
-        return itertools.cycle(itertools.islice(self._pipeline.train(start_step), self._count))
+        return itertools.cycle(itertools.islice(self._pipeline.batches(start_step), self._count))
 
-    def eval(self, source: ImageSource, view: str = "test") -> Iterator[tuple[View, Tensor]]:
+    def images(self, source: ImageSource, view: str = "test") -> Iterator[tuple[View, Tensor]]:
         """As the wrapped pipeline."""
-        return self._pipeline.eval(source, view)
+        return self._pipeline.images(source, view)
 
     def close(self) -> None:
         """Closes the wrapped pipeline."""

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from harness.core.files import require_shared_memory
+from harness.core.files import read_picture, require_shared_memory
 from harness.core.types import Normalize, UserError
-from pipelines.base import BadImageError, BasePipeline, Job, canvas, read_encoded
+from pipelines.base import BadImageError, BasePipeline, Job, canvas
 from pipelines.plan import IN_BOX, KINDS, NEAREST, NOTHING, ViewPlan, from_shrunk, noise_patch
 from pipelines.policy import Policy
 
@@ -119,7 +119,7 @@ class Renderer(Dataset[Any]):
 
     def _read(self, path: str, size: np.ndarray) -> Any:
         try:
-            data = read_encoded(path)
+            data = read_picture(path)
         except OSError as error:
             raise BadImageError(error.strerror or "cannot be read") from None
         try:

@@ -454,5 +454,6 @@ class Policy:
             UserError: if there is none.
         """
         if name not in self.views:
-            raise UserError(f"augment={self.name} has no view {name!r}; it has {', '.join(self.views)}")
+            known = validate.shown(", ".join(map(str, self.views)))
+            raise UserError(f"augment={validate.shown(self.name)} has no view {name!r}; it has {known}")
         return self.views[name]

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 
-def ramp(step: int, limit: float) -> float:
-    """Momentum min(limit, 1 - 1 / (step + 1)): 0 at step 0, so that the first update copies, then 1/2, 2/3, ...
+def ramp(step: int, limit: float, gamma: float = 1.0) -> float:
+    """Momentum min(limit, 1 - gamma / (gamma + step)): 0 at step 0, so that the first update copies.
 
-    From Soft Teacher's code; up to the limit it makes the teacher the plain mean of all students so far.
+    With gamma = 1, from Soft Teacher's code, then 1/2, 2/3, ...: up to the limit the teacher is the plain mean of all
+    students so far. mmdetection's MeanTeacherHook has gamma = 4: old students are forgotten sooner.
     """
-    return min(limit, 1.0 - 1.0 / (step + 1))
+    return min(limit, 1.0 - gamma / (gamma + step))
 
 
 def _state(network: nn.Module, buffers: bool) -> dict[str, Tensor]:

@@ -8,30 +8,27 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from detectors.detector import Detector, targets_of
-from detectors.methods.method import EmaKeys, Losses, Method, first_step, mean_count, student_features, unlabeled_terms
+from detectors.detector import Detector
+from detectors.methods.method import EmaKeys, Losses, mean_count
+from detectors.methods.teacher import TeacherMethod
 from detectors.padded import PaddedTargets
 from harness.core import boxes as box_ops
-from harness.core.types import Batch, View, Views
+from harness.core.types import View
 from harness.core.validate import NotNegative, Share, Weight
 
 
-class MeanTeacher(Method):
+class MeanTeacher(TeacherMethod):
     """L = L_s + lambda_u L_u, each the detector's own losses; L_u is 0 for a micro-batch without any pseudo label.
 
     Args:
-        detector, steps, reported, ema: see `Method`.
-        lambda_u: weight of the unlabelled images' losses.
-        burn_in: supervised steps at the start, or below 1 a fraction of the schedule; mmdetection has none.
+        detector, steps, reported, ema, lambda_u, burn_in, rise, joint_forward: see `TeacherMethod`; mmdetection has no
+            burn-in.
         score: above it the teacher's boxes are pseudo labels.
         candidate_score: score above which the teacher's boxes are looked at.
         smallest_side: sides of pseudo labels in the strong view must be longer, in pixels.
-        joint_forward: one backbone forward over labelled and unlabelled images together, or two.
     """
-
-    views = Views(labeled=("labeled",), unlabeled=("weak", "strong"))
-    teacher: Detector
 
     def __init__(
         self,
@@ -42,40 +39,32 @@ class MeanTeacher(Method):
         reported: Literal["student", "teacher"] = "teacher",
         lambda_u: Weight = 4.0,
         burn_in: NotNegative = 0,
+        rise: NotNegative | None = None,
         score: Share = 0.9,
         candidate_score: Share = 0.05,
         smallest_side: NotNegative = 0.01,
         joint_forward: bool = False,
     ) -> None:
-        super().__init__(detector, steps, reported=reported, ema=ema)
-        self.unlabeled_from = first_step(burn_in, steps)
-        self.lambda_u = lambda_u
+        super().__init__(
+            detector,
+            steps,
+            ema=ema,
+            reported=reported,
+            lambda_u=lambda_u,
+            burn_in=burn_in,
+            rise=rise,
+            joint_forward=joint_forward,
+        )
         self.score = score
         self.candidate_score = candidate_score
         self.smallest_side = smallest_side
-        self.joint_forward = joint_forward
 
-    def forward(self, batch: Batch, step: int) -> tuple[Losses, Losses]:
-        labeled = batch.labeled["labeled"]
-        truth = targets_of(labeled)
-        metrics = {"labeled_boxes": mean_count(truth.valid)}
-        weak, strong = batch.weak, batch.strong
-        if step < self.unlabeled_from or weak is None or strong is None:
-            supervised = self.student.losses(self.student.features(labeled.images), labeled, truth, batch.labeled_keys)
-            zero = torch.zeros((), device=labeled.images.device)
-            unsupervised = dict.fromkeys(supervised, zero)
-            metrics["pseudo_boxes"] = zero
-            self._labels = {}
-        else:
-            pseudo = self.label(weak, strong)
-            (labeled, seen), (own, other) = student_features(self.student, (labeled, strong), self.joint_forward)
-            supervised = self.student.losses(own, labeled, truth, batch.labeled_keys)
-            unsupervised = self.student.losses(other, seen, pseudo, batch.unlabeled_keys)
-            any_label = pseudo.valid.any().float()
-            unsupervised = {name: any_label * value for name, value in unsupervised.items()}
-            metrics["pseudo_boxes"] = mean_count(pseudo.valid)
-            self._labels = {"classification": pseudo}
-        return {**supervised, **unlabeled_terms(unsupervised, self.lambda_u)}, metrics
+    def unlabeled_losses(self, features: list[Tensor], strong: View, weak: View, keys: Tensor) -> tuple[Losses, Losses]:
+        pseudo = self.label(weak, strong)
+        self.labels = {"classification": pseudo}
+        any_label = pseudo.valid.any().float()
+        terms = self.student.losses(features, strong, pseudo, keys)
+        return {name: any_label * value for name, value in terms.items()}, {"pseudo_boxes": mean_count(pseudo.valid)}
 
     @torch.no_grad()
     def label(self, weak: View, strong: View) -> PaddedTargets:

@@ -11,12 +11,13 @@ from typing import Annotated, Any, Literal
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from detectors.detector import Detector, join_views
+from detectors.detector import Detector, ParameterGroup, join_views
 from detectors.methods import ema
+from detectors.methods.pseudo_labels import Quality, measure
 from detectors.padded import PaddedTargets
 from harness.core import validate
 from harness.core.types import Batch, Target, UserError, View, Views
-from harness.core.validate import Share, keys_of
+from harness.core.validate import Limits, Share, keys_of
 
 __all__ = ["Detector", "Ema", "Losses", "Method"]
 
@@ -29,8 +30,16 @@ class Ema:
 
     momentum: Share
     ramp: bool = False  # let the momentum grow as `detectors.methods.ema.ramp` says, up to the one above
+    gamma: Annotated[float, Limits(gt=0, le=1e6)] | None = None  # of the ramp; None: 1
+    interval: Annotated[int, Limits(ge=1, le=10**6)] | None = None  # student steps from one update to the next; None: 1
     update: Literal["before", "after"] = "after"  # before or after the student's step
     buffers: bool | None = None  # average buffers too; None: if BatchNorm keeps statistics, which would be stale
+
+    def momentum_at(self, step: int) -> float | None:
+        """The momentum of an update, counted in steps since the teacher began; None where there is no update."""
+        if step % (self.interval or 1):
+            return None
+        return ema.ramp(step, self.momentum, self.gamma or 1.0) if self.ramp else self.momentum
 
     def of(self, detector: nn.Module) -> Ema:
         """The same with `buffers` decided for this detector.
@@ -66,6 +75,7 @@ class Method(nn.Module, ABC):
 
     needs: type[Detector] = Detector  # type: ignore[type-abstract]  # the kind of detector it can train
     views: Views
+    labels_view = "strong"  # the view of unlabelled images in which `labels` are given
     unlabeled_from = 0  # first step that needs unlabelled images
 
     def __init__(
@@ -93,7 +103,9 @@ class Method(nn.Module, ABC):
             self.teacher = deepcopy(detector)
             self.teacher.requires_grad_(False)
             self.teacher.eval()
-        self._labels: dict[str, PaddedTargets] = {}
+        # What the last forward took for the truth of unlabelled images, in pixels of their view `labels_view`: by the
+        # use that was made of it, the one that decides classes first.
+        self.labels: dict[str, PaddedTargets] = {}
         if reported not in self.networks():
             raise UserError(f"method.reported={reported} does not exist here: choose {' or '.join(self.networks())}")
 
@@ -122,8 +134,9 @@ class Method(nn.Module, ABC):
         if step <= self.teacher_from and when == "before":
             ema.copy(self.teacher, self.student)
         elif when == self.ema.update and step >= self.teacher_from:
-            momentum = ema.ramp(step - self.teacher_from, self.ema.momentum) if self.ema.ramp else self.ema.momentum
-            ema.update(self.teacher, self.student, momentum, bool(self.ema.buffers))
+            momentum = self.ema.momentum_at(step - self.teacher_from)
+            if momentum is not None:
+                ema.update(self.teacher, self.student, momentum, bool(self.ema.buffers))
 
     def observe(self) -> dict[str, Tensor]:
         """What the last forward saw that the method's own state is to be made of, such as scores for a threshold.
@@ -149,18 +162,52 @@ class Method(nn.Module, ABC):
         """What the optimiser changes."""
         return self.student
 
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """The parameters of `trainable()`, once each, by learning rate."""
+        return self.student.parameter_groups()
+
     def networks(self) -> dict[str, Detector]:
         """The networks that can be evaluated: `student` and, where there is one, `teacher`."""
         both = {"student": self.student}
         return both if self.teacher is None else {**both, "teacher": self.teacher}
 
+    def inspect(self, batch: Batch, truth: Sequence[Target | None]) -> dict[str, Quality]:
+        """Measures what the last forward took for the truth of unlabelled images. No loss ever sees the result.
+
+        Args:
+            batch: what the last forward saw.
+            truth: the boxes of each of its unlabelled images, in original pixels; None where nobody knows them.
+
+        Returns:
+            Use of the pseudo labels -> measure -> value; the first use is the one that a record reports. Empty without
+            pseudo labels. Waits for the device.
+        """
+        view = batch.unlabeled.get(self.labels_view)
+        if view is None:
+            return {}
+        return {use: measure(labels, view, truth) for use, labels in self.pseudo_labels.items()}
+
+    def doubts(self, steps: Sequence[int], metrics: Mapping[str, Tensor]) -> list[str]:  # noqa: ARG002
+        """What the user should be warned of, each in one sentence.
+
+        Args:
+            steps: those that were made since this was last asked for.
+            metrics: of the last of them, means over its micro-batches and ranks.
+        """
+        return []
+
     @property
     def pseudo_labels(self) -> dict[str, list[Target]]:
-        """What the last forward took for the truth of unlabelled images, in pixels of their strong views.
+        """`labels` without padding, image by image. Waits for the device."""
+        return {name: labels.unpad() for name, labels in self.labels.items()}
 
-        By the use that was made of it, `classification` first. Waits for the device.
-        """
-        return {name: labels.unpad() for name, labels in self._labels.items()}
+
+def rising(step: int, start: int, length: int) -> float:
+    """0 at step `start`, then growing linearly to 1 over `length` steps; 1 throughout if that is 0.
+
+    For weights of losses: Dense Teacher and ARSL let those of unlabelled images rise.
+    """
+    return min(1.0, max(0.0, (step - start) / length)) if length else 1.0
 
 
 def first_step(burn_in: float, steps: int) -> int:

@@ -12,6 +12,8 @@ from detectors.detector import Detector
 from harness.core import boxes as box_ops
 from harness.core.types import ImageSource, Target, View
 
+Quality = dict[str, float | None]  # measure -> value; None is unknown
+
 
 def confident(target: Target, threshold: float, keep_top1: bool) -> Target:
     """STAC's rule: scores of at least the threshold; if `keep_top1`, of at least min(threshold, best score).
@@ -69,7 +71,7 @@ def label_offline(
     finally:
         detector.train(was_training)
     kept = sorted(labels)
-    return _with_boxes(source, kept, [labels[row] for row in kept])
+    return source.select(kept).with_targets([labels[row] for row in kept])
 
 
 def _in_original_pixels(target: Target, matrix: Tensor, source: ImageSource, row: int) -> Target:
@@ -81,21 +83,6 @@ def _in_original_pixels(target: Target, matrix: Tensor, source: ImageSource, row
 def _in_float16(target: Target) -> Target:
     """Boxes and scores as float16 can hold them, in float32."""
     return Target(target.boxes.half().float(), target.labels, target.scores.half().float())
-
-
-def _with_boxes(source: ImageSource, rows: list[int], targets: list[Target]) -> ImageSource:
-    def stacked(parts: list[np.ndarray], empty: np.ndarray) -> np.ndarray:
-        return np.concatenate([empty, *parts])
-
-    return ImageSource(
-        paths=[source.paths[row] for row in rows],
-        ids=source.ids[rows],
-        sizes=source.sizes[rows],
-        boxes=stacked([t.boxes.numpy() for t in targets], np.zeros((0, 4), np.float32)),
-        labels=stacked([t.labels.numpy() for t in targets], np.zeros(0, np.int64)),
-        scores=stacked([t.scores.numpy() for t in targets], np.zeros(0, np.float32)),
-        offsets=np.cumsum([0, *(len(t) for t in targets)]).astype(np.int64),
-    )
 
 
 def quality(labels: Sequence[Target], truth: Sequence[Target], iou: float = 0.5) -> dict[str, float]:
@@ -120,9 +107,23 @@ def quality(labels: Sequence[Target], truth: Sequence[Target], iou: float = 0.5)
     }
 
 
-def unknown_quality(labels: Sequence[Target]) -> dict[str, float | None]:
-    """`quality` of labels on images whose truth nobody knows: their number alone."""
-    return {"precision": None, "recall": None, "iou": None, "labels": float(sum(map(len, labels))), "boxes": None}
+def measure(labels: Sequence[Target], view: View, truth: Sequence[Target | None]) -> Quality:
+    """`quality` of pseudo labels over those images of a view whose truth is known.
+
+    Args:
+        labels: of the view's B images, in its pixels.
+        view: B images.
+        truth: their boxes in original pixels; None where nobody knows them.
+
+    Returns:
+        As `quality`; where no image's truth is known, the number of labels alone, and None for the rest.
+    """
+    known = [row for row, target in enumerate(truth) if target is not None]
+    if not known:
+        unknown: Quality = dict.fromkeys(("precision", "recall", "iou", "labels", "boxes"))
+        return unknown | {"labels": float(sum(map(len, labels)))}
+    seen = box_ops.targets_in_view([t for t in truth if t is not None], view.rows(torch.tensor(known)))
+    return {**quality([labels[row] for row in known], seen)}
 
 
 def _pairs(found: Target, true: Target, iou: float) -> list[float]:
@@ -148,10 +149,5 @@ def offline_quality(source: ImageSource, truth: ImageSource) -> dict[str, float]
     """
     rows = {int(image_id): row for row, image_id in enumerate(source.ids)}
     empty = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0))
-    labels = [_target(source, rows[int(i)]) if int(i) in rows else empty for i in truth.ids]
-    return quality(labels, [_target(truth, row) for row in range(len(truth))])
-
-
-def _target(source: ImageSource, row: int) -> Target:
-    part = source.rows(row)
-    return Target(*(torch.from_numpy(array[part]) for array in (source.boxes, source.labels, source.scores)))
+    labels = [source.target(rows[int(i)]) if int(i) in rows else empty for i in truth.ids]
+    return quality(labels, [truth.target(row) for row in range(len(truth))])

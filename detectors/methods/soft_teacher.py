@@ -12,27 +12,25 @@ import torch
 from torch import Tensor
 
 from detectors import losses
-from detectors.detector import Detector, targets_of
+from detectors.detector import Detector
 from detectors.faster_rcnn import FasterRcnn
-from detectors.methods.method import EmaKeys, Losses, Method, first_step, mean_count, student_features, unlabeled_terms
+from detectors.methods.method import EmaKeys, Losses, mean_count
+from detectors.methods.teacher import TeacherMethod
 from detectors.padded import PaddedTargets
 from detectors.roi import Rois
 from detectors.rpn import Proposals
 from harness.core import boxes as box_ops
 from harness.core.draws import torch_normal, torch_uniform
-from harness.core.types import Batch, UserError, View, Views
+from harness.core.types import UserError, View
 from harness.core.validate import Limits, NotNegative, Share, Weight
 
-_LOSSES = ("rpn_class", "rpn_box", "roi_class", "roi_box")
 
-
-class SoftTeacher(Method):
+class SoftTeacher(TeacherMethod):
     """Total loss: the labelled images' four terms, plus lambda_u times the unlabelled images' four terms.
 
     Args:
-        detector, steps, reported, ema: see `Method`.
-        lambda_u: weight of all unlabelled terms.
-        burn_in: supervised steps at the start, or below 1 a fraction of the schedule; the official code has none.
+        detector, steps, reported, ema, lambda_u, burn_in, rise, joint_forward: see `TeacherMethod`; the official code
+            has no burn-in.
         candidate_score: score above which the teacher's boxes are looked at.
         initial_score: score above which they are pseudo labels at all.
         rpn_score, class_score: scores above which they are truth for the RPN, and for the RoI classification.
@@ -47,13 +45,13 @@ class SoftTeacher(Method):
         teacher_training_proposals: the teacher's RPN keeps as many proposals as in training (official), or as in tests
             (mmdetection 3).
         use_teacher_proposals: the student's second stage looks at the teacher's proposals instead of its own.
-        joint_forward: one backbone forward over labelled and unlabelled images together, or two.
     """
 
     needs = FasterRcnn
     student: FasterRcnn
     teacher: FasterRcnn
-    views = Views(labeled=("labeled",), unlabeled=("weak", "strong"))
+    terms = ("rpn_class", "rpn_box", "roi_class", "roi_box")
+    measures = ("pseudo_boxes", "pseudo_class", "pseudo_box", "background_weight")
 
     def __init__(
         self,
@@ -64,6 +62,7 @@ class SoftTeacher(Method):
         reported: Literal["student", "teacher"] = "student",
         lambda_u: Weight = 4.0,
         burn_in: NotNegative = 0,
+        rise: NotNegative | None = None,
         candidate_score: Share = 0.05,
         initial_score: Share = 0.5,
         rpn_score: Share = 0.9,
@@ -79,7 +78,16 @@ class SoftTeacher(Method):
         use_teacher_proposals: bool = False,
         joint_forward: bool = False,
     ) -> None:
-        super().__init__(detector, steps, reported=reported, ema=ema)
+        super().__init__(
+            detector,
+            steps,
+            ema=ema,
+            reported=reported,
+            lambda_u=lambda_u,
+            burn_in=burn_in,
+            rise=rise,
+            joint_forward=joint_forward,
+        )
         for key, value, known in (
             ("jitter", jitter, ("gaussian", "uniform")),
             ("uncertainty_scale", uncertainty_scale, ("axes", "half_perimeter")),
@@ -89,8 +97,6 @@ class SoftTeacher(Method):
                 raise UserError(f"method.{key}={value} is unknown: choose {' or '.join(known)}")
         if jitter_count < 2:
             raise UserError(f"method.jitter_count={jitter_count} gives no deviation: it must be at least 2")
-        self.unlabeled_from = first_step(burn_in, steps)
-        self.lambda_u = lambda_u
         self.candidate_score = candidate_score
         self.initial_score = initial_score
         self.rpn_score = rpn_score
@@ -104,34 +110,8 @@ class SoftTeacher(Method):
         self.class_normalizer = class_normalizer
         self.teacher_training_proposals = teacher_training_proposals
         self.use_teacher_proposals = use_teacher_proposals
-        self.joint_forward = joint_forward
-
-    def forward(self, batch: Batch, step: int) -> tuple[Losses, Losses]:
-        labeled = batch.labeled["labeled"]
-        truth = targets_of(labeled)
-        metrics = {"labeled_boxes": mean_count(truth.valid)}
-        weak, strong = batch.weak, batch.strong
-        if step < self.unlabeled_from or weak is None or strong is None:
-            supervised = self.student.losses(self.student.features(labeled.images), labeled, truth, batch.labeled_keys)
-            zero = torch.zeros((), device=labeled.images.device)
-            unsupervised = dict.fromkeys(_LOSSES, zero)
-            metrics.update(dict.fromkeys(("pseudo_boxes", "pseudo_class", "pseudo_box", "background_weight"), zero))
-            self._labels = {}
-        else:
-            (labeled, seen), (own, other) = student_features(self.student, (labeled, strong), self.joint_forward)
-            supervised = self.student.losses(own, labeled, truth, batch.labeled_keys)
-            unsupervised, measured = self.unlabeled_losses(other, seen, weak, batch.unlabeled_keys)
-            metrics.update(measured)
-        return {**supervised, **unlabeled_terms(unsupervised, self.lambda_u)}, metrics
 
     def unlabeled_losses(self, features: list[Tensor], strong: View, weak: View, keys: Tensor) -> tuple[Losses, Losses]:
-        """The four unlabelled terms, not yet times lambda_u, and metrics.
-
-        Args:
-            features: the student's, of the strong views.
-            strong, weak: two views of the same B images.
-            keys: (B,).
-        """
         rpn, roi = self.student.rpn, self.student.roi
         with torch.no_grad():
             teacher_features = self.teacher.features(weak.images)
@@ -142,7 +122,7 @@ class SoftTeacher(Method):
         for_rpn = labels.keep(labels.scores > self.rpn_score)
         for_class = labels.keep(labels.scores > self.class_score)
         for_box = labels.keep(uncertainty < self.box_uncertainty)
-        self._labels = {"classification": for_class, "rpn": for_rpn, "box": for_box}
+        self.labels = {"classification": for_class, "rpn": for_rpn, "box": for_box}
 
         output = rpn(features, strong.images.shape[-2:])
         result = rpn.losses(output, for_rpn, strong.sizes, keys)

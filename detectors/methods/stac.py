@@ -63,7 +63,7 @@ class Stac(Method):
         unsupervised = self.student.losses(features[1], views[1], pseudo, batch.unlabeled_keys)
         if not self.unlabeled_rpn_loss:
             unsupervised.update({name: torch.zeros_like(unsupervised[name]) for name in ("rpn_class", "rpn_box")})
-        self._labels = {"classification": pseudo}
+        self.labels = {"classification": pseudo}
         losses = {name: self.weight * value for name, value in supervised.items()}
         losses.update(unlabeled_terms(unsupervised, self.weight * self.lambda_u))
         score = (pseudo.scores * pseudo.valid).sum() / pseudo.valid.sum().clamp(min=1)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from rich.box import SIMPLE_HEAD
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from harness.config import sections
 from harness.core.console import Console
 from harness.core.escape import literal
 from harness.core.files import write_atomically
@@ -25,7 +26,7 @@ from harness.data import prepare, split_files
 from harness.data.datasets import CocoIndex, Dataset
 from harness.data.images import ImageCheck
 from harness.data.prepare import Checks
-from harness.data.protocols import BY_PERCENT
+from harness.splits.protocols import SplitOptions
 
 _PERCENTS, _FOLDS = (1.0, 2.0, 5.0, 10.0), (1, 2, 3, 4, 5)  # of the papers
 _LONG = 10_000  # pictures from which a check without a terminal reports each tenth
@@ -33,7 +34,7 @@ _FEW = 4  # classes up to which a table has a column for each
 
 
 def run(cfg: Any) -> int:
-    """`describe`; gives the exit code."""
+    """Says what the dataset and its splits hold; gives the exit code."""
     describe(cfg)
     return 0
 
@@ -57,7 +58,8 @@ def describe(cfg: Any) -> dict[str, Any]:
         split_files.check_folder(Path(cfg.export_dir).expanduser())
     dataset = build.dataset(cfg)
     level = OmegaConf.select(cfg, "check", default="headers")
-    unlabeled = prepare.needs_unlabeled(cfg.split)
+    options = sections.split_options(cfg)
+    unlabeled = options.chosen.takes_unlabeled_part
     indices = prepare.parts(dataset, unlabeled)
     with _progress(console, sum(map(len, indices.values())), level) as advance:
         checks = prepare.inspect(dataset, level, len(os.sched_getaffinity(0)), advance, unlabeled)
@@ -69,7 +71,7 @@ def describe(cfg: Any) -> dict[str, Any]:
         "findings": [asdict(finding) for finding in checks.findings],
         "warnings": prepare.found_in_files(indices, checks),
         "fatal": checks.fatal,
-        "splits": [_split(dataset, cfg.split, *key, checks) for key in keys],
+        "splits": [_split(dataset, replace(options, percent=percent, fold=fold), checks) for percent, fold in keys],
         "files": [],
     }
     configured = (float(cfg.split.percent), int(cfg.split.fold))
@@ -90,7 +92,7 @@ def describe(cfg: Any) -> dict[str, Any]:
 
 def _rows(cfg: Any) -> list[tuple[float, int]]:
     """(percent, fold) of every split to describe."""
-    if cfg.split.protocol not in BY_PERCENT:
+    if not sections.split_options(cfg).chosen.draws:
         return _keys(cfg, [cfg.split.percent], [cfg.split.fold])
     return _keys(cfg, (*_PERCENTS, cfg.split.percent), (*_FOLDS, cfg.split.fold))
 
@@ -114,7 +116,7 @@ def _part(index: CocoIndex, pictures: ImageCheck, level: str) -> dict[str, Any]:
         "images": len(index),
         "boxes": int(usable.sum()),
         "crowd_boxes": int(index.crowd.sum()),
-        "images_without_boxes": len(index) - len(index.nonempty_ids()),
+        "images_without_boxes": int((~index.boxed()).sum()),
         "boxes_per_class": _named(index, index.boxes_per_class()),
         "findings": [asdict(finding) for finding in index.findings],
         "pictures": {
@@ -130,21 +132,20 @@ def _named(index: CocoIndex, counts: np.ndarray) -> dict[str, int]:
     return dict(zip(index.category_names, counts.tolist(), strict=True))
 
 
-def _split(dataset: Dataset, config: Mapping[str, Any], percent: float, fold: int, checks: Checks) -> dict[str, Any]:
+def _split(dataset: Dataset, options: SplitOptions, checks: Checks) -> dict[str, Any]:
     """What one split holds, or why there is none."""
-    wanted = {**config, "percent": percent, "fold": fold}
-    row: dict[str, Any] = {"protocol": wanted["protocol"], "percent": percent, "fold": fold}
+    row: dict[str, Any] = {"protocol": options.protocol, "percent": options.percent, "fold": options.fold}
     try:
-        split = prepare.resolve_split(dataset, wanted)
+        split = prepare.resolve_split(dataset, options)
     except UserError as error:
         return {**row, "error": str(error)}
-    labeled, unlabeled = prepare.sources(dataset, split, wanted, checks)
+    labeled, unlabeled = prepare.sources(dataset, split, options, checks)
     counts = np.bincount(labeled.labels - 1, minlength=dataset.train.num_classes)
     return {
         **row,
         "percent": split.percent,
         "sha256": split.sha256,
-        **asdict(prepare.policy(wanted)),
+        **asdict(options.policy),
         "labeled_ids": len(split.labeled_ids),
         "unlabeled_ids": len(split.unlabeled_ids),
         "labeled_images": len(labeled),
@@ -154,14 +155,15 @@ def _split(dataset: Dataset, config: Mapping[str, Any], percent: float, fold: in
         "classes_without_labeled_box": [
             name for name, count in zip(dataset.train.category_names, counts, strict=True) if not count
         ],
-        "warnings": prepare.about_split(dataset, split, wanted, labeled),
+        "warnings": prepare.about_split(dataset, split, options, labeled),
     }
 
 
 def _export(dataset: Dataset, cfg: Any, folder: Path) -> list[str]:
     """Writes the splits that the configuration names: those of prepare.percents and prepare.folds, else of split."""
     keys = _keys(cfg, [cfg.split.percent], [cfg.split.fold])
-    splits = [prepare.resolve_split(dataset, {**cfg.split, "percent": p, "fold": f}) for p, f in keys]
+    options = sections.split_options(cfg)
+    splits = [prepare.resolve_split(dataset, replace(options, percent=p, fold=f)) for p, f in keys]
     return [str(path) for path in split_files.export_all(dataset, splits, folder)]
 
 

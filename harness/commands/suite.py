@@ -1,73 +1,113 @@
 """A suite: methods x percents x folds x seeds, every cell a process of its own, taken up where it stopped.
 
-A cell whose record says ok under the same configuration is not run again. A method whose configuration names a first
+A cell whose record says ok under the same configuration is not run again, and one that another process runs is left to
+it. A method whose configuration names a first
 stage (`offline.stage1`) waits for that method's cell of the same percent, fold and seed, and starts from its folder.
 """
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
+from rich.markup import escape
+from rich.table import Table
 
 from harness.config import checks
 from harness.core.console import STDERR, Console
 from harness.core.files import refusal
-from harness.core.lock import RunLock
 from harness.core.stopping import collecting_stops
 from harness.core.types import RunError, UserError
 from harness.report import report
-from harness.suite.cells import default_jobs, environments, execute
-from harness.suite.plan import Cell, plan, standing, write_plan
-from harness.suite.view import View
+from harness.suite.cells import Suite, default_jobs, environments
+from harness.suite.claims import Claims, remove_if_empty, require_writable
+from harness.suite.plan import Cell, first_state, plan, write_plan
+from harness.suite.view import View, standing_of
+
+HELD = 3  # exit code: what is missing is being run by other processes, and nothing has failed
 
 
 def run(cfg: DictConfig) -> int:
     """Runs what is missing of a suite, writes its report and prints the table.
 
+    Several processes may work on the same folder, also from several hosts: each cell is run by one of them.
+
     Args:
         cfg: the configuration with a suite chosen; what the command line said (`cfg.cli`) reaches every cell.
 
     Returns:
-        0 when every cell is ok, 1 when one is not, 128 + signal number when interrupted.
+        0 when every cell is ok, 1 when one has failed, 3 when other processes still run what is missing and
+        `suite.wait` is false, 128 + signal number when interrupted.
 
     Raises:
-        UserError: no suite was chosen, a value cannot work, or another process works on the same suite.
+        UserError: no suite was chosen, or a value cannot work.
     """
     checks.check_extras(cfg, logs=True)
     cells = plan(cfg)
     suite_dir = Path(cfg.runs_dir) / cfg.suite.name
     console = Console()
-    with held(suite_dir):
-        for cell in cells:
-            cell.state = standing(cell)
-        missing = [cell for cell in cells if cell.state != "ok"]
-        jobs = cfg.suite.jobs or default_jobs(cfg)
-        console.print(
-            f"suite {cfg.suite.name}: {len(cells)} cells, {len(missing)} to run, {jobs} side by side, in {suite_dir}",
-            soft_wrap=True,
-            highlight=False,
-            markup=False,
-        )
+    claims = Claims(suite_dir)
+    if cfg.suite.get("status"):
+        return status(cells, suite_dir, claims, console)
+    require_writable(claims, suite_dir)
+    try:
+        return _run(cfg, cells, suite_dir, claims, console)
+    finally:
+        remove_if_empty(claims, suite_dir)
+
+
+def _run(cfg: DictConfig, cells: list[Cell], suite_dir: Path, claims: Claims, console: Console) -> int:
+    for cell in cells:
+        cell.state, cell.reason = first_state(cell, bool(cfg.suite.get("retry_failed", True)))
+    missing = [cell for cell in cells if cell.state == "waiting"]
+    jobs = cfg.suite.jobs or default_jobs(cfg)
+    console.print(
+        f"suite {cfg.suite.name}: {len(cells)} cells, {len(missing)} to run, {jobs} side by side, in {suite_dir}",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
+    if missing:
+        prepare(missing, console)
+        write_plan(suite_dir, cfg, cells)
+    wait = cfg.suite.get("wait") is not False
+    with collecting_stops() as stop:
         if missing:
-            prepare(missing, console)
-            write_plan(suite_dir, cfg, cells)
-        with collecting_stops() as stop:
-            if missing:
-                execute(cells, suite_dir, environments(cfg, jobs), stop, View(cells, console))
-        told = conclude(suite_dir, cfg, cells, console)
+            Suite(cells, suite_dir, environments(cfg, jobs), stop, View(cells, console), claims, wait).execute()
+    told = conclude(suite_dir, cfg, cells, console, quickly=bool(stop.number))
     if stop.number:
         return 128 + stop.number
-    return 0 if told and all(cell.state == "ok" for cell in cells) else 1
+    states = {cell.state for cell in cells}
+    if not told or states & {"failed", "skipped", "interrupted"}:
+        return 1
+    return HELD if states != {"ok"} else 0
 
 
-def conclude(suite_dir: Path, cfg: DictConfig, cells: list[Cell], console: Console) -> bool:
+def status(cells: list[Cell], suite_dir: Path, claims: Claims, console: Console) -> int:
+    """Prints how the cells of a folder stand, also while other processes run them; runs and writes nothing."""
+    table = Table("cell", "state", "AP", "steps", "ETA", "", box=None, pad_edge=False)
+    counts: Counter[str] = Counter()
+    for cell in cells:
+        stands = standing_of(cell, claims)
+        counts[stands.state] += 1
+        table.add_row(*map(escape, (cell.name, stands.state, stands.score, stands.steps, stands.eta, stands.note)))
+    console.print(table)
+    summary = ", ".join(f"{count} {state}" for state, count in counts.items())
+    console.print(f"{len(cells)} cells in {suite_dir}: {summary}", soft_wrap=True, highlight=False, markup=False)
+    return 0
+
+
+def conclude(suite_dir: Path, cfg: DictConfig, cells: list[Cell], console: Console, quickly: bool = False) -> bool:
     """Writes how every cell ended and the report, and prints the table; an error of one stops none of the others.
+
+    Args:
+        suite_dir, cfg, cells, console: of the suite.
+        quickly: without what takes a report long, as somebody waits for the suite to stop.
 
     Returns:
         Whether all of that could be done. What could not is told; the records are whole in any case.
@@ -75,7 +115,7 @@ def conclude(suite_dir: Path, cfg: DictConfig, cells: list[Cell], console: Conso
     steps: list[Callable[[], Any]] = [lambda: write_plan(suite_dir, cfg, cells)]
     if any((cell.run_dir / "record.json").exists() for cell in cells):
         html = suite_dir / "report" / "report.html"
-        drawn = cfg.report.resamples, cfg.report.gallery
+        drawn = (0, 0) if quickly else (cfg.report.resamples, cfg.report.gallery)
         steps += [lambda: report.run(suite_dir, html.parent, *drawn), lambda: report.show(suite_dir, console)]
         steps += [lambda: console.print(f"report: {html}", soft_wrap=True, highlight=False, markup=False)]
     else:
@@ -102,41 +142,6 @@ def _done(step: Callable[[], Any], suite_dir: Path) -> bool:
 def _no_record(cells: list[Cell]) -> str:
     reasons = [cell.reason for cell in cells if cell.reason]
     return f"there is nothing to report, no cell has left a record{f': {reasons[0]}' if reasons else ''}"
-
-
-@contextmanager
-def held(suite_dir: Path) -> Iterator[None]:
-    """Holds the suite's folder for this process; an empty folder does not stay.
-
-    Raises:
-        UserError: a live process works on the same suite, or the folder cannot be written.
-    """
-    lock = RunLock(suite_dir)
-    try:
-        lock.acquire()
-    except (UserError, RunError) as error:
-        cause = error.__cause__
-        if isinstance(cause, OSError) and not isinstance(cause, BlockingIOError):  # that one says: held by another
-            raise type(error)(_cannot_write(suite_dir, cause)) from error
-        raise UserError(
-            f"the suite in {suite_dir} is being run by {lock.holder()}: wait for it to end, or set another runs_dir=DIR"
-        ) from error
-    try:
-        yield
-    except BaseException:
-        lock.release(discard=True)
-        raise
-    lock.release()
-
-
-def _cannot_write(suite_dir: Path, error: OSError) -> str:
-    """One sentence; `make` passes no settings on, so its users are told the command behind it."""
-    command = (
-        "run `.venv/bin/ssodbench suite suite=NAME runs_dir=DIR`" if "MAKELEVEL" in os.environ else "set runs_dir=DIR"
-    )
-    return (
-        f"cannot write the suite's folder {suite_dir} ({error.strerror}): {command} with a folder that can be written"
-    )
 
 
 def prepare(cells: list[Cell], console: Console) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 from omegaconf import DictConfig
 
 from harness.config.checks import check_extras
-from harness.core.types import UserError
 
 
 def run(cfg: DictConfig) -> int:
@@ -21,12 +18,8 @@ def run(cfg: DictConfig) -> int:
     from harness.suite.cells import end_with_suite
 
     end_with_suite()
-    if cfg.launcher.name == "slurm":  # before GPUs are looked for: a login node has none
-        from harness.launch import slurm
+    from harness.config.make import make
+    from harness.launch.launcher import Launcher
 
-        if "LOCAL_RANK" in os.environ:
-            raise UserError("launcher=slurm starts all processes itself: start `ssodbench train`, not torchrun")
-        return slurm.submit(cfg)
-    from harness.launch import local
-
-    return local.run(cfg)
+    launcher: Launcher = make("launcher", cfg.launcher)
+    return launcher.run(cfg)

@@ -15,9 +15,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness.config import schema
+from harness.config import moved, schema
+from harness.config.step import StepShape, check_annealing
 from harness.core import validate
-from harness.core.types import UserError
+from harness.core.types import UserError, Views
 
 CONF_DIR = Path(__file__).parents[1] / "conf"
 
@@ -31,10 +32,13 @@ class Group:
     own: tuple[str, ...] = ()  # keys that the constructor does not take
 
 
+# What has a `_target_`, by its place in the configuration. `logging.loggers` is a list of such.
 GROUPS = {
     "data": Group("harness.data.datasets:Dataset", ("cache_dir",), ("small",)),
     "detector": Group("detectors.detector:Detector", ("num_classes", "generated")),
-    "method": Group("detectors.methods.method:Method", ("detector", "steps"), ("name", "augment", "offline")),
+    "method": Group(
+        "detectors.methods.method:Method", ("detector", "steps"), ("name", "augment", "unlabeled", "offline")
+    ),
     "pipeline": Group(
         "harness.core.types:Pipeline",
         (
@@ -43,14 +47,23 @@ GROUPS = {
         ),
         ("name",),
     ),
+    "launcher": Group("harness.launch.launcher:Launcher", (), ("name",)),
+    "schedule.optimizer": Group(
+        "torch.optim:Optimizer", ("params", "lr"), ("lr", "weight_decay", "decay_norm_and_bias")
+    ),
+    "schedule.decay": Group("harness.engine.optim:Decay", ("steps",)),
+    "logging.loggers": Group("harness.engine.loggers:Logger", ("run_dir", "title", "start_step")),
 }
-_CHOSEN = (*GROUPS, "augment", "schedule", "launcher")
+_NAMED = ("data", "detector", "method", "pipeline", "launcher")
+_CHOSEN = (*_NAMED, "augment", "schedule")
 # What is not installed with the program itself: package -> how it is.
 _EXTRAS = {
     "nvidia.dali": "pip install 'ssodbench[cu13]' (or [cu12])",
     "cv2": "pip install opencv-python-headless",
     "wandb": "pip install 'ssodbench[wandb]'",
     "mlflow": "pip install 'ssodbench[mlflow]'",
+    "onnx": "pip install 'ssodbench[onnx]'",
+    "onnxscript": "pip install 'ssodbench[onnx]'",
     "submitit": "pip install 'ssodbench[slurm]'",
 }
 
@@ -86,13 +99,18 @@ def check_values(plain: dict[str, Any]) -> None:
     """
     _check_chosen(plain, _CHOSEN)
     validate.check(schema.Config, plain)
-    _check_launcher(plain["launcher"])
-    for group in GROUPS:
+    for group in _NAMED:
         validate.check(schema.Name, plain[group].get("name"), f"{group}.name")
     _check_method(plain["method"])
-    for name in GROUPS:
+    _check_optimizer(plain["schedule"]["optimizer"])
+    for name in (*_NAMED, "schedule.optimizer"):
         if not _as_shipped(name, plain["cli"]["overrides"], plain["cli"]["config_dirs"]):
-            _check_constructor(name, plain[name])
+            _check_constructor(name, _at(plain, name))
+    if isinstance(plain["schedule"]["decay"], dict):
+        _check_constructor("schedule.decay", plain["schedule"]["decay"])
+    for place, chosen in enumerate(plain["logging"]["loggers"]):
+        if isinstance(chosen, dict):
+            _check_constructor("logging.loggers", chosen, f"logging.loggers[{place}]")
     if "small" in plain["data"]:  # after the keys of `data`, which it may refer to
         validate.check(schema.Small, plain["data"]["small"], "data.small")
     _check_policy(plain)
@@ -143,8 +161,18 @@ def _check_chosen(plain: dict[str, Any], groups: Sequence[str]) -> None:
             raise UserError(f"no {group} is chosen: say {group}=NAME, one of {', '.join(options)}")
 
 
-def _check_launcher(launcher: dict[str, Any]) -> None:
-    validate.check(schema.Slurm if launcher.get("name") == "slurm" else schema.Launcher, launcher, "launcher")
+def _at(plain: dict[str, Any], place: str) -> dict[str, Any]:
+    """The mapping at a dotted place."""
+    for key in place.split("."):
+        plain = plain[key]
+    return plain
+
+
+def _check_optimizer(options: dict[str, Any]) -> None:
+    if "name" in options:
+        moved.override(f"schedule.optimizer.name={options['name']}")  # says which names there are
+    own = {key: options[key] for key in GROUPS["schedule.optimizer"].own if key in options}
+    validate.check(schema.Optimizer, own, "schedule.optimizer")
 
 
 def check_method(cfg: DictConfig) -> None:
@@ -166,31 +194,39 @@ def _check_method(method: dict[str, Any]) -> None:
         raise UserError(f"method.offline.stage1={own['name']} is the method itself: name another, such as supervised")
 
 
-def _as_shipped(group: str, overrides: Sequence[str], config_dirs: Sequence[str]) -> bool:
-    """Whether a group's values all come from the program's own files, which a test keeps right.
+def _as_shipped(place: str, overrides: Sequence[str], config_dirs: Sequence[str]) -> bool:
+    """Whether the values at a place all come from the program's own files, which a test keeps right.
 
     Importing torch takes a second and much memory, which `config` and `prepare` can do without.
     """
+    group = place.split(".")[0]
     options = {file.stem for file in (CONF_DIR / group).glob("*.yaml")}
+    options |= {option for of, option in moved.OPTIONS if of == group}
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
-        if group in re.split(r"[./@]", key) and not (key == group and value in options):
+        if _touches(key, place) and not (key == group and value in options):
             return False
     return not config_dirs
 
 
-def _check_constructor(name: str, values: dict[str, Any]) -> None:
-    """Checks a group's keys against the parameters of what its `_target_` names."""
+def _touches(key: str, place: str) -> bool:
+    """Whether an override of a key changes what is at a place: the place itself, what it is in, or what is in it."""
+    parts, wanted = re.split(r"[./@]", key), place.split(".")
+    return wanted[0] in parts if "@" in key else all(a == b for a, b in zip(parts, wanted, strict=False))
+
+
+def _check_constructor(name: str, values: dict[str, Any], key: str | None = None) -> None:
+    """Checks a group's keys against the parameters of what its `_target_` names; `key` is how messages call it."""
     group = GROUPS[name]
     try:
-        target = find_target(name, values)
+        target = find_target(name, values, key)
     except ModuleNotFoundError:
         return  # an extra is not installed: `check_extras` says so where it is needed
     arguments = {key: value for key, value in values.items() if key not in (*group.own, "_target_")}
-    validate.check_arguments(target, arguments, name, group.given)
+    validate.check_arguments(target, arguments, key or name, group.given, group.own)
 
 
-def find_target(name: str, values: dict[str, Any]) -> Callable[..., Any]:
+def find_target(name: str, values: dict[str, Any], key: str | None = None) -> Callable[..., Any]:
     """What a group's `_target_` names.
 
     Raises:
@@ -198,7 +234,7 @@ def find_target(name: str, values: dict[str, Any]) -> Callable[..., Any]:
         ModuleNotFoundError: it needs an extra that is not installed.
     """
     path = values.get("_target_")
-    said = f"{name}._target_={validate.shown(path)}"
+    said = f"{key or name}._target_={validate.shown(path)}"
     if not isinstance(path, str) or not path:
         raise UserError(f"{said} must be the dotted name of a class or function, such as package.module.Name")
     try:
@@ -210,7 +246,8 @@ def find_target(name: str, values: dict[str, Any]) -> Callable[..., Any]:
         raise UserError(f"{said} cannot be imported ({why}): name a class or function that Python finds") from error
     if not _makes(target, pkgutil.resolve_name(GROUPS[name].makes)):
         kind = GROUPS[name].makes.replace(":", ".")
-        raise UserError(f"{said} is no {name}: it must be a {kind}, or a function that is annotated to return one")
+        noun = name.split(".")[-1].removesuffix("s")
+        raise UserError(f"{said} is no {noun}: it must be a {kind}, or a function that is annotated to return one")
     return target
 
 
@@ -246,19 +283,29 @@ def check_extras(cfg: DictConfig, logs: bool = False, pipelines: Sequence[str] =
     targets = {name: f"pipelines.{name}." for name in pipelines} or {str(cfg.pipeline.name): str(cfg.pipeline._target_)}
     for name, target in targets.items():
         if target.startswith("pipelines.dali."):
-            _need("nvidia.dali", f"pipeline={name} needs NVIDIA DALI, which", "pipeline=torchvision")
+            need("nvidia.dali", f"pipeline={name} needs NVIDIA DALI, which", "pipeline=torchvision")
         if target.startswith("pipelines.opencv."):
-            _need("cv2", f"pipeline={name} needs OpenCV, which", "pipeline=torchvision")
+            need("cv2", f"pipeline={name} needs OpenCV, which", "pipeline=torchvision")
     if not logs:
         return
-    for name in cfg.logging.loggers:
-        if name != "tensorboard":
-            _need(name, f"logging.loggers names {name}, which", "leave it out")
-    if cfg.launcher.name == "slurm":
-        _need("submitit", "launcher=slurm needs submitit, which", "launcher=local")
+    for chosen in cfg.logging.loggers:
+        if chosen in ("wandb", "mlflow"):
+            need(chosen, f"logging.loggers names {chosen}, which", "leave it out")
+    if str(cfg.launcher.get("_target_")).startswith("harness.launch.slurm."):
+        need("submitit", "launcher=slurm needs submitit, which", "launcher=local")
 
 
-def _need(module: str, said: str, otherwise: str) -> None:
+def need(module: str, said: str, otherwise: str) -> None:
+    """Checks that a module of an extra is installed.
+
+    Args:
+        module: its name.
+        said: what needs it, up to "which".
+        otherwise: what to give instead.
+
+    Raises:
+        UserError: it is not, saying how to install it.
+    """
     try:
         found = importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
@@ -286,66 +333,65 @@ def _check_schedule(cfg: DictConfig) -> None:
 def draws_unlabeled(cfg: DictConfig) -> bool:
     """Whether the method draws unlabelled images, told without building it.
 
-    By the weight of their losses, `method.lambda_u`, or else by the views that its class names.
+    By `method.unlabeled`; a class of the user's own is asked for its `views` first, since it may stand in a YAML that
+    was made for another one.
     """
-    if cfg.method.get("lambda_u") is not None:
-        return True
+    declared, target = cfg.method.get("unlabeled"), str(cfg.method._target_)
+    if declared is None or not target.startswith("detectors.methods."):
+        views = _views(target)
+        if views is not None:
+            return bool(views.unlabeled)
+    return bool(declared)
+
+
+def _views(target: str) -> Views | None:
+    """The views that a method's class names; None for one that chooses them when it is built."""
     try:
-        views = getattr(pkgutil.resolve_name(str(cfg.method._target_)), "views", None)
+        return getattr(pkgutil.resolve_name(target), "views", None)
     except Exception:  # whatever the user's module raises: building the method tells it better
-        return False
-    return bool(views is not None and views.unlabeled)
+        return None
 
 
-def images_per_step(cfg: DictConfig) -> int:
-    """Images of a student step over all devices."""
-    return int(cfg.batch.labeled) + (int(cfg.batch.unlabeled) if draws_unlabeled(cfg) else 0)
-
-
-def check_devices(cfg: DictConfig) -> None:
-    """Checks that the devices can share a step, before a training opens or makes anything.
+def step_shape(cfg: DictConfig, world: int = 1) -> StepShape:
+    """How a student step is made up, shared by `world` processes.
 
     Raises:
-        UserError: naming the keys, where they cannot.
+        UserError: naming the keys of `batch` that do not fit together, or do not fit the method.
     """
-    if cfg.devices == 1:
-        return
-    images = images_per_step(cfg)
-    number = images // (cfg.batch.micro or images)
-    if number % cfg.devices:
-        raise UserError(
-            f"devices={cfg.devices} cannot share the {images} images of a step evenly, batch.micro="
-            f"{validate.shown(cfg.batch.micro)} makes {number} micro-batch{'es' if number > 1 else ''} of them: "
-            "set it so that their number is a multiple of devices, or lower devices"
-        )
+    return shape_of(cfg, draws_unlabeled(cfg), world)
 
 
-def _check_batch(cfg: DictConfig) -> None:
-    """Checks how a step is made up; asks the method only where it matters, since importing it takes time."""
+def shape_of(cfg: DictConfig, unlabeled: bool, world: int) -> StepShape:
+    """`step_shape` where it is known whether the method draws unlabelled images."""
     batch = cfg.batch
-    if batch.anneal_steps and (batch.ratio != "bernoulli" or batch.anneal_steps > cfg.schedule.steps):
-        raise UserError(
-            f"batch.anneal_steps={batch.anneal_steps} needs batch.ratio=bernoulli and schedule.steps "
-            f"(now {cfg.schedule.steps}) of at least as many: set these, or leave it 0"
-        )
-    if not batch.unlabeled and draws_unlabeled(cfg):
+    if unlabeled and not batch.unlabeled:
         raise UserError(
             f"method={cfg.method.get('name', 'method')} needs unlabelled images: batch.unlabeled must be at least 1, "
             "or take method=supervised"
         )
-    if batch.micro is not None:
-        _check_micro(cfg)
+    return StepShape(
+        labeled=int(batch.labeled),
+        unlabeled=int(batch.unlabeled) if unlabeled else 0,
+        micro=batch.micro,
+        world=world,
+        ratio=batch.ratio,
+    )
+
+
+def check_devices(cfg: DictConfig) -> None:
+    """Checks that the devices, on all nodes, can share a step, before a training opens or makes anything.
+
+    Raises:
+        UserError: naming the keys, where they cannot.
+    """
+    step_shape(cfg, int(cfg.devices) * int(cfg.launcher.get("nodes") or 1))
+
+
+def _check_batch(cfg: DictConfig) -> None:
+    """Checks how a step is made up."""
+    batch = cfg.batch
+    check_annealing(int(batch.anneal_steps), batch.ratio, int(cfg.schedule.steps))
+    step_shape(cfg)
     # Without batch.micro a step may only later be found not to be shared: commands that train nothing do not mind.
     if batch.micro is not None or cfg.devices > batch.labeled + batch.unlabeled:
         check_devices(cfg)
-
-
-def _check_micro(cfg: DictConfig) -> None:
-    images, micro = images_per_step(cfg), int(cfg.batch.micro)
-    if images % micro:
-        raise UserError(
-            f"batch.micro={micro} does not divide the {images} images of a step: choose a divisor, so that every "
-            "micro-batch has the same size"
-        )
-    if micro < 2 and images > cfg.batch.labeled:
-        raise UserError("batch.micro=1 leaves no room for a labelled and an unlabelled image: give at least 2")

@@ -1,7 +1,8 @@
 """The configuration's keys, as types: what each may be, within which bounds, and which are known at all.
 
-The groups `data`, `detector`, `method` and `pipeline` are checked against the constructors that they name, and
-`augment` against `pipelines.policy`. What no machine can mean is out of bounds, before anything is allocated.
+What has a `_target_` (the groups `data`, `detector`, `method`, `pipeline` and `launcher`, the optimiser, the decay, the
+loggers) is checked against the constructor that it names, and `augment` against `pipelines.policy`. What no machine can
+mean is out of bounds, before anything is allocated.
 """
 
 from __future__ import annotations
@@ -10,27 +11,16 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from harness.core.validate import File, Images, Limits, Name, Pixels, Positive, Seed, Share, Steps, Threads
+from harness.splits.protocols import Fold, Percent, SplitOptions
 
-Percent = Annotated[float, Limits(gt=0, le=100)]
-Fold = Annotated[int, Limits(ge=1, le=10)]
+LoggerName = Literal["tensorboard", "wandb", "mlflow"]
+Decay = Literal["flat", "step", "linear", "cosine"]
 Milestone = Annotated[
     float,
     Limits(gt=0, le=1e9, words="a step, or below 1 a fraction of the schedule, above 0: [120000,160000], or []"),
 ]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Split:
-    """The keys of `split`: which images are labelled."""
-
-    protocol: Literal["stac", "soft_teacher", "unbiased_teacher", "ids", "annotated", "full"]
-    percent: Percent
-    fold: Fold
-    offset: Annotated[int, Limits(ge=0, le=2**32 - 11)]  # fold + offset seeds NumPy's legacy generator: 32 bits
-    index_file: File | None
-    empty_images: Literal["keep", "drop", "drop_unannotated"] | None
-    crowd_boxes: Literal["keep", "drop"] | None
-    min_side: Annotated[int, Limits(ge=0, le=100_000)] | None
+_TWO = "a list of two, height and width in pixels: [800,1344]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +67,7 @@ class Logging:
     """The keys of `logging`: how often lines are written, and where else scalars go."""
 
     every: Steps
-    loggers: list[Literal["tensorboard", "wandb", "mlflow"]]
+    loggers: list[LoggerName | dict[str, Any]]  # a `_target_` and its keys for one that is not shipped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +83,13 @@ class Profile:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Predict:
+    """The keys of `predict`."""
+
+    score: Share
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """The keys of `report`: what a report takes time for."""
 
@@ -101,14 +98,20 @@ class Report:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optimizer:
-    """The keys of `optimizer`."""
+class Export:
+    """The keys of `export`."""
 
-    name: Literal["sgd", "adamw"]
+    size: Annotated[list[Annotated[int, Limits(ge=1, le=16_384)]], Limits(least=2, most=2, words=_TWO)] | None
+    score: Share
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """The keys of `schedule.optimizer` that the program reads; its `_target_` takes the others."""
+
     lr: Annotated[float, Limits(gt=0, le=1000)]
     weight_decay: Annotated[float, Limits(ge=0, le=1000)]
     decay_norm_and_bias: bool
-    momentum: Share | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,39 +119,14 @@ class Schedule:
     """The keys of `schedule`."""
 
     steps: Steps
-    optimizer: Optimizer
+    optimizer: dict[str, Any]
     warmup_steps: Annotated[int, Limits(ge=0, le=10**9)]
     warmup_factor: Annotated[float, Limits(ge=0, le=1000)]
-    decay: Literal["flat", "step", "linear", "cosine"]
+    decay: Decay | dict[str, Any]  # a `_target_` and its keys for one that is not shipped
     decay_start: Share
     milestones: list[Milestone]
     decay_factor: Annotated[float, Limits(ge=0, le=1000)]
     clip_norm: Positive | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Launcher:
-    """The keys of `launcher`."""
-
-    name: Literal["local", "slurm"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Slurm:
-    """The keys of `slurm`."""
-
-    name: Literal["slurm"]
-    cluster: Literal["slurm", "local"]
-    nodes: Annotated[int, Limits(ge=1, le=1024)]
-    partition: str | None
-    account: str | None
-    minutes: Annotated[int, Limits(ge=1, le=10**6)]
-    cpus_per_device: Annotated[int, Limits(ge=1, le=1024)]
-    memory_gb: Annotated[float, Limits(gt=0, le=100_000)] | None
-    parameters: dict[str, Any]
-    requeues: Annotated[int, Limits(ge=0, le=10_000)]
-    logs: File | None
-    wait: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +142,9 @@ class Suite:
     method_overrides: dict[str, list[str]] = field(default_factory=dict)
     jobs: Annotated[int, Limits(ge=1, le=1024)] | None = None
     cost: dict[str, Positive] = field(default_factory=dict)
+    wait: bool | None = None
+    retry_failed: bool = True
+    status: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +189,7 @@ class Config:
     launcher: dict[str, Any]
     schedule: Schedule
     augment: dict[str, Any]
-    split: Split
+    split: SplitOptions
     detector_style: Literal["torchvision", "detectron", "mmdetection", "tensorpack"]
     seed: Seed | None
     batch: Batch
@@ -229,6 +210,12 @@ class Config:
     profile: Profile
     report: Report
     out: File | None
+    model: File | None
+    network: Literal["student", "teacher"] | None
+    images: File | Annotated[list[File], Limits(least=1)] | None
+    predict: Predict
+    format: Literal["safetensors", "pt", "onnx", "pt2"] | None
+    export: Export
     cache_dir: File | None
     preset_name: Name | None
     cli: Cli
@@ -241,4 +228,5 @@ class MethodKeys:
 
     name: Name
     augment: Name
+    unlabeled: bool | None = None  # whether it draws unlabelled images; None: its class's views say so
     offline: Offline | None = None

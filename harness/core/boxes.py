@@ -6,13 +6,13 @@ Boxes are xyxy; leading dimensions are batch dimensions. Sizes are (height, widt
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torchvision
 from torch import Tensor
 
-from harness.core.types import ImageSource, Target, View
+from harness.core.types import Target, View
 
 MAX_LOG_SCALE = math.log(1000.0 / 16)  # no regression makes a box more than 62.5 times larger
 _LARGEST_JOINT_NMS = 20_000  # boxes; the bit mask of NMS on a GPU grows with the square
@@ -36,7 +36,7 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
 
 def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
     """Boxes (B, ..., 4) cut to their images' sizes (B, 2)."""
-    limits = sizes.to(boxes.dtype).flip(-1).repeat(1, 2).view(len(sizes), *[1] * (boxes.dim() - 2), 4)
+    limits = sizes.to(boxes.dtype).flip(-1).repeat(1, 2).view(sizes.shape[0], *[1] * (boxes.dim() - 2), 4)
     return torch.minimum(boxes.clamp(min=0), limits)
 
 
@@ -61,26 +61,19 @@ def transform_boxes(boxes: Tensor, matrices: Tensor) -> Tensor:
     return torch.stack([mapped_x.amin(-1), mapped_y.amin(-1), mapped_x.amax(-1), mapped_y.amax(-1)], -1)
 
 
-def transform_source(source: ImageSource, ids: Tensor, view: View) -> list[Target]:
-    """Annotated boxes in the pixels of a view: clipped to its valid size, without those that lie outside.
+def targets_in_view(targets: Sequence[Target], view: View) -> list[Target]:
+    """Boxes in original pixels in those of a view: clipped to its valid size, without those that lie outside.
 
     Args:
-        source: images with boxes.
-        ids: (B,) which of them the view shows, in its order.
+        targets: of the view's B images.
         view: B images.
     """
-    order = np.argsort(source.ids, kind="stable")
-    wanted = ids.cpu().numpy()
-    rows = order[np.searchsorted(source.ids, wanted, sorter=order)]
-    assert (source.ids[rows] == wanted).all(), "an image of the view is not in the source"
-    targets = []
-    for row, size, matrix in zip(rows.tolist(), view.sizes, view.to_view, strict=True):
-        part = source.rows(row)
-        target = Target(*(torch.from_numpy(a[part]) for a in (source.boxes, source.labels, source.scores)))
-        target = target.to(view.to_view.device)
+    seen = []
+    for target, size, matrix in zip(targets, view.sizes, view.to_view, strict=True):
+        target = target.to(matrix.device)
         boxes = clip_boxes(transform_boxes(target.boxes, matrix)[None], size[None].to(matrix.device))[0]
-        targets.append(Target(boxes, target.labels, target.scores)[is_large_enough(boxes)])
-    return targets
+        seen.append(Target(boxes, target.labels, target.scores)[is_large_enough(boxes)])
+    return seen
 
 
 def between_views(source: Tensor, destination: Tensor) -> Tensor:
@@ -129,6 +122,8 @@ def nms(boxes: Tensor, scores: Tensor, images: Tensor, groups: Tensor, threshold
     Returns:
         Indices of the boxes that stay, by image, then by falling score.
     """
+    if torch.compiler.is_exporting():
+        return _nms_in_graph(boxes, scores, groups, threshold)
     if not len(boxes):
         return images
     groups = groups.to(torch.float64)
@@ -147,3 +142,16 @@ def nms(boxes: Tensor, scores: Tensor, images: Tensor, groups: Tensor, threshold
         kept.append(torchvision.ops.nms(apart[rows], scores[rows].double(), threshold) + start)
         start += count
     return torch.cat(kept)
+
+
+def _nms_in_graph(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float) -> Tensor:
+    """`nms` of one image, without a loop or a sum that depends on the data.
+
+    In float32, since ONNX knows no other NMS: where groups are far apart, an IoU is blurred by about a ten-thousandth.
+    """
+    span = torch.cat([boxes.flatten(), boxes.new_ones(1)]).amax(0) + 1  # of no boxes too
+    # torch.export takes it for granted that NMS keeps at least two boxes: these two lie apart from all others.
+    more = boxes.new_tensor([[-2.0, -2.0, -1.0, -1.0], [-4.0, -4.0, -3.0, -3.0]])
+    apart = torch.cat([boxes + (groups * span)[:, None], more])
+    keep = torchvision.ops.nms(apart, torch.cat([scores, scores.new_full((2,), -torch.inf)]), threshold)
+    return keep[keep < boxes.shape[0]]

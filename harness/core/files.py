@@ -19,7 +19,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from harness.core.types import RunError, UserError
+import numpy as np
+
+from harness.core.errors import RunError, UserError
 
 SHARED_MEMORY = Path("/dev/shm")
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)  # of file systems without locks
@@ -230,6 +232,16 @@ def read_bytes(path: str | Path) -> bytes:
     """
     with naming(path), open_to_read(path) as file:
         return file.read()
+
+
+def read_picture(path: str) -> np.ndarray:
+    """(N,) uint8, the bytes of a picture's file, which decoders take without another copy.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+    """
+    with open_to_read(path) as file:
+        return np.fromfile(file, dtype=np.uint8)
 
 
 def make_folder(path: Path) -> Path:

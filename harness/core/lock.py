@@ -18,8 +18,10 @@ class RunLock:
     The operating system frees the lock when the process ends, however it ends, so a dead process never blocks.
     """
 
+    NAME = "lock"  # of the file in the folder
+
     def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / "lock"
+        self.path = run_dir / self.NAME
         self._file: BinaryIO | None = None
         self.created = not run_dir.exists()
 

@@ -1,36 +1,38 @@
 """Files that earlier commands wrote, read back by schema: what does not fit is named in one sentence, never guessed.
 
-Records have their own reader in `harness.core.record`, checkpoints in `harness.engine.checkpoint`, pseudo labels in
-`harness.engine.offline`.
+Records have their own reader in `harness.core.record`, configurations in `harness.config.saved`, checkpoints in
+`harness.engine.checkpoint`, pseudo labels in `harness.engine.offline`.
+
+msgspec checks kinds, and `harness.core.validate` what its `Limits` say of them.
 """
 
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import re
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-import yaml
-from msgspec import Meta, Struct
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from msgspec import Struct
 
-from harness.core import moved
+from harness.core import validate
+from harness.core.errors import UserError
 from harness.core.escape import plain
 from harness.core.files import read_bytes
-from harness.core.types import UserError
+from harness.core.validate import Limits
 
 T = TypeVar("T")
 DEEPEST = 50  # levels of nesting in what is read back; a configuration has less than ten
 
-Count = Annotated[int, Meta(ge=0, le=2**53)]
-Number = Annotated[float, Meta(ge=-3.5e38, le=3.5e38)]  # float32's range, what a loss can be
-Share = Annotated[float, Meta(ge=0, le=1)]
-Percent = Annotated[float, Meta(ge=0, le=100)]
+Count = Annotated[int, Limits(ge=0, le=2**53)]
+Number = Annotated[float, Limits(ge=-3.5e38, le=3.5e38)]  # float32's range, what a loss can be
+Share = Annotated[float, Limits(ge=0, le=1)]
+Percent = Annotated[float, Limits(ge=0, le=100)]
 
 
 class PlannedCell(Struct):
@@ -40,7 +42,7 @@ class PlannedCell(Struct):
     method: str
     percent: Percent | None
     fold: Count
-    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)]
+    seed: Annotated[int, Limits(ge=0, le=2**63 - 1)]
     state: str
     reason: str | None
     dataset: str
@@ -92,7 +94,7 @@ class Progress(Struct):
     """progress.json: how far a running cell is."""
 
     step: Count
-    steps: Annotated[int, Meta(ge=1, le=2**53)]
+    steps: Annotated[int, Limits(ge=1, le=2**53)]
     loss: Number | None = None
     images_per_s: Number | None = None
     data_wait: Share | None = None
@@ -100,7 +102,7 @@ class Progress(Struct):
 
 
 _Status = Literal["read", "recalled", "third_party"]
-_Decimal = Annotated[str, Meta(pattern=r"^[0-9]+(\.[0-9]+)?$")]
+_Decimal = Annotated[str, Limits(pattern=r"^[0-9]+(\.[0-9]+)?$")]
 
 
 class _Published(Struct):
@@ -110,7 +112,7 @@ class _Published(Struct):
     percent: Literal["1", "2", "5", "10", "full"]
     ap: _Decimal
     ap_status: _Status
-    ap_std: Annotated[str, Meta(pattern=r"^([0-9]+(\.[0-9]+)?)?$")]
+    ap_std: Annotated[str, Limits(pattern=r"^([0-9]+(\.[0-9]+)?)?$")]
     std_status: _Status | Literal[""]
     protocol: str
     network: str
@@ -120,34 +122,6 @@ class _Published(Struct):
     backbone: str
     source: str
     note: str
-
-
-class _Group(Struct):
-    target: str = msgspec.field(name="_target_")
-    name: str
-
-
-class _Data(_Group):
-    root: str | None = None
-
-
-class _Pipeline(_Group):
-    threads: Annotated[int, Meta(ge=0, le=4096)] | None = None
-    prefetch: Annotated[int, Meta(ge=0, le=4096)] | None = None
-
-
-class _RunConfig(Struct):
-    """What every config.yaml of a run has; the rest is the groups' own."""
-
-    data: _Data
-    detector: _Group
-    method: _Group
-    pipeline: _Pipeline
-    augment: dict[str, Any]
-    schedule: dict[str, Any]
-    split: dict[str, Any]
-    batch: dict[str, Any]
-    evaluation: dict[str, Any]
 
 
 def damaged(path: Path, reason: str, remedy: str) -> UserError:
@@ -182,13 +156,49 @@ def decode(path: Path, content: bytes, kind: type[T], remedy: str) -> T:
         UserError: it is not valid JSON, or does not fit.
     """
     try:
-        return msgspec.json.decode(content, type=kind)
-    except msgspec.ValidationError as error:
-        raise damaged(path, reason(error), remedy) from error
+        return convert(msgspec.json.decode(content), kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise damaged(path, f"it is not valid JSON, {error}", remedy) from error
-    except RecursionError as error:
+    except (ValueError, RecursionError) as error:
         raise damaged(path, reason(error), remedy) from error
+
+
+def convert(value: Any, kind: type[T]) -> T:
+    """Plain data as an object of its schema.
+
+    Raises:
+        ValueError: it does not fit, or is nested too deeply.
+    """
+    try:
+        made = msgspec.convert(value, kind)
+        _require_limits(made, "")
+    except (msgspec.ValidationError, RecursionError, UserError) as error:
+        raise ValueError(reason(error)) from error
+    return made
+
+
+def _require_limits(value: Any, key: str) -> None:
+    """Raises UserError where a field of a Struct, or of those in it, is not what its `Limits` allow."""
+    if isinstance(value, list):
+        for place, item in enumerate(value):
+            _require_limits(item, f"{key}[{place}]")
+    elif isinstance(value, Struct):
+        for name, kind in _kinds(type(value)).items():
+            part, where = getattr(value, name), f"{key}.{name}".removeprefix(".")
+            if _is_limited(kind):
+                validate.check(kind, part, where)
+            else:
+                _require_limits(part, where)
+
+
+@functools.cache
+def _kinds(struct: type[Struct]) -> dict[str, Any]:
+    """The annotations of a Struct's fields."""
+    return typing.get_type_hints(struct, include_extras=True)
+
+
+def _is_limited(kind: Any) -> bool:
+    return typing.get_origin(kind) is Annotated or any(map(_is_limited, typing.get_args(kind)))
 
 
 def require_shallow(path: Path, value: Any, remedy: str) -> None:
@@ -221,9 +231,11 @@ def metrics_line(line: bytes) -> Line:
         ValueError: it does not fit, or is torn.
     """
     try:
-        return _LINES.decode(line)
-    except (msgspec.MsgspecError, RecursionError) as error:
+        found = _LINES.decode(line)
+        _require_limits(found, "")
+    except (msgspec.MsgspecError, RecursionError, UserError) as error:
         raise ValueError(reason(error)) from error
+    return found
 
 
 def read_metrics(folder: Path) -> Metrics:
@@ -260,7 +272,7 @@ def read_published(path: Path) -> list[dict[str, str]]:
         rows = list(csv.DictReader(io.StringIO(content_of(path, remedy).decode()), strict=True))
         if not rows:
             raise ValueError("it has no line")
-        msgspec.convert(rows, list[_Published])
+        convert(rows, list[_Published])
     except (csv.Error, ValueError) as error:
         raise damaged(path, reason(error), remedy) from error
     return rows
@@ -269,29 +281,6 @@ def read_published(path: Path) -> list[dict[str, str]]:
 def read_progress(run_dir: Path) -> Progress | None:
     """progress.json of a run; None while there is none that can be read, since the next second brings another."""
     try:
-        return msgspec.json.decode(read_bytes(run_dir / "progress.json"), type=Progress)
-    except (OSError, msgspec.MsgspecError, RecursionError):
+        return convert(msgspec.json.decode(read_bytes(run_dir / "progress.json")), Progress)
+    except (OSError, ValueError, RecursionError):
         return None
-
-
-def read_config(run_dir: Path) -> DictConfig:
-    """config.yaml of a run.
-
-    Raises:
-        UserError: it cannot be read, or does not fit.
-    """
-    path = run_dir / "config.yaml"
-    remedy = "put the file back as the run wrote it, or start anew in another run_dir=DIR"
-    content = content_of(path, "set run_dir to the folder of a run")
-    try:
-        cfg = OmegaConf.load(io.StringIO(content.decode()))
-        plain_data = OmegaConf.to_container(cfg, resolve=True)
-        require_shallow(path, plain_data, remedy)
-        msgspec.convert(plain_data, _RunConfig)
-    except yaml.YAMLError as error:
-        raise damaged(path, f"it is not valid YAML, {error}", remedy) from error
-    except (OmegaConfBaseException, OSError, ValueError, RecursionError) as error:  # OSError: neither keys nor a list
-        raise damaged(path, reason(error), remedy) from error
-    assert isinstance(cfg, DictConfig)
-    moved.current(cfg)
-    return cfg

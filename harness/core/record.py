@@ -99,10 +99,10 @@ def parse_record(path: Path, content: bytes) -> RunRecord:
         )
     readback.require_shallow(path, raw, remedy)
     try:
-        record = msgspec.convert(raw, RunRecord)
-        msgspec.convert(record.environment, _Environment)
-    except msgspec.ValidationError as error:
-        raise readback.damaged(path, readback.reason(error), f"{remedy}.") from error
+        record = readback.convert(raw, RunRecord)
+        readback.convert(record.environment, _Environment)
+    except ValueError as error:
+        raise readback.damaged(path, str(error), f"{remedy}.") from error
     if wrong := _misfit(raw, record):
         raise readback.damaged(path, wrong, f"{remedy}.")
     return record

@@ -1,4 +1,4 @@
-"""The core types that the packages share: dataclasses and Protocols, nothing else.
+"""The core types that the packages share: dataclasses and Protocols.
 
 Conventions, used everywhere without being repeated: boxes are xyxy in pixels of the image or view they belong to,
 origin top left, continuous coordinates (pixel i covers [i, i + 1]). Matrices are 3x3 and act on column vectors
@@ -8,26 +8,19 @@ origin top left, continuous coordinates (pixel i covers [i, i + 1]). Matrices ar
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from harness.core.errors import RunError as RunError
+from harness.core.errors import UnusableImages as UnusableImages
+from harness.core.errors import UserError as UserError
+from harness.core.files import read_picture
+
 if TYPE_CHECKING:  # only annotations name it, and the data side opens COCO in less memory than importing it takes
     import torch
     from torch import Tensor
-
-
-class UserError(Exception):
-    """A mistake in what the user gave: one sentence that names the thing and the remedy; exit code 2, no traceback."""
-
-
-class RunError(Exception):
-    """What a command cannot go on from, though nothing was wrong with what was given; exit code 1, no traceback."""
-
-
-class UnusableImages(UserError):  # noqa: N818  told like any other mistake
-    """A training cannot go on with the pictures as they are; what it has learnt so far is saved first."""
 
 
 @dataclass
@@ -101,16 +94,7 @@ class Batch:
         Tensor  # (Bl,) int64, random key of (seed, step, slot), on the training device; see harness.data.sampling
     )
     unlabeled_keys: Tensor  # (Bu,) int64
-
-    @property
-    def weak(self) -> View | None:
-        """The unlabelled images as the teacher sees them, where the method asks for that view."""
-        return self.unlabeled.get("weak")
-
-    @property
-    def strong(self) -> View | None:
-        """The unlabelled images as the student sees them; row i shows the same image as row i of `weak`."""
-        return self.unlabeled.get("strong")
+    lane: int = 0  # which micro-batch of the step it is, over all devices
 
     @property
     def images_seen(self) -> int:
@@ -153,6 +137,48 @@ class ImageSource:
         """Rows of image number `index` in the box arrays."""
         return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
 
+    def select(self, rows: np.ndarray | Sequence[int]) -> ImageSource:
+        """The images number `rows` (K,), in that order, with their boxes."""
+        rows = np.asarray(rows, np.int64)
+        starts = self.offsets[rows]
+        counts = self.offsets[rows + 1] - starts
+        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        boxes = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], counts)
+        return replace(
+            self,
+            paths=[self.paths[row] for row in rows.tolist()],
+            ids=self.ids[rows],
+            sizes=self.sizes[rows],
+            boxes=self.boxes[boxes],
+            labels=self.labels[boxes],
+            scores=self.scores[boxes],
+            offsets=offsets,
+        )
+
+    def with_boxes(self, boxes: np.ndarray, labels: np.ndarray, scores: np.ndarray, offsets: np.ndarray) -> ImageSource:
+        """The same images, annotated with other boxes: arrays as the class describes them."""
+        return replace(self, boxes=boxes, labels=labels, scores=scores, offsets=offsets, annotated=True)
+
+    def with_targets(self, targets: Sequence[Target]) -> ImageSource:
+        """The same images, annotated with the boxes of one target each, in original pixels."""
+        return self.with_boxes(
+            np.concatenate([np.zeros((0, 4), np.float32), *(target.boxes.numpy() for target in targets)]),
+            np.concatenate([np.zeros(0, np.int64), *(target.labels.numpy() for target in targets)]),
+            np.concatenate([np.zeros(0, np.float32), *(target.scores.numpy() for target in targets)]),
+            np.cumsum([0, *map(len, targets)]).astype(np.int64),
+        )
+
+    def target(self, row: int) -> Target:
+        """Boxes of image number `row`, in original pixels; its tensors share memory with the arrays."""
+        import torch
+
+        part = self.rows(row)
+        return Target(*(torch.from_numpy(array[part]) for array in (self.boxes, self.labels, self.scores)))
+
+    def read(self, row: int) -> np.ndarray:
+        """(K,) uint8, the stored file of image number `row`; raises as `harness.core.files.read_picture`."""
+        return read_picture(self.paths[row])
+
 
 class Sampler(Protocol):
     """Which images every step of a training draws."""
@@ -169,10 +195,10 @@ class Pipeline(Protocol):
 
     bad_images: dict[str, str]  # file -> why it could not be used
 
-    def train(self, start_step: int = 0) -> Iterator[Batch]:
+    def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """Endless micro-batches of this rank, from the first one of `start_step` on."""
 
-    def eval(self, source: ImageSource, view: str = "test") -> Iterator[tuple[View, Tensor]]:
+    def images(self, source: ImageSource, view: str = "test") -> Iterator[tuple[View, Tensor]]:
         """(View, image ids), every image of `source` exactly once over all ranks."""
 
     def state(self) -> dict[str, Any]:

@@ -111,7 +111,9 @@ def make(kind: type[T], values: Mapping[str, Any], key: str) -> T:
     return kind(**plain)
 
 
-def check_arguments(target: Callable[..., Any], values: Mapping[str, Any], key: str, given: Iterable[str]) -> None:
+def check_arguments(
+    target: Callable[..., Any], values: Mapping[str, Any], key: str, given: Iterable[str], own: Iterable[str] = ()
+) -> None:
     """Checks keys against a constructor's parameters.
 
     Args:
@@ -119,6 +121,7 @@ def check_arguments(target: Callable[..., Any], values: Mapping[str, Any], key: 
         values: its arguments from the configuration.
         key: the group's name, for messages.
         given: parameters that the program itself passes.
+        own: keys of the group that the constructor does not take; named where a key is not known.
 
     Raises:
         UserError: as `check`.
@@ -128,7 +131,7 @@ def check_arguments(target: Callable[..., Any], values: Mapping[str, Any], key: 
     known = {name: field for name, field in parameters.items() if name not in passed}
     if open_ended:
         known |= {name: _Field(Any, required=False) for name in values if name not in known}
-    _check_fields(known, values, key)
+    _check_fields(known, values, key, own)
 
 
 def near(name: str, known: Iterable[str]) -> str:
@@ -292,10 +295,11 @@ def _has_length(limits: Limits, value: list[Any] | str) -> bool:
     return len(value) >= limits.least and (limits.most is None or len(value) <= limits.most)
 
 
-def _check_fields(known: Mapping[str, _Field], values: Mapping[Any, Any], key: str) -> None:
+def _check_fields(known: Mapping[str, _Field], values: Mapping[Any, Any], key: str, others: Iterable[str] = ()) -> None:
     for name, value in values.items():
         if name not in known:
-            hint = near(shown(name), known) or f": known are {', '.join(known)}"
+            names = [*known, *others]
+            hint = near(shown(name), names) or (f": known are {', '.join(names)}" if names else ": it takes none")
             raise UserError(f"the key {_join(key, name)} is not known{hint}")
         check(known[name].kind, value, _join(key, name))
     for name, field in known.items():

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from harness.config import layouts
-from harness.core.types import UserError
+from harness.core.types import Split, UserError
 from harness.core.validate import File, Name
 from harness.data import annotation_cache, coco
 from harness.data.annotations import CleanAnnotations, RawAnnotations, clean, finding
 from harness.data.cache import build_once
 from harness.data.images import list_pictures, read_sizes
 from harness.data.index import CocoIndex
+from harness.splits.protocols import PROTOCOLS
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,13 @@ class Dataset:
     def unlabeled(self) -> CocoIndex | None:
         """More images without labels, opened on first use: they may be many, and few protocols need them."""
         return self.open_unlabeled() if self.open_unlabeled else None
+
+    def unlabeled_of(self, split: Split) -> CocoIndex:
+        """The index that a split's unlabelled ids are in; with their hidden boxes, to measure pseudo labels."""
+        if not PROTOCOLS[split.protocol].takes_unlabeled_part:
+            return self.train
+        assert self.unlabeled is not None
+        return self.unlabeled
 
 
 def make_index(name: str, image_dir: Path, annotations: CleanAnnotations, sha256: str) -> CocoIndex:

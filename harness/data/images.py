@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -72,10 +72,11 @@ def read_header(path: str, decode: bool = False) -> Header:
     try:
         with open_to_read(path) as file, Image.open(file) as image:
             orientation = int(image.getexif().get(_ORIENTATION, 1)) if "exif" in image.info else 1
-            header = Header(*image.size, _pixels(image, path), orientation)
-            if decode or (image.format == "JPEG" and not _ends(path)):
+            header = Header(*image.size, _pixels(image, file), orientation)
+            is_jpeg = image.format == "JPEG"
+            if decode or (is_jpeg and not _ends(file)):
                 image.load()
-            if decode and image.format == "JPEG" and _is_cut_short(path, image.tobytes()):
+            if decode and is_jpeg and _is_cut_short(file, image.tobytes()):
                 raise BadImage("cut short, with an end marker put on")
             return header
     except FileNotFoundError as error:
@@ -98,8 +99,8 @@ def _reason(path: str, error: Exception) -> str:
     return "truncated" if "truncated" in str(error) or isinstance(error, EOFError) else "not an image, or damaged"
 
 
-def _pixels(image: Image.Image, path: str) -> str:
-    if image.mode.startswith(("I", "F")) or (image.format == "PNG" and _png_depth(path) == 16):
+def _pixels(image: Image.Image, file: BinaryIO) -> str:
+    if image.mode.startswith(("I", "F")) or (image.format == "PNG" and _png_depth(file) == 16):
         return "16 bit"
     if image.mode == "P":
         return "palette"
@@ -108,21 +109,26 @@ def _pixels(image: Image.Image, path: str) -> str:
     return {"L": "gray", "1": "gray"}.get(image.mode, image.mode)
 
 
-def _png_depth(path: str) -> int:
+def _png_depth(file: BinaryIO) -> int:
     """Bits per channel, which Pillow does not tell; byte 24 of the file."""
-    with open(path, "rb") as file:
-        return file.read(25)[24]
+    return _bytes_from(file, 24)[0]
 
 
-def _ends(path: str) -> bool:
+def _ends(file: BinaryIO) -> bool:
     """Whether a JPEG file has its end marker; one that has none is decoded to see whether anything is missing."""
-    with open(path, "rb") as file:
-        file.seek(0, os.SEEK_END)
-        file.seek(max(0, file.tell() - _TAIL))
-        return _END in file.read()
+    return _END in _bytes_from(file, max(0, os.fstat(file.fileno()).st_size - _TAIL))
 
 
-def _is_cut_short(path: str, pixels: bytes) -> bool:
+def _bytes_from(file: BinaryIO, offset: int, count: int = _TAIL) -> bytes:
+    """Bytes of a file from an offset on, its position left as it is, since Pillow reads on from there."""
+    position = file.tell()
+    file.seek(offset)
+    content = file.read(count)
+    file.seek(position)
+    return content
+
+
+def _is_cut_short(file: BinaryIO, pixels: bytes) -> bool:
     """Whether a JPEG file ends before its last pixels, though its end marker is there.
 
     Decoders fill up such a picture with grey and report nothing, or write a line to stderr that names no file. It shows
@@ -130,10 +136,11 @@ def _is_cut_short(path: str, pixels: bytes) -> bool:
     pixels takes it for them. This costs a second decoding.
 
     Args:
-        path: the file.
+        file: the whole file; it is read from its beginning.
         pixels: what Pillow decoded it to.
     """
-    data = Path(path).read_bytes()
+    file.seek(0)
+    data = file.read()
     end = data.rfind(_END)
     with Image.open(io.BytesIO(data[:end] + _MORE + _END)) as longer:
         return end > 0 and longer.tobytes() != pixels

@@ -82,9 +82,9 @@ class CocoIndex:
         """(N,) bool, the images with an annotation, be it a crowd."""
         return np.diff(self.offsets) > 0
 
-    def nonempty_ids(self) -> np.ndarray:
-        """(K,) ids of the images with at least one box that is not a crowd, in file order."""
-        return self.image_ids[self._counts(~self.crowd) > 0]
+    def boxed(self) -> np.ndarray:
+        """(N,) bool, the images with at least one box that is not a crowd."""
+        return self._counts(~self.crowd) > 0
 
     def _counts(self, boxes: np.ndarray) -> np.ndarray:
         """(N,) how many boxes of each image are in the mask `boxes` (M,)."""

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from harness.config.step import StepShape, check_annealing
 from harness.core.draws import image_keys, uniform
 from harness.core.types import MicroBatch, UserError
 
@@ -109,11 +110,8 @@ class BatchSampler:
     Args:
         num_labeled: images in the labelled list.
         num_unlabeled: images in the unlabelled list; 0 where a method needs none.
-        labeled: labelled images per step, over all ranks.
-        unlabeled: unlabelled images per step, over all ranks.
-        micro: images per forward; None for all at once.
+        shape: how many images of either kind a step has, and how it is divided.
         seed: the run's seed.
-        ratio: "exact" or "bernoulli".
         unlabeled_from: first step that draws unlabelled images; before it their places stay empty.
         anneal_steps: with "bernoulli", the probability of a labelled image falls linearly to 0 over so many last steps
             (Soft Teacher's paper: 10,000; its code: none).
@@ -132,51 +130,31 @@ class BatchSampler:
         self,
         num_labeled: int,
         num_unlabeled: int,
-        labeled: int,
-        unlabeled: int,
-        micro: int | None = None,
+        shape: StepShape,
+        *,
         seed: int = 0,
-        ratio: str = "exact",
         unlabeled_from: int = 0,
         anneal_steps: int = 0,
         steps: int = 0,
         group: str | None = None,
         landscape: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> None:
-        total = labeled + unlabeled
-        micro = micro or total
-        if labeled < 0 or unlabeled < 0 or total == 0:
-            raise UserError("batch.labeled and batch.unlabeled must be 0 or more, and not both 0")
-        if labeled and not num_labeled:
+        if shape.labeled and not num_labeled:
             raise UserError("batch.labeled asks for labelled images, but the split has none")
-        if unlabeled and not num_unlabeled:
+        if shape.unlabeled and not num_unlabeled:
             raise UserError("batch.unlabeled asks for unlabelled images, but the split has none")
-        if total % micro:
-            raise UserError(f"batch.micro={micro} must divide batch.labeled + batch.unlabeled = {total}")
-        if ratio not in ("exact", "bernoulli"):
-            raise UserError(f"batch.ratio={ratio} is unknown; give exact or bernoulli")
         if group not in (None, "joint", "separate"):
             raise UserError(f"batch.group_by_aspect={group} is unknown; give null, joint or separate")
-        self.micro_batches = total // micro
-        for name, part in (("labeled", labeled), ("unlabeled", unlabeled)):
-            if ratio == "exact" and 0 < part < self.micro_batches:
-                raise UserError(
-                    f"batch.{name}={part} leaves some of the {self.micro_batches} micro-batches without such an image; "
-                    f"raise it to {self.micro_batches} or raise batch.micro"
-                )
-        if anneal_steps and (ratio != "bernoulli" or not 0 < anneal_steps <= steps):
-            raise UserError(
-                f"batch.anneal_steps={anneal_steps} needs batch.ratio=bernoulli and a schedule that is at least as long"
-            )
-        if not labeled and unlabeled_from:
+        check_annealing(anneal_steps, shape.ratio, steps)
+        if not shape.labeled and unlabeled_from:
             raise UserError("batch.labeled=0 leaves the steps before the first unlabelled image empty")
-        if ratio == "bernoulli" and unlabeled and labeled and micro < 2:
-            raise UserError("batch.ratio=bernoulli needs batch.micro of at least 2")
-        self.labeled, self.unlabeled, self.micro, self.seed = labeled, unlabeled, micro, seed
+        self.shape, self.seed = shape, seed
+        self.labeled, self.unlabeled = shape.labeled, shape.unlabeled
+        self.micro, self.micro_batches = shape.micro_images, shape.micro_batches
         self.unlabeled_from = unlabeled_from
         self.anneal_steps, self.steps = anneal_steps, steps
         self.group = group
-        self._bernoulli = ratio == "bernoulli" and labeled > 0 and unlabeled > 0
+        self._bernoulli = shape.ratio == "bernoulli" and shape.labeled > 0 and shape.unlabeled > 0
         assert landscape is not None or group is None, "shapes are needed to group by them"
         by_list = landscape if group is not None and landscape is not None else (None, None)
         self._walks = (
@@ -283,11 +261,7 @@ class BatchSampler:
         Raises:
             UserError: if the ranks cannot share the micro-batches evenly.
         """
-        if self.micro_batches % world_size:
-            raise UserError(
-                f"{world_size} processes cannot share {self.micro_batches} micro-batches per step evenly; "
-                f"choose batch.micro so that their number is a multiple of {world_size}"
-            )
+        replace(self.shape, world=world_size)  # which checks itself
         for step in itertools.count(start_step):
             for micro in range(rank, self.micro_batches, world_size):
                 yield self.draw(step, micro)

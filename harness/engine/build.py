@@ -1,9 +1,8 @@
-"""Configuration to objects: the only place that calls `hydra.utils.instantiate`."""
+"""Configuration to the objects that a run is made of."""
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,45 +10,29 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from hydra.errors import HydraException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from detectors.detector import Detector
 from detectors.methods.method import Method
 from detectors.weights import Generated
 from harness.config import checks as config_checks
-from harness.config import compose
+from harness.config import sections
+from harness.config.make import make
+from harness.config.names import cell_name
 from harness.core.distributed import World
 from harness.core.types import ImageSource, Normalize, Pipeline, Split, UserError, Views
 from harness.data import prepare
 from harness.data.datasets import Dataset
-from harness.data.protocols import BY_PERCENT
 from harness.data.sampling import BatchSampler
 from harness.engine import pretrain
 from harness.engine.optim import build_optimizer
+from harness.splits.protocols import ImagePolicy
 from pipelines.policy import Policy
-
-
-def _make(name: str, options: DictConfig, **runtime: Any) -> Any:
-    """Instantiates a group; what the user can mend comes out as one sentence."""
-    plain = OmegaConf.to_container(options, resolve=True)
-    assert isinstance(plain, dict)
-    kept = {str(key): value for key, value in plain.items() if key not in config_checks.GROUPS[name].own}
-    try:
-        # Partial, since Hydra would turn dataclasses among the arguments into dictionaries.
-        construct = instantiate({**kept, "_partial_": True}, _convert_="all")
-        inspect.signature(construct).bind(**runtime)
-    except (HydraException, TypeError) as error:
-        why = " ".join(str(error).split())
-        said = f"{name}={plain.get('name', name)}"
-        raise UserError(f"{said} cannot be built from its configuration: {why}") from error
-    return construct(**runtime)
 
 
 def dataset(cfg: DictConfig) -> Dataset:
     """Opens the dataset, generating or caching it first where that is needed."""
-    return _make("data", cfg.data, cache_dir=Path(cfg.cache_dir))
+    return make("data", cfg.data, cache_dir=Path(cfg.cache_dir))
 
 
 def detector(cfg: DictConfig, num_classes: int) -> Detector:
@@ -59,12 +42,24 @@ def detector(cfg: DictConfig, num_classes: int) -> Detector:
         recipe = pretrain.Recipe(channels=tuple(cfg.detector.channels))
         state = pretrain.backbone_weights(Path(cfg.cache_dir), recipe)
         made["generated"] = Generated(state, pretrain.description(recipe))
-    return _make("detector", cfg.detector, num_classes=num_classes, **made)
+    return make("detector", cfg.detector, num_classes=num_classes, **made)
 
 
 def method(cfg: DictConfig, network: Detector) -> Method:
-    """A method around a detector."""
-    return _make("method", cfg.method, detector=network, steps=cfg.schedule.steps)
+    """A method around a detector.
+
+    Raises:
+        UserError: it cannot be built, or draws other images than its configuration says.
+    """
+    made: Method = make("method", cfg.method, detector=network, steps=cfg.schedule.steps)
+    draws = bool(made.views.unlabeled)
+    if cfg.method.get("unlabeled") is not None and draws != config_checks.draws_unlabeled(cfg):
+        what = "draws unlabelled images" if draws else "draws no unlabelled images"
+        raise UserError(
+            f"method={cfg.method.get('name', 'method')} {what}, and its configuration says otherwise: "
+            f"set method.unlabeled={str(draws).lower()}"
+        )
+    return made
 
 
 def policy(cfg: DictConfig) -> Policy:
@@ -86,7 +81,7 @@ def pipeline(
 ) -> Pipeline:
     """A pipeline: for training with all arguments, for evaluation without the last five."""
     config_checks.check_extras(cfg)
-    return _make(
+    made: Pipeline = make(
         "pipeline",
         cfg.pipeline,
         policy=policy(cfg),
@@ -101,15 +96,16 @@ def pipeline(
         eval_batch=cfg.evaluation.batch,
         known_bad=known_bad,
     )
+    return made
 
 
 def refuse_no_unlabeled(cfg: DictConfig) -> NoReturn:
     """Raises UserError: a method that needs unlabelled images has none."""
-    by_percent = cfg.split.protocol in BY_PERCENT
-    what = f"split.percent={cfg.split.percent:g}" if by_percent else f"split.protocol={cfg.split.protocol}"
-    remedy = "lower split.percent" if by_percent else "add images that are not labelled"
+    options = sections.split_options(cfg)
+    remedy = "lower split.percent" if options.chosen.draws else "add images that are not labelled"
     raise UserError(
-        f"method={cfg.method.name} needs unlabelled images and {what} leaves none: {remedy}, or take method=supervised"
+        f"method={cfg.method.name} needs unlabelled images and {options.said} leaves none: {remedy}, or take "
+        "method=supervised"
     )
 
 
@@ -124,36 +120,23 @@ def sampler(
     """Which images each step draws.
 
     Raises:
-        UserError: when the method needs unlabelled images that are not there, or the batch does not divide.
+        UserError: the method needs unlabelled images that are not there, or a step cannot be divided or shared.
     """
-    images = int(cfg.batch.unlabeled) if views.unlabeled else 0
+    shape = config_checks.shape_of(cfg, bool(views.unlabeled), world.size)
     if views.unlabeled and not unlabeled:
         refuse_no_unlabeled(cfg)
-    if views.unlabeled and not images:
-        raise UserError(f"method={cfg.method.name} needs unlabelled images: batch.unlabeled must be at least 1")
-    total, micro = int(cfg.batch.labeled) + images, cfg.batch.micro
-    if micro is not None and total % micro:
-        raise UserError(f"batch.micro={micro} does not divide the {total} images of a step: choose a divisor")
-    drawn = BatchSampler(
-        num_labeled=len(labeled),
-        num_unlabeled=len(unlabeled) if unlabeled is not None and images else 0,
-        labeled=int(cfg.batch.labeled),
-        unlabeled=images,
-        micro=micro,
+    drawn_from = unlabeled if views.unlabeled else None
+    return BatchSampler(
+        len(labeled),
+        0 if drawn_from is None else len(drawn_from),
+        shape,
         seed=int(cfg.seed),
-        ratio=cfg.batch.ratio,
         anneal_steps=int(cfg.batch.get("anneal_steps", 0)),
         steps=int(cfg.schedule.steps),
         unlabeled_from=unlabeled_from,
         group=cfg.batch.get("group_by_aspect"),
-        landscape=(_landscape(labeled), _landscape(unlabeled if images else None)),
+        landscape=(_landscape(labeled), _landscape(drawn_from)),
     )
-    if drawn.micro_batches % world.size:
-        raise UserError(
-            f"devices={world.size} cannot share the {drawn.micro_batches} micro-batches of a step evenly: "
-            f"set batch.micro so that their number ({total} images / batch.micro) is a multiple of devices"
-        )
-    return drawn
 
 
 def _landscape(source: ImageSource | None) -> np.ndarray:
@@ -167,7 +150,7 @@ class Data:
 
     dataset: Dataset
     split: Split
-    policy: prepare.Policy
+    policy: ImagePolicy
     labeled: ImageSource
     unlabeled: ImageSource | None  # without boxes, or with the pseudo labels that were made offline
     hidden: ImageSource | None  # ground truth of unlabelled images, as far as it is known; no method sees it
@@ -197,8 +180,9 @@ def data(cfg: DictConfig) -> Data:
     """
     config_checks.check_devices(cfg)
     opened = dataset(cfg)
-    split = prepare.resolve_split(opened, cfg.split)
-    needs_unlabeled = prepare.needs_unlabeled(cfg.split)
+    options = sections.split_options(cfg)
+    split = prepare.resolve_split(opened, options)
+    needs_unlabeled = options.chosen.takes_unlabeled_part
     checks = prepare.check(opened, unlabeled=needs_unlabeled)
     bad = prepare.bad_files(opened, checks)
     if bad and cfg.pipeline.on_bad_image == "error":
@@ -207,12 +191,12 @@ def data(cfg: DictConfig) -> Data:
             f"{path} is {reason}; repair it or take it off the annotations, or set pipeline.on_bad_image=skip"
         )
     # Bad pictures stay in their lists, so that what a step draws does not depend on which are bad at the moment.
-    labeled, unlabeled = prepare.sources(opened, split, cfg.split)
-    hidden = None if unlabeled is None else prepare.known_truth(opened, split, cfg.split, unlabeled)
+    labeled, unlabeled = prepare.sources(opened, split, options)
+    hidden = None if unlabeled is None else prepare.known_truth(opened, split, options, unlabeled)
     warnings = prepare.found_in_files(prepare.parts(opened, needs_unlabeled), checks)
-    warnings += prepare.about_split(opened, split, cfg.split, labeled)
+    warnings += prepare.about_split(opened, split, options, labeled)
     val = opened.val.source()
-    return Data(opened, split, prepare.policy(cfg.split), labeled, unlabeled, hidden, val, bad, tuple(warnings))
+    return Data(opened, split, options.policy, labeled, unlabeled, hidden, val, bad, tuple(warnings))
 
 
 def experiment(cfg: DictConfig, world: World, data: Data) -> Experiment:
@@ -228,7 +212,7 @@ def experiment(cfg: DictConfig, world: World, data: Data) -> Experiment:
     drawn = sampler(cfg, trained.views, trained.unlabeled_from, data.labeled, data.unlabeled, world)
     lists = (data.labeled, data.unlabeled, data.bad_images)
     feed = pipeline(cfg, world, network.normalize, trained.views, drawn, *lists)
-    optimizer = build_optimizer(trained.trainable(), cfg.schedule.optimizer)
+    optimizer = build_optimizer(trained.trainable(), cfg.schedule.optimizer, trained.parameter_groups())
     return Experiment(cfg, world, data, trained, optimizer, drawn, feed)
 
 
@@ -244,7 +228,7 @@ def prepare_caches(cfgs: Sequence[DictConfig]) -> None:
         if key not in opened:
             opened[key] = dataset(cfg)
         check_split(cfg, opened[key])
-    unlabeled = any(prepare.needs_unlabeled(cfg.split) for cfg in cfgs)
+    unlabeled = any(sections.split_options(cfg).chosen.takes_unlabeled_part for cfg in cfgs)
     for one in opened.values():
         prepare.check(one, unlabeled=unlabeled)
     detector(cfgs[0], len(next(iter(opened.values())).train.category_ids))
@@ -257,13 +241,13 @@ def check_split(cfg: DictConfig, opened: Dataset) -> None:
         UserError: naming the cell of the run; there is no such split, or no unlabelled image for the method.
     """
     try:
-        split = prepare.resolve_split(opened, cfg.split)
-        _, unlabeled = prepare.sources(opened, split, cfg.split)
+        options = sections.split_options(cfg)
+        _, unlabeled = prepare.sources(opened, prepare.resolve_split(opened, options), options)
         if config_checks.draws_unlabeled(cfg) and not unlabeled:
             refuse_no_unlabeled(cfg)
     except UserError as error:
         raise UserError(
-            f"the cell {compose.cell_name(cfg)} cannot be run: {error}; suite.methods, suite.percents and suite.folds "
+            f"the cell {cell_name(cfg)} cannot be run: {error}; suite.methods, suite.percents and suite.folds "
             "say which cells there are"
         ) from error
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from harness.core import checksum, files
 from harness.core.escape import plain
-from harness.core.readback import Count, reason
+from harness.core.readback import Count, convert
 from harness.core.types import RunError, UserError
-from harness.engine.loop import Counters
+from harness.engine.loop import Counters, todays_counters
 
 _NAME = re.compile(r"step-([0-9]{8,})\.pt")
 
@@ -117,6 +117,8 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         raise UserError(f"the checkpoint {path} is damaged ({why}): delete it and start again") from error
     if not isinstance(state, dict) or not {"step", "method", "identity"} <= state.keys():
         raise UserError(f"{path} is not a checkpoint of ssodbench: name a file that a run wrote")
+    if "counters" in state:
+        state["counters"] = todays_counters(state["counters"])
     if wrong := _misfit(path, state):
         raise UserError(f"the checkpoint {path} is damaged ({wrong}): delete it and start again")
     return state
@@ -125,9 +127,9 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
 def _misfit(path: Path, state: dict[Any, Any]) -> str | None:
     """What of a state no run wrote, by its kind or against the rest."""
     try:
-        content = msgspec.convert(state, _Content)
-    except (msgspec.ValidationError, RecursionError) as error:
-        return reason(error)
+        content = convert(state, _Content)
+    except ValueError as error:
+        return str(error)
     if content.counters is not None and (unknown := state["counters"].keys() - vars(content.counters).keys()):
         return f"counters has the unknown key {min(unknown, key=str)}"
     steps = [content.step, *([content.counters.step] if content.counters else [])]

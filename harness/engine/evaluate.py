@@ -120,7 +120,7 @@ def evaluate(
     Raises:
         Interrupted: on every rank, if `stop` was asked on one of them; it is looked at before each batch.
     """
-    own = predictions(detect_all(detector, pipeline.eval(source), score_threshold, stop), category_ids)
+    own = predictions(detect_all(detector, pipeline.images(source), score_threshold, stop), category_ids)
     parts = distributed.gather(world, (own, stop.signal_number if stop is not None else 0))
     signal_number = max(number for _, number in parts)
     if signal_number:

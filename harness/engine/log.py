@@ -43,7 +43,7 @@ class RunLog:
         steps: length of the schedule.
         title: name of the run in the progress line.
         every: steps between two lines; tensors are moved to the host only then, never in between.
-        loggers: any of "tensorboard", "wandb", "mlflow"; imported only when named.
+        loggers: each "tensorboard", "wandb", "mlflow", or a `_target_` with its keys; imported only when named.
         start_step: first step this process does; lines of metrics.jsonl from there on are cut, so nothing is doubled.
         console: where progress goes; standard error by default.
 
@@ -58,7 +58,7 @@ class RunLog:
         steps: int,
         title: str,
         every: int,
-        loggers: Sequence[str] = ("tensorboard",),
+        loggers: Sequence[str | Mapping[str, Any]] = ("tensorboard",),
         start_step: int = 0,
         console: Console | None = None,
     ) -> None:

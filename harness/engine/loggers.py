@@ -6,14 +6,24 @@ import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from harness.config.make import make
 from harness.core.files import write_atomically
 from harness.core.types import UserError
 
+SHIPPED = {
+    "tensorboard": "harness.engine.loggers.TensorBoardLogger",
+    "wandb": "harness.engine.loggers.WandbLogger",
+    "mlflow": "harness.engine.loggers.MlflowLogger",
+}
+
 
 class Logger(Protocol):
-    """Somewhere else that scalars go."""
+    """Somewhere else that scalars go; a `_target_` in `logging.loggers` names one.
+
+    Its constructor gets `run_dir`, `title` (the run's name) and `start_step`, and the keys beside its `_target_`.
+    """
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Takes named scalars of a step."""
@@ -22,25 +32,28 @@ class Logger(Protocol):
         """Writes what is pending."""
 
 
-def open_logger(name: str, run_dir: Path, title: str, start_step: int) -> Logger:
-    """The logger of that name, its package imported now and not before.
+def open_logger(chosen: str | Mapping[str, Any], run_dir: Path, title: str, start_step: int) -> Logger:
+    """A logger, its package imported now and not before.
+
+    Args:
+        chosen: `tensorboard`, `wandb`, `mlflow`, or a `_target_` with its keys.
+        run_dir: folder of the run.
+        title: name of the run.
+        start_step: first step that will be logged.
 
     Raises:
         UserError: no such logger, or its package is not installed.
     """
-    makers: dict[str, Callable[[Path, str, int], Logger]] = {
-        "tensorboard": TensorBoardLogger,
-        "wandb": WandbLogger,
-        "mlflow": MlflowLogger,
-    }
-    if name not in makers:
-        raise UserError(f"loggers names {name!r}, which is none of {', '.join(makers)}.")
+    if isinstance(chosen, str) and chosen not in SHIPPED:
+        raise UserError(f"logging.loggers names {chosen!r}, which is none of {', '.join(SHIPPED)}.")
+    options = {"_target_": SHIPPED[chosen]} if isinstance(chosen, str) else chosen
     try:
-        return makers[name](run_dir, title, start_step)
+        logger: Logger = make("logging.loggers", options, run_dir=run_dir, title=title, start_step=start_step)
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"loggers names {name}, which is not installed: pip install 'ssodbench[{name}]', or leave it out."
-        ) from error
+        name = chosen if isinstance(chosen, str) else str(options.get("_target_"))
+        how = f"pip install 'ssodbench[{name}]'" if isinstance(chosen, str) else f"install {error.name}"
+        raise UserError(f"logging.loggers names {name}, which is not installed: {how}, or leave it out.") from error
+    return logger
 
 
 def _remembered(path: Path, make: Callable[[], str]) -> str:

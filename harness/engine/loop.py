@@ -16,15 +16,14 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from detectors.methods.method import Method
-from detectors.methods.pseudo_labels import quality, unknown_quality
-from harness.config.compose import evaluation_interval
-from harness.core.boxes import transform_source
+from harness.config.sections import evaluation_interval
 from harness.core.distributed import (
     FlatGradients,
     average_buffers,
@@ -33,19 +32,19 @@ from harness.core.distributed import (
     on_all_ranks,
 )
 from harness.core.stopping import Interrupted, StopRequest
-from harness.core.types import Batch, RunError, UnusableImages
+from harness.core.types import Batch, ImageSource, RunError, Target, UnusableImages
 from harness.engine.build import Experiment
 from harness.engine.log import RunLog
-from harness.engine.optim import learning_rate_factor, set_learning_rate
+from harness.engine.optim import LearningRateFactor, set_learning_rate
 
 logger = logging.getLogger(__name__)
 
-FEW = 0.1  # pseudo labels per image, as a share of the labelled images' boxes, below which a warning is given
+REPORTED_MEASURES = ("precision", "recall", "iou")  # of pseudo labels, that a record gives as means
 
 
 @dataclass
 class Counters:
-    """What a run counts; travels in every checkpoint."""
+    """Steps, images, seconds and measurements of a run so far; saved in every checkpoint."""
 
     step: int = 0  # steps done
     evaluated: int = 0  # the step after which the networks were scored last
@@ -57,14 +56,26 @@ class Counters:
     wall_seconds: float = 0.0
     resumed_from: list[int] = field(default_factory=list)
     threads: list[int] = field(default_factory=list)  # CPU threads that steps were computed with, in order of first use
-    # precision, recall and IoU of the pseudo labels, summed over measurements in the last tenth of the schedule
-    pseudo: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
-    pseudo_count: int = 0
+    # What `Method.inspect` measured, summed over the last tenth of the schedule, and how often it did.
+    measured: dict[str, float] = field(default_factory=dict)
+    measurements: int = 0
+
+
+def todays_counters(saved: Any) -> Any:
+    """Counters from a checkpoint under today's names: older ones kept the sums of three measures in a list."""
+    if not isinstance(saved, dict) or not isinstance(saved.get("pseudo"), list):
+        return saved
+    values = dict(saved)
+    sums, count = values.pop("pseudo"), values.pop("pseudo_count", 0)
+    return values | {
+        "measured": dict(zip(REPORTED_MEASURES, sums, strict=False)) if count else {},
+        "measurements": count,
+    }
 
 
 @dataclass(frozen=True)
 class MicroBatchTaken:
-    """What tells a micro-batch apart afterwards."""
+    """Images and random keys of a micro-batch that was learnt from, kept until its loss is known to be finite."""
 
     batch: Batch  # without its pixels
     finite: Tensor  # () bool, on the device: whether its loss is
@@ -72,7 +83,7 @@ class MicroBatchTaken:
 
 @dataclass(frozen=True)
 class StepTaken:
-    """What tells a step apart afterwards."""
+    """Losses, gradient norm and micro-batches of a step, kept until they are known to be finite."""
 
     step: int
     losses: dict[str, Tensor]
@@ -198,14 +209,14 @@ def _steps(
 ) -> None:
     """The loop of `train`."""
     cfg, method = run.cfg, run.method
-    batches = run.pipeline.train(counters.step)
+    batches = run.pipeline.batches(counters.step)
     method.train()
-    interval = evaluation_interval(cfg)
+    interval, factor = evaluation_interval(cfg), LearningRateFactor(cfg.schedule)
     if _evaluation_due(counters.step, interval, cfg.schedule.steps) and counters.evaluated != counters.step:
         _evaluate_or_save(counters, evaluate, save)  # it was interrupted
     for step in range(counters.step, cfg.schedule.steps):
         begin = time.perf_counter()
-        rate = cfg.schedule.optimizer.lr * learning_rate_factor(step, cfg.schedule)
+        rate = cfg.schedule.optimizer.lr * factor(step)
         set_learning_rate(run.optimizer, rate)
         gradients.zero()
         work = accumulate(run, batches, step, gradients)
@@ -236,8 +247,9 @@ def _steps(
         if log is not None:
             log.step(step, losses, metrics, rate, labeled + unlabeled, waited, seconds)
             if log.due(step):
-                warn_of_few_pseudo_labels(run, step, metrics)
-                measure_pseudo_labels(run, work.batch, step, counters, log)
+                for doubt in method.doubts(range(step + 1 - cfg.logging.every, step + 1), metrics):
+                    logger.warning("at step %d %s", step, doubt)
+                inspect(run, work.batch, step, counters, log)
         if stop_asked and not last:
             save()
             raise Interrupted(stop.signal_number or signal.SIGTERM)
@@ -364,36 +376,28 @@ def _draws(batch: Batch) -> dict[str, list[int]]:
     return {name: getattr(batch, name).tolist() for name in names}
 
 
-def warn_of_few_pseudo_labels(run: Experiment, step: int, metrics: dict[str, Tensor]) -> None:
-    """Says so, once, if a teacher that begins to teach is sure of next to nothing."""
-    begun = step - run.method.unlabeled_from
-    if not 0 <= begun < run.cfg.logging.every or not {"pseudo_boxes", "labeled_boxes"} <= metrics.keys():
-        return
-    found, usual = float(metrics["pseudo_boxes"]), float(metrics["labeled_boxes"])
-    if found < FEW * usual:
-        logger.warning(
-            "at step %d the teacher gives %.2f boxes per unlabelled image, where labelled ones have %.2f: it knows too "
-            "little to teach yet; lengthen method.burn_in, or lower its score thresholds",
-            step, found, usual,
-        )  # fmt: skip
-
-
 @torch.no_grad()
-def measure_pseudo_labels(run: Experiment, batch: Batch, step: int, counters: Counters, log: RunLog) -> None:
-    """Compares the last pseudo labels with the ground truth that was hidden from the method, where it is known."""
-    found, hidden = run.method.pseudo_labels, run.data.hidden
-    if not found or batch.strong is None:
+def inspect(run: Experiment, batch: Batch, step: int, counters: Counters, log: RunLog) -> None:
+    """Lets the method measure itself against boxes that were hidden from it, and notes the result."""
+    found = run.method.inspect(batch, hidden_truth(run.data.hidden, batch.unlabeled_ids))
+    if not found:
         return
-    known = np.isin(batch.unlabeled_ids.numpy(), [] if hidden is None else hidden.ids)
-    if hidden is None or not known.any():
-        log.pseudo(step, {name: unknown_quality(labels) for name, labels in found.items()})
-        return
-    rows = torch.from_numpy(np.flatnonzero(known))
-    truth = transform_source(hidden, batch.unlabeled_ids[rows], batch.strong.rows(rows))
-    measured = {name: quality([labels[row] for row in rows.tolist()], truth) for name, labels in found.items()}
-    log.pseudo(step, measured)
-    first = next(iter(measured.values()))
-    if step >= 0.9 * run.cfg.schedule.steps and first:
-        for i, key in enumerate(("precision", "recall", "iou")):
-            counters.pseudo[i] += first[key]
-        counters.pseudo_count += 1
+    log.pseudo(step, found)
+    known = {name: value for name, value in next(iter(found.values())).items() if value is not None}
+    if step >= 0.9 * run.cfg.schedule.steps and set(REPORTED_MEASURES) <= known.keys():
+        for name, value in known.items():
+            counters.measured[name] = counters.measured.get(name, 0.0) + value
+        counters.measurements += 1
+
+
+def hidden_truth(hidden: ImageSource | None, ids: Tensor) -> list[Target | None]:
+    """Boxes of images in original pixels; None for those whose boxes nobody knows.
+
+    Args:
+        hidden: the images whose boxes are known.
+        ids: (B,) of the images that are asked for.
+    """
+    if hidden is None:
+        return [None] * len(ids)
+    places = [np.flatnonzero(hidden.ids == image_id) for image_id in ids.tolist()]
+    return [hidden.target(int(place[0])) if len(place) else None for place in places]

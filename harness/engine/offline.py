@@ -25,6 +25,8 @@ from omegaconf import DictConfig, OmegaConf
 from detectors.detector import Detector
 from detectors.methods.pseudo_labels import label_offline, offline_quality
 from harness.config import compose
+from harness.config.identity import config_sha256
+from harness.config.names import cell_name
 from harness.core import checksum, distributed, readback
 from harness.core.files import write_atomically
 from harness.core.readback import Count
@@ -92,7 +94,7 @@ def _made_by(cfg: DictConfig, stage_one: DictConfig, data: Data) -> dict[str, st
     thresholds = OmegaConf.to_container(cfg.method.offline, resolve=True)
     assert isinstance(thresholds, dict)
     given = thresholds.pop("checkpoint", None)
-    stage: str | None = compose.config_sha256(stage_one)
+    stage: str | None = config_sha256(stage_one)
     if given is not None:
         try:
             stage = hashlib.sha256(checkpoint.find(Path(str(given))).read_bytes()).hexdigest()
@@ -137,7 +139,7 @@ def _stage_one_checkpoint(
     given = cfg.method.offline.get("checkpoint")
     if given is not None:
         return _finished(checkpoint.find(Path(given)))
-    before = Path(cfg.runs_dir) / "train" / compose.cell_name(stage_one)
+    before = Path(cfg.runs_dir) / "train" / cell_name(stage_one)
     if distributed.from_main(world, lambda: _is_run_of(before, stage_one)):
         return checkpoint.find(before)
     train(stage_one, world, stop)
@@ -150,7 +152,7 @@ def _is_run_of(run_dir: Path, cfg: DictConfig) -> bool:
     if not path.exists() or not checkpoint.checkpoints(run_dir):
         return False
     record = read_record(path)
-    return record.status == "ok" and record.config_sha256 == compose.config_sha256(cfg)
+    return record.status == "ok" and record.config_sha256 == config_sha256(cfg)
 
 
 def _finished(file: Path) -> Path:
@@ -198,7 +200,7 @@ def _label_with(
     thresholds = {str(k): v for k, v in options.items() if k not in _STAGE_ONE}
     try:
         usable = _without(data.unlabeled, data.bad_images)
-        batches = _until_asked(pipeline.eval(usable, "pseudo"), stop)
+        batches = _until_asked(pipeline.images(usable, "pseudo"), stop)
         own = label_offline(reported, batches, usable, **thresholds)
     finally:
         pipeline.close()
@@ -219,16 +221,7 @@ def _until_asked(batches: Iterator[T], stop: StopRequest) -> Iterator[T]:
 
 def _without(unlabeled: ImageSource, bad: Mapping[str, str]) -> ImageSource:
     """Unlabelled images but for bad ones: nothing is found in them."""
-    if not bad:
-        return unlabeled
-    rows = [row for row, path in enumerate(unlabeled.paths) if path not in bad]
-    return dataclasses.replace(
-        unlabeled,
-        paths=[unlabeled.paths[row] for row in rows],
-        ids=unlabeled.ids[rows],
-        sizes=unlabeled.sizes[rows],
-        offsets=unlabeled.offsets[: len(rows) + 1],  # all 0
-    )
+    return unlabeled.select([row for row, path in enumerate(unlabeled.paths) if path not in bad]) if bad else unlabeled
 
 
 def _merge(parts: list[ImageSource], unlabeled: ImageSource) -> ImageSource:
@@ -236,20 +229,7 @@ def _merge(parts: list[ImageSource], unlabeled: ImageSource) -> ImageSource:
     where = {int(image_id): (part, row) for part in parts for row, image_id in enumerate(part.ids)}
     rows = [row for row, image_id in enumerate(unlabeled.ids) if int(image_id) in where]
     found = [where[int(unlabeled.ids[row])] for row in rows]
-    boxes = [part.rows(row) for part, row in found]
-    return ImageSource(
-        paths=[unlabeled.paths[row] for row in rows],
-        ids=unlabeled.ids[rows],
-        sizes=unlabeled.sizes[rows],
-        boxes=np.concatenate(
-            [np.zeros((0, 4), np.float32), *(p.boxes[b] for (p, _), b in zip(found, boxes, strict=True))]
-        ),
-        labels=np.concatenate([np.zeros(0, np.int64), *(p.labels[b] for (p, _), b in zip(found, boxes, strict=True))]),
-        scores=np.concatenate(
-            [np.zeros(0, np.float32), *(p.scores[b] for (p, _), b in zip(found, boxes, strict=True))]
-        ),
-        offsets=np.cumsum([0, *(b.stop - b.start for b in boxes)]).astype(np.int64),
-    )
+    return unlabeled.select(rows).with_targets([part.target(row) for part, row in found])
 
 
 def _write(path: Path, source: ImageSource, made_by: dict[str, str | None], steps: int) -> None:
@@ -293,12 +273,15 @@ def _decode(path: Path) -> _Labels:
             arrays = {name: archive[name] for name in _Labels.__struct_fields__ if name in archive}
         arrays["made_by"] = msgspec.json.decode(str(arrays["made_by"]))
         arrays["steps"] = arrays["steps"].item()
-        found = msgspec.convert(arrays, _Labels)
-    except (msgspec.MsgspecError, KeyError) as error:
+    except (msgspec.DecodeError, KeyError) as error:
         what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else readback.reason(error)
         raise readback.damaged(path, what, remedy) from error
     except Exception as error:  # numpy and zipfile raise many kinds for a damaged archive
         raise readback.damaged(path, f"{type(error).__name__}: {error}", remedy) from error
+    try:
+        found = readback.convert(arrays, _Labels)
+    except ValueError as error:
+        raise readback.damaged(path, str(error), remedy) from error
     if wrong := _misfit(found):
         raise readback.damaged(path, wrong, remedy)
     return found
@@ -334,13 +317,5 @@ def _read(path: Path, unlabeled: ImageSource, classes: int) -> tuple[ImageSource
         raise readback.damaged(path, f"image {found.ids[rows < 0][0]} is not an unlabelled one", remedy)
     if (found.labels > classes).any():
         raise readback.damaged(path, f"a label is above the number of classes, {classes}", remedy)
-    source = ImageSource(
-        paths=[unlabeled.paths[i] for i in rows],
-        ids=unlabeled.ids[rows],
-        sizes=unlabeled.sizes[rows],
-        boxes=found.boxes,
-        labels=found.labels,
-        scores=found.scores,
-        offsets=found.offsets,
-    )
+    source = unlabeled.select(rows).with_boxes(found.boxes, found.labels, found.scores, found.offsets)
     return source, Extra(found.steps, stage_one=found.made_by["stage 1"])

@@ -21,13 +21,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
+from harness.config.step import StepShape
 from harness.core.console import Console
 from harness.core.distributed import join, resolve_device
 from harness.core.files import require_writable, write_atomically
 from harness.core.types import ImageSource, MicroBatch, Normalize, Pipeline, UserError, Views
 from harness.data.sampling import BatchSampler
 from harness.engine import build
-from pipelines.base import read_encoded
 from pipelines.policy import Policy
 
 _PIPELINES = Path(__file__).parents[1] / "conf" / "pipeline"
@@ -111,18 +111,18 @@ class _Finite(BatchSampler):
 def _train(pipeline: Pipeline, sampler: _Finite) -> Callable[[int], int]:
     def work(batches: int) -> int:
         sampler.steps = batches
-        return sum(batch.images_seen for batch in pipeline.train(0))
+        return sum(batch.images_seen for batch in pipeline.batches(0))
 
     return work
 
 
 def _read(source: ImageSource, batch: int) -> Callable[[int], int]:
     """Reads files and does nothing with them."""
-    paths = itertools.cycle(source.paths)
+    rows = itertools.cycle(range(len(source)))
 
     def work(batches: int) -> int:
-        for path in itertools.islice(paths, batches * batch):
-            read_encoded(path)
+        for row in itertools.islice(rows, batches * batch):
+            source.read(row)
         return batches * batch
 
     return work
@@ -137,6 +137,12 @@ def _table(title: str, results: dict[str, dict[str, float]]) -> Table:
     return table
 
 
+def _known(cfg: DictConfig) -> dict[str, Path]:
+    """Name -> YAML of the pipelines that there are, in the folders that --config-dir gave too."""
+    folders = [_PIPELINES, *(Path(folder) / "pipeline" for folder in cfg.cli.config_dirs)]
+    return {path.stem: path for folder in folders for path in folder.glob("*.yaml")}
+
+
 def run(cfg: DictConfig) -> dict[str, Any]:
     """The command: measures, prints a table, writes `out` if given.
 
@@ -149,10 +155,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """
     options = cfg.profile
     names = list(options.pipelines)
-    known = sorted(path.stem for path in _PIPELINES.glob("*.yaml"))
+    known = _known(cfg)
     for name in names:
         if name not in known:
-            raise UserError(f"profile.pipelines names {name!r}, which is none of {', '.join(known)}")
+            raise UserError(f"profile.pipelines names {name!r}, which is none of {', '.join(sorted(known))}")
     if cfg.out:
         require_writable(Path(cfg.out), "out")
     from pipelines.dali.pipeline import DecodeOnly
@@ -173,15 +179,15 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         works: dict[str, Callable[[int], int]] = {}
         for name in names:
             threads = max(1, workers) if name == "dali" else workers
-            settings = OmegaConf.merge(OmegaConf.load(_PIPELINES / f"{name}.yaml"), {"threads": threads})
+            settings = OmegaConf.merge(OmegaConf.load(known[name]), {"threads": threads})
             changed = OmegaConf.merge(cfg, {"pipeline": settings})
             assert isinstance(changed, DictConfig)
-            sampler = _Finite(len(source), 0, batch, 0, seed=int(cfg.seed or 0))
+            sampler = _Finite(len(source), 0, StepShape(batch, 0), seed=int(cfg.seed or 0))
             pipeline = build.pipeline(changed, world, Normalize(), Views(views), sampler, source)
             stack.enter_context(closing(pipeline))
             works[name] = _train(pipeline, sampler)
         meters = alternate(works, seconds, rounds, synchronize)
-        decode = stack.enter_context(closing(DecodeOnly(source.paths, batch, max(1, workers), str(world.device))))
+        decode = stack.enter_context(closing(DecodeOnly(source, batch, max(1, workers), str(world.device))))
         limits = {"read": _read(source, batch), "decode": decode.run}
         ceilings = alternate(limits, min(5.0, seconds), 2, synchronize)
     result = {

@@ -20,8 +20,10 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from harness.config import compose
-from harness.core import distributed, readback
+from harness.config import saved
+from harness.config.identity import config_sha256, differences, identity, without_circumstances
+from harness.config.names import cell_name
+from harness.core import distributed
 from harness.core.console import STDERR
 from harness.core.distributed import World
 from harness.core.files import write_atomically
@@ -35,7 +37,7 @@ from harness.engine.analysis import MATCHES, analyse, errors_by_kind
 from harness.engine.build import Experiment
 from harness.engine.evaluate import METRICS, evaluate, write_predictions
 from harness.engine.log import RunLog
-from harness.engine.loop import Counters, train
+from harness.engine.loop import REPORTED_MEASURES, Counters, train
 from harness.engine.matches import write_matches
 
 
@@ -80,16 +82,16 @@ def _is_finished(cfg: DictConfig, run_dir: Path) -> bool:
     Raises:
         UserError: when something was trained in the folder under another configuration.
     """
-    path, own = run_dir / "record.json", compose.identity(cfg)
+    path, own = run_dir / "record.json", identity(cfg)
     record = read_record(path) if path.exists() else None
     finished = record is not None and record.status == "ok"
-    if record is not None and finished and record.config_sha256 != compose.config_sha256(cfg):
-        before = compose.without_circumstances(copy.deepcopy(record.config))
-        checkpoint.refuse_foreign(run_dir, compose.differences(before, own) or ["its record is of another run"])
+    if record is not None and finished and record.config_sha256 != config_sha256(cfg):
+        before = without_circumstances(copy.deepcopy(record.config))
+        checkpoint.refuse_foreign(run_dir, differences(before, own) or ["its record is of another run"])
     is_run = (run_dir / "config.yaml").exists()
     if is_run and (finished or checkpoint.checkpoints(run_dir)):
-        before = compose.identity(readback.read_config(run_dir))
-        checkpoint.refuse_foreign(run_dir, compose.differences(before, own))
+        before = identity(saved.read_config(run_dir))
+        checkpoint.refuse_foreign(run_dir, differences(before, own))
     return finished and is_run
 
 
@@ -139,7 +141,7 @@ class _Session:
         self.log = RunLog(
             self.run_dir,
             steps=int(self.cfg.schedule.steps),
-            title=compose.cell_name(self.cfg),
+            title=cell_name(self.cfg),
             every=int(self.cfg.logging.every),
             loggers=list(self.cfg.logging.loggers),
             start_step=self.counters.step,
@@ -166,7 +168,7 @@ class _Session:
     def _identity(self) -> dict[str, str]:
         data = self.run_.data
         identity = {
-            "config": compose.config_sha256(self.cfg),
+            "config": config_sha256(self.cfg),
             "split": data.split.sha256,
             "dataset": data.dataset.train.sha256,
             "evaluation set": data.dataset.val.sha256,
@@ -183,7 +185,7 @@ class _Session:
         if state is None:
             return
         own = {key: value for key, value in self._identity().items() if key in state["identity"]}  # old ones have fewer
-        checkpoint.refuse_foreign(self.run_dir, compose.differences(state["identity"], own))
+        checkpoint.refuse_foreign(self.run_dir, differences(state["identity"], own))
         try:
             self.run_.method.load_state_dict(state["method"])
             checkpoint.take_up(self.run_.optimizer, state["optimizer"])
@@ -222,6 +224,7 @@ class _Session:
             "counters": dataclasses.asdict(self.counters),
             "detector": self.run_.method.networks()[self.run_.method.reported].name,
             "classes": list(self.run_.data.dataset.train.category_names),
+            "category_ids": self.run_.data.dataset.train.category_ids.tolist(),
         }
 
     def _pipeline_state(self) -> dict[str, Any]:
@@ -306,9 +309,9 @@ class _Session:
         if counters.train_seconds:
             record.images_per_s = (counters.images_labeled + counters.images_unlabeled) / counters.train_seconds
             record.data_stall = counters.wait_seconds / counters.train_seconds
-        if counters.pseudo_count:
-            means = [value / counters.pseudo_count for value in counters.pseudo]
-            record.pseudo_precision, record.pseudo_recall, record.pseudo_iou = means
+        if counters.measurements:
+            for name in REPORTED_MEASURES:
+                setattr(record, f"pseudo_{name}", counters.measured[name] / counters.measurements)
         record.peak_memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         if world.device.type == "cuda":
             record.peak_gpu_memory_mb = torch.cuda.max_memory_allocated() / 2**20
@@ -337,7 +340,7 @@ def new_record(run_: Experiment, extra: offline.Extra) -> RunRecord:
     environ = environment()
     network = method.networks()[method.reported]
     record = RunRecord(
-        cell=compose.cell_name(cfg),
+        cell=cell_name(cfg),
         suite=os.environ.get("SSODBENCH_SUITE"),
         method=cfg.method.name,
         preset=str(cfg.get("preset_name", "")),
@@ -372,11 +375,11 @@ def new_record(run_: Experiment, extra: offline.Extra) -> RunRecord:
         pseudo_recall=extra.quality.get("recall"),
         pseudo_iou=extra.quality.get("iou"),
         score_threshold=float(cfg.evaluation.score_threshold),
-        config_sha256=compose.config_sha256(cfg),
+        config_sha256=config_sha256(cfg),
         commit=environ.pop("commit", None),
         command=shlex.join(["ssodbench", "train", *cfg.cli.overrides]),
         started=_now(),
         environment=environ,
     )
-    record.config = compose.identity(cfg)
+    record.config = identity(cfg)
     return record

@@ -18,7 +18,8 @@ from typing import Any, NoReturn
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from harness.config.compose import places
+from harness.config.checks import step_shape
+from harness.config.paths import places
 from harness.core import distributed, escape
 from harness.core.console import STDERR, settle
 from harness.core.distributed import World
@@ -36,20 +37,19 @@ LAUNCHER_SECONDS = 10.0  # in which a launcher notices that a process has ended,
 logger = logging.getLogger(__name__)
 
 
-def run(cfg: DictConfig) -> int:
-    """Trains as the configuration says: in this process, or in `devices` of them.
+class LocalLauncher:
+    """This process, or `devices` of them on this machine, or the group that torchrun started."""
 
-    Returns:
-        Exit code: 0 ok, 1 failed, 2 a mistake of the user's, 128 + n after signal n.
-    """
-    device = distributed.resolve_device(cfg.device, cfg.devices)
-    plain = OmegaConf.to_container(cfg, resolve=False)
-    if cfg.devices > 1 and "LOCAL_RANK" not in os.environ:
-        if device == "cpu":
-            _check_cores(int(cfg.devices))
-        build.data(cfg)  # a mistake is told once, and before many processes start
-        return launch(_work, (plain, device), cfg.devices, [*stop_signals(), signal.SIGQUIT])
-    return run_rank(plain, device)
+    def run(self, cfg: DictConfig) -> int:
+        """See `Launcher.run`."""
+        device = distributed.resolve_device(cfg.device, cfg.devices)
+        plain = OmegaConf.to_container(cfg, resolve=False)
+        if cfg.devices > 1 and "LOCAL_RANK" not in os.environ:
+            if device == "cpu":
+                _check_cores(int(cfg.devices))
+            build.data(cfg)  # a mistake is told once, and before many processes start
+            return launch(_work, (plain, device), cfg.devices, [*stop_signals(), signal.SIGQUIT])
+        return run_rank(plain, device)
 
 
 def _check_cores(processes: int) -> None:
@@ -78,7 +78,7 @@ def _work(plain: Any, device: str) -> int:
 
 
 def run_rank(plain: Any, device: str, signals: Sequence[int] | None = None) -> int:
-    """`run` in one process of the group; says errors once and gives the exit code.
+    """Trains in one process of the group; says errors once and gives the exit code.
 
     An error of one rank alone ends its process at once: the others wait for it in a collective, and only the launcher,
     which sees it end, can stop them.
@@ -121,8 +121,8 @@ def _explain(cfg: DictConfig, world: World, error: Exception) -> tuple[str, int]
         ), 1
     if _is_out_of_memory(error):
         return (
-            f"out of memory on {world.device}: lower batch.micro (now {_micro(cfg)}) or evaluation.batch "
-            f"(now {cfg.evaluation.batch}), or set precision=bf16"
+            f"out of memory on {world.device}: lower batch.micro (now {step_shape(cfg).micro_images}) or "
+            f"evaluation.batch (now {cfg.evaluation.batch}), or set precision=bf16"
         ), 1
     if isinstance(error, OSError) and error.errno is not None:
         error.filename = error.filename or cfg.run_dir  # what the libraries write without naming it
@@ -150,11 +150,6 @@ def _end_alone(world: World, stop: StopRequest, error: Exception, told: tuple[st
 def _is_out_of_memory(error: BaseException) -> bool:
     """A GPU's error has a class of its own; what torch raises on a CPU is a RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def _micro(cfg: DictConfig) -> int:
-    """Images in one forward."""
-    return int(cfg.batch.micro or cfg.batch.labeled + cfg.batch.unlabeled)
 
 
 SHUTDOWN_SECONDS = 600  # what workers get to finish a step and save, before the elastic agent kills them

@@ -7,18 +7,21 @@ per cell, as it does on one machine, and each of them submits its job here.
 from __future__ import annotations
 
 import io
+import os
 import signal
 import subprocess
 import time
+from collections.abc import Mapping
 from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
 from harness.core.console import STDERR
 from harness.core.types import RunError, UserError
+from harness.core.validate import File, Limits
 
 _POLL_SECONDS = 5.0  # a Slurm controller does not like to be asked often
 
@@ -64,36 +67,91 @@ def _export_ranks() -> None:
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
 
 
-def submit(cfg: DictConfig) -> int:
-    """Submits a run as `launcher=slurm` says.
+class SlurmLauncher:
+    """One job of nodes x devices tasks.
 
-    Returns:
-        The run's exit code if `launcher.wait`, else 0 as soon as the job is in the queue.
-
-    Raises:
-        UserError: when submitit or Slurm is not there.
-        RunError: Slurm does not take the job, or it ended without a result.
+    Args:
+        cluster: `slurm`, or `local` for submitit's stand-in on this machine.
+        nodes: machines, with `devices` processes on each.
+        partition, account: of the job; None for Slurm's own choice.
+        minutes: its time limit; a job that runs into it is put into the queue again.
+        cpus_per_device: cores of each process.
+        memory_gb: of each node; None for Slurm's own choice.
+        parameters: further parameters of sbatch.
+        requeues: how often the job is put into the queue again at the most.
+        logs: folder of submitit's logs; None for run_dir/slurm.
+        wait: whether to stay until the job has ended.
     """
-    try:
-        import submitit
-    except ImportError as error:
-        raise UserError("launcher=slurm needs submitit: pip install 'ssodbench[slurm]'") from error
-    options = cfg.launcher
-    logs = Path(options.logs or Path(cfg.run_dir) / "slurm")
-    try:
-        # submitit counts pre-emptions and time-outs together.
-        executor = submitit.AutoExecutor(folder=logs, cluster=options.cluster, slurm_max_num_timeout=options.requeues)
-    except RuntimeError as error:
-        raise UserError(
-            f"launcher=slurm cannot be used here ({error}): start the command on a Slurm login node"
-        ) from error
-    executor.update_parameters(**_parameters(cfg))
-    job_cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
-    job_cfg.launcher = {"name": "local"}
-    job_cfg.run_dir = str(Path(cfg.run_dir).absolute())
-    job = _put_into_queue(executor, TrainJob(OmegaConf.to_container(job_cfg, resolve=False)))
-    STDERR.say(f"job {job.job_id}, logs in {logs}")
-    return _wait(job, _POLL_SECONDS if options.cluster == "slurm" else 0.2) if options.wait else 0
+
+    def __init__(
+        self,
+        *,
+        cluster: Literal["slurm", "local"] = "slurm",
+        nodes: Annotated[int, Limits(ge=1, le=1024)] = 1,
+        partition: str | None = None,
+        account: str | None = None,
+        minutes: Annotated[int, Limits(ge=1, le=10**6)] = 1440,
+        cpus_per_device: Annotated[int, Limits(ge=1, le=1024)] = 8,
+        memory_gb: Annotated[float, Limits(gt=0, le=100_000)] | None = None,
+        parameters: Mapping[str, Any] | None = None,
+        requeues: Annotated[int, Limits(ge=0, le=10_000)] = 100,
+        logs: File | None = None,
+        wait: bool = True,
+    ) -> None:
+        self.cluster, self.requeues, self.logs, self.wait = cluster, requeues, logs, wait
+        self._nodes, self._minutes, self._cpus_per_device = nodes, minutes, cpus_per_device
+        self._memory_gb, self._extra = memory_gb, dict(parameters or {})
+        self._queue = {"partition": partition, "account": account}
+
+    def run(self, cfg: DictConfig) -> int:
+        """Submits a run.
+
+        Returns:
+            The run's exit code if `wait`, else 0 as soon as the job is in the queue.
+
+        Raises:
+            UserError: submitit or Slurm is not there, or torchrun started this process.
+            RunError: Slurm does not take the job, or it ended without a result.
+        """
+        if "LOCAL_RANK" in os.environ:
+            raise UserError("launcher=slurm starts all processes itself: start `ssodbench train`, not torchrun")
+        try:
+            import submitit
+        except ImportError as error:
+            raise UserError("launcher=slurm needs submitit: pip install 'ssodbench[slurm]'") from error
+        logs = Path(self.logs or Path(cfg.run_dir) / "slurm")
+        try:
+            # submitit counts pre-emptions and time-outs together.
+            executor = submitit.AutoExecutor(folder=logs, cluster=self.cluster, slurm_max_num_timeout=self.requeues)
+        except RuntimeError as error:
+            raise UserError(
+                f"launcher=slurm cannot be used here ({error}): start the command on a Slurm login node"
+            ) from error
+        executor.update_parameters(**self.parameters(cfg))
+        job_cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
+        job_cfg.run_dir = str(Path(cfg.run_dir).absolute())
+        job = _put_into_queue(executor, TrainJob(OmegaConf.to_container(job_cfg, resolve=False)))
+        STDERR.say(f"job {job.job_id}, logs in {logs}")
+        return _wait(job, _POLL_SECONDS if self.cluster == "slurm" else 0.2) if self.wait else 0
+
+    def parameters(self, cfg: DictConfig) -> dict[str, Any]:
+        """submitit's parameters for the job of a run."""
+        common: dict[str, Any] = {
+            "name": Path(cfg.run_dir).name,
+            "timeout_min": self._minutes,
+            "nodes": self._nodes,
+            "tasks_per_node": cfg.devices,
+            "cpus_per_task": self._cpus_per_device,
+            "gpus_per_node": cfg.devices if cfg.device != "cpu" else 0,
+        }
+        if self._memory_gb is not None:
+            common["mem_gb"] = self._memory_gb
+        slurm: dict[str, Any] = {f"slurm_{key}": value for key, value in self._queue.items() if value is not None}
+        # A task that fails alone leaves the others waiting in a collective.
+        slurm["slurm_srun_args"] = ["--kill-on-bad-exit=1"]
+        if self._extra:
+            slurm["slurm_additional_parameters"] = self._extra
+        return common | slurm
 
 
 def _put_into_queue(executor: Any, job: TrainJob) -> Any:
@@ -111,29 +169,6 @@ def _put_into_queue(executor: Any, job: TrainJob) -> Any:
             f"launcher=slurm: Slurm did not take the job ({said}): see with `sinfo` whether its controller answers and "
             "whether launcher.partition, launcher.account and launcher.parameters fit, or train here by launcher=local"
         ) from error
-
-
-def _parameters(cfg: DictConfig) -> dict[str, Any]:
-    """submitit's parameters for a job."""
-    options = cfg.launcher
-    on_gpus = cfg.device != "cpu"
-    common: dict[str, Any] = {
-        "name": Path(cfg.run_dir).name,
-        "timeout_min": options.minutes,
-        "nodes": options.nodes,
-        "tasks_per_node": cfg.devices,
-        "cpus_per_task": options.cpus_per_device,
-        "gpus_per_node": cfg.devices if on_gpus else 0,
-    }
-    if options.memory_gb is not None:
-        common["mem_gb"] = options.memory_gb
-    slurm = {f"slurm_{key}": options[key] for key in ("partition", "account") if options[key] is not None}
-    # A task that fails alone leaves the others waiting in a collective.
-    slurm["slurm_srun_args"] = ["--kill-on-bad-exit=1"]
-    extra = OmegaConf.to_container(options.parameters)
-    if extra:
-        slurm["slurm_additional_parameters"] = extra
-    return common | slurm
 
 
 def _wait(job: Any, poll_seconds: float) -> int:

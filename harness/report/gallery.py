@@ -18,7 +18,8 @@ import msgspec
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from harness.core.readback import content_of, decode, read_config
+from harness.config.saved import read_config
+from harness.core.readback import content_of, decode
 from harness.core.types import RunError, UserError
 from harness.data.ground_truth import GroundTruth, from_index
 from harness.report.statistics import Pair

@@ -15,18 +15,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.config import compose
+from harness.config.identity import differences, without_circumstances
 from harness.core.escape import file_name
 from harness.core.files import refusal, trouble
 from harness.core.readback import PlannedCell, content_of, read_plan
 from harness.core.record import BASELINE, parse_record, read_record
 from harness.core.types import RunRecord, UserError
 from harness.report.statistics import Pair, Summary, summarize
+from harness.splits.protocols import PROTOCOLS
 
 ALL_LABELS = 100.0
 UNKNOWN_SHARE = 0.0  # no run has labels for no image
 
-GIVEN = ("ids", "annotated", "full")  # split protocols that are told what is labelled, and draw nothing
+# Split protocols that are told what is labelled, and draw nothing; those of them that label the whole training part.
+GIVEN = tuple(name for name, protocol in PROTOCOLS.items() if not protocol.draws)
+_WHOLE = tuple(name for name, protocol in PROTOCOLS.items() if protocol.takes_unlabeled_part)
 
 # Runs that differ in one of these are never shown in one table.
 TABLE_KEYS = (
@@ -328,7 +331,7 @@ def _set_shares(runs: list[Run]) -> None:
 
 def _share(record: RunRecord, images: int) -> float:
     """The percentage of `images` that a run has labelled; of lists, three digits of it."""
-    if record.protocol == "full":
+    if record.protocol in _WHOLE:
         return ALL_LABELS
     if record.protocol not in GIVEN and record.percent is not None:
         return record.percent
@@ -369,7 +372,7 @@ def _variable_part(record: RunRecord) -> dict[str, Any]:
     if not record.config:
         keys = ("steps", "augment", "pipeline", "batch_labeled", "batch_unlabeled", "micro_batch", "reported_network")
         return {key: getattr(record, key) for key in keys} if record.status == "ok" else {}
-    plain = compose.without_circumstances(copy.deepcopy(record.config))
+    plain = without_circumstances(copy.deepcopy(record.config))
     plain.pop("seed", None)
     split = plain.get("split")
     if isinstance(split, dict):
@@ -386,7 +389,7 @@ def _name_variants(runs: list[Run], steps: int) -> None:
         return
     commonest = json.loads(min(texts, key=lambda text: (-texts[text], text)))
     for one, part in zip(runs, parts, strict=True):
-        differing = compose.differences(commonest, part) if part else []
+        differing = differences(commonest, part) if part else []
         values = [line.split(": ", 1)[0] + "=" + line.rsplit(" -> ", 1)[1] for line in differing]
         one.variant = ", ".join(values[:3]) + (f" and {len(values) - 3} more" if len(values) > 3 else "")
 

@@ -21,13 +21,15 @@ from harness.core.files import open_to_append, refusal
 from harness.core.record import available_cores, read_record, write_record
 from harness.core.stopping import StopSignal
 from harness.core.types import RunRecord, UserError
-from harness.suite.plan import Cell, tail
+from harness.suite.claims import Claims
+from harness.suite.plan import Cell, standing, tail
 
 if TYPE_CHECKING:
     from harness.suite.view import View
 
 GIB_PER_RUN = 1.5  # what one run of the small preset may take, for the number side by side
 _POLL_SECONDS = 0.2
+_LOOK_SECONDS = 1.0  # between looks at cells that other processes run
 _SUITE_PROCESS = "SSODBENCH_SUITE_PROCESS"  # tells a cell whose child it is
 _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
@@ -66,43 +68,124 @@ def environments(cfg: DictConfig, jobs: int) -> list[dict[str, str]]:
     return [base | {"CUDA_VISIBLE_DEVICES": ",".join(names)} for names in own]
 
 
-def execute(
-    cells: list[Cell],
-    suite_dir: Path,
-    slots: list[dict[str, str]],
-    stop: StopSignal,
-    view: View,
-) -> None:
-    """Runs the waiting cells, most urgent first, as many side by side as there are slots; sets their states."""
-    running: dict[int, tuple[Cell, subprocess.Popen[bytes], float]] = {}
-    told = 0
-    try:
-        with view:
-            while True:
-                for slot, (cell, process, begin) in list(running.items()):
-                    if process.poll() is not None:
-                        del running[slot]
-                        finish(cell, process.returncode, suite_dir, stop)
-                        view.finished(cell, time.monotonic() - begin, suite_dir)
-                for slot in range(len(slots)):
-                    ready = None if slot in running or stop.number else next_cell(cells)
-                    if ready is not None and (begun := try_to_start(ready, suite_dir, slots[slot])) is not None:
-                        running[slot] = (ready, begun, time.monotonic())
-                        view.started(ready)
-                    elif ready is not None:
-                        view.finished(ready, 0.0, suite_dir)
-                if stop.count > told:
-                    told = stop.count
-                    view.say("stopping: the running cells save their state" if told == 1 else "stopping at once")
-                    for _, process, _ in running.values():
-                        process.terminate() if told == 1 else kill(process)
-                if not running and (stop.number or next_cell(cells) is None):
-                    break
-                view.update()
-                time.sleep(_POLL_SECONDS)
-    finally:
-        for _, process, _ in running.values():
-            kill(process)
+class Suite:
+    """The cells of a suite, as this process runs them.
+
+    Args:
+        cells: all of them; their states are kept up to date.
+        suite_dir: the suite's folder.
+        slots: the environments of the processes side by side.
+        stop: requests to stop.
+        view: what a person sees.
+        claims: which cells this process has, where several share the folder.
+        wait: whether to wait for cells that other processes run.
+    """
+
+    def __init__(
+        self,
+        cells: list[Cell],
+        suite_dir: Path,
+        slots: list[dict[str, str]],
+        stop: StopSignal,
+        view: View,
+        claims: Claims,
+        wait: bool = True,
+    ) -> None:
+        self.cells, self.suite_dir, self.slots = cells, suite_dir, slots
+        self.stop, self.view, self.claims, self.wait = stop, view, claims, wait
+        self._running: dict[int, tuple[Cell, subprocess.Popen[bytes], float]] = {}
+        self._told = 0
+        self._looked = time.monotonic()
+
+    def execute(self) -> None:
+        """Runs the waiting cells, most urgent first, as many side by side as there are slots."""
+        try:
+            with self.view:
+                while True:
+                    self._take_ended()
+                    self._fill_slots()
+                    self._pass_on_stop()
+                    self._look_at_held()
+                    if not self._running and self._is_over():
+                        break
+                    self.view.update()
+                    time.sleep(_POLL_SECONDS)
+        finally:
+            for _, process, _ in self._running.values():
+                kill(process)
+
+    def _take_ended(self) -> None:
+        for slot, (cell, process, begin) in list(self._running.items()):
+            if process.poll() is not None:
+                del self._running[slot]
+                finish(cell, process.returncode, self.suite_dir, self.stop)
+                self.claims.release(cell.name, failed=cell.reason if cell.state == "failed" else None)
+                self.view.finished(cell, time.monotonic() - begin, self.suite_dir)
+
+    def _fill_slots(self) -> None:
+        for slot in range(len(self.slots)):
+            while slot not in self._running and not self.stop.number:
+                cell = next_cell(self.cells)
+                if cell is None:
+                    return
+                if (process := self._begin(cell, self.slots[slot])) is not None:
+                    self._running[slot] = (cell, process, time.monotonic())
+                    self.view.started(cell)
+
+    def _begin(self, cell: Cell, environment: dict[str, str]) -> subprocess.Popen[bytes] | None:
+        """Takes and starts a cell; None where it cannot be had, cannot be started, or is finished by now."""
+        try:
+            if not self.claims.take(cell.name, cell.run_dir):
+                self._leave_to_others(cell)
+                return None
+        except OSError as error:
+            cell.state, cell.reason = "failed", str(refusal(error, {"runs_dir": self.suite_dir}))
+            self.view.finished(cell, 0.0, self.suite_dir)
+            return None
+        self._refresh(cell)  # another process may have finished it since we looked
+        process = try_to_start(cell, self.suite_dir, environment) if cell.state == "waiting" else None
+        if process is None:
+            self.claims.release(cell.name)
+            self.view.finished(cell, 0.0, self.suite_dir)
+        return process
+
+    def _leave_to_others(self, cell: Cell) -> None:
+        holder = self.claims.holder(cell.name, cell.run_dir) or "another process"
+        cell.state, cell.reason = "held", f"run by {holder}"
+        self.view.held(cell)
+
+    def _pass_on_stop(self) -> None:
+        if self.stop.count > self._told:
+            self._told = self.stop.count
+            first = self._told == 1
+            self.view.say("stopping: the running cells save their state" if first else "stopping at once")
+            for _, process, _ in self._running.values():
+                process.terminate() if first else kill(process)
+
+    def _look_at_held(self) -> None:
+        """Looks, now and then, how the cells stand that other processes run."""
+        if time.monotonic() - self._looked < _LOOK_SECONDS:
+            return
+        self._looked = time.monotonic()
+        for cell in self.cells:
+            if cell.state == "held" and self.claims.holder(cell.name, cell.run_dir) is None:
+                self._refresh(cell)
+                if cell.state != "waiting":
+                    self.view.finished(cell, 0.0, self.suite_dir)
+
+    def _refresh(self, cell: Cell) -> None:
+        """Sets the state of a cell that other processes may have run: what has failed there is not tried again."""
+        try:
+            cell.state, cell.reason = standing(cell), self.claims.failure(cell.name)
+        except UserError as error:
+            cell.state, cell.reason = "failed", str(error)
+        if cell.state == "waiting" and cell.reason is not None:
+            cell.state = "failed"
+
+    def _is_over(self) -> bool:
+        if self.stop.number:
+            return True
+        return next_cell(self.cells) is None and not (self.wait and any(cell.state == "held" for cell in self.cells))
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:

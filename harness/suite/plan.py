@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -13,6 +14,8 @@ import msgspec
 from omegaconf import DictConfig, OmegaConf
 
 from harness.config import checks, compose
+from harness.config.identity import config_sha256, differences, identity, without_circumstances
+from harness.config.names import cell_name, group_name
 from harness.core.files import write_atomically
 from harness.core.readback import Progress
 from harness.core.record import BASELINE, read_record
@@ -34,7 +37,8 @@ class Cell:
     needs: Cell | None = None  # the cell whose checkpoint this one starts from
     cost: float = 1.0  # relative time
     urgency: float = 0.0  # its cost and that of what waits for it
-    state: str = "waiting"  # waiting, running, ok, failed, skipped, interrupted
+    # waiting, running, held (another process runs it), ok, failed, skipped (its first stage failed), interrupted
+    state: str = "waiting"
     reason: str | None = None
     progress: Progress | None = None
 
@@ -74,6 +78,7 @@ def plan(cfg: DictConfig) -> list[Cell]:
     wanted = list(product(percents, folds, seeds, methods))
     if suite.get("reference"):
         wanted += [(100.0, fold, seed, BASELINE) for fold, seed in product(folds, seeds)]
+    _check_named(suite, config_dirs)
     suite_dir = Path(cfg.runs_dir) / suite.name
     wanted = list(dict.fromkeys(wanted))
     named = dict.fromkeys(method for *_, method in wanted)
@@ -92,7 +97,7 @@ def plan(cfg: DictConfig) -> list[Cell]:
         share = int(percent) if percent == int(percent) else percent
         own = [f"split.percent={share}", f"split.fold={fold}", f"seed={number}"]
         cell_cfg = _with_place(composed[method], share, fold, number)
-        name = compose.cell_name(cell_cfg)
+        name = cell_name(cell_cfg)
         run_dir = suite_dir / name
         cost = float((suite.get("cost") or {}).get(method, 1.0))
         given = [*extra[method], *own, f"run_dir={run_dir}"]
@@ -100,6 +105,18 @@ def plan(cfg: DictConfig) -> list[Cell]:
     _check_apart(cells)
     _link(cells)
     return cells
+
+
+def _check_named(suite: DictConfig, config_dirs: list[str]) -> None:
+    """Raises UserError where `suite.cost` or `suite.method_overrides` names a method that there is not."""
+    folders = [checks.CONF_DIR, *map(Path, config_dirs)]
+    known = {file.stem for folder in folders for file in (folder / "method").glob("*.yaml")} | set(suite.methods)
+    for key in ("cost", "method_overrides"):
+        for method in suite.get(key) or {}:
+            if method not in known:
+                near = difflib.get_close_matches(str(method), sorted(known), 1)
+                hint = f"did you mean {near[0]}?" if near else f"choose of {', '.join(sorted(known))}"
+                raise UserError(f"suite.{key}.{method} names no method: {hint}")
 
 
 def _check_apart(cells: list[Cell]) -> None:
@@ -157,8 +174,8 @@ def standing(cell: Cell) -> str:
     record = read_record(path)
     if record.status != "ok":
         return "waiting"
-    if record.config_sha256 != compose.config_sha256(cell.cfg):
-        differing = compose.differences(compose.without_circumstances(record.config), compose.identity(cell.cfg))
+    if record.config_sha256 != config_sha256(cell.cfg):
+        differing = differences(without_circumstances(record.config), identity(cell.cfg))
         shown = "; ".join(differing[:5]) or "the code's defaults"
         raise UserError(
             f"{cell.run_dir} was made with other settings ({shown}): give the same ones, set suite.name=NAME or "
@@ -167,12 +184,22 @@ def standing(cell: Cell) -> str:
     return "ok"
 
 
+def first_state(cell: Cell, retry_failed: bool) -> tuple[str, str | None]:
+    """A cell's state and its reason before anything is run: `standing`, or failed where that is not tried again."""
+    state = standing(cell)
+    if state == "waiting" and not retry_failed and (cell.run_dir / "record.json").exists():
+        record = read_record(cell.run_dir / "record.json")
+        if record.status == "failed":
+            return "failed", record.error
+    return state, None
+
+
 def write_plan(suite_dir: Path, cfg: DictConfig, cells: list[Cell]) -> None:
     """suite.json: every cell with its state, so that a report can say why one is missing."""
     keys = ("name", "method", "percent", "fold", "seed", "state", "reason")
     rows = [
         {key: getattr(cell, key) for key in keys}
-        | {"dataset": compose.group_name(cell.cfg, "data"), "protocol": cell.cfg.split.protocol}
+        | {"dataset": group_name(cell.cfg, "data"), "protocol": cell.cfg.split.protocol}
         for cell in cells
     ]
     content = {"suite": cfg.suite.name, "cells": rows}

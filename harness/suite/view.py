@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,44 @@ from rich.progress import BarColumn, Progress, TextColumn
 from harness.core.readback import Progress as RunProgress
 from harness.core.readback import read_progress
 from harness.core.record import read_record
+from harness.core.types import UserError
 from harness.engine.log import EtaColumn, duration
-from harness.suite.plan import Cell, tail
+from harness.suite.claims import Claims
+from harness.suite.plan import Cell, standing, tail
+
+UNFINISHED = ("waiting", "running", "held")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a cell stands on the disk, as texts."""
+
+    state: str
+    score: str = "-"
+    steps: str = "-"
+    eta: str = "-"
+    note: str = ""
+
+
+def standing_of(cell: Cell, claims: Claims) -> Standing:
+    """What a cell's folder says: running with its progress where a live process holds it, otherwise its record."""
+    progress = read_progress(cell.run_dir)
+    steps = f"{progress.step}/{progress.steps}" if progress is not None else "-"
+    if (holder := claims.holder(cell.name, cell.run_dir)) is not None:
+        return Standing("running", steps=steps, eta=duration(progress.eta if progress else None), note=holder)
+    path = cell.run_dir / "record.json"
+    if not path.exists():
+        return Standing("waiting")
+    try:
+        if standing(cell) == "ok":
+            ap = read_record(path).ap
+            return Standing("ok", "-" if ap is None else f"{ap:.1f}", steps)
+        record = read_record(path)
+    except UserError as error:
+        return Standing("unusable", note=str(error))
+    if record.status == "running":  # and nobody holds it
+        return Standing("interrupted", steps=steps, note="its process has gone; the same command continues it")
+    return Standing(record.status, steps=steps, note=record.error or "")
 
 
 class View:
@@ -50,11 +87,15 @@ class View:
         else:
             self.say(f"start   {cell.name}")
 
+    def held(self, cell: Cell) -> None:
+        """A cell is left to the process that runs it."""
+        self.say(f"held    {cell.name}  {cell.reason}")
+
     def finished(self, cell: Cell, seconds: float, suite_dir: Path) -> None:
         """A cell has ended: its score, or the end of what it printed."""
         if cell.name in self.tasks:
             self.bars.remove_task(self.tasks.pop(cell.name))
-        ended = sum(c.state not in ("waiting", "running") for c in self.cells)
+        ended = sum(c.state not in UNFINISHED for c in self.cells)
         line = f"{cell.state:<7} {cell.name}"
         if cell.state == "ok":
             ap = read_record(cell.run_dir / "record.json").ap
@@ -67,13 +108,13 @@ class View:
     def update(self) -> None:
         """Reads how far the running cells are."""
         for cell in self.cells:
-            if cell.state == "running":
+            if cell.state in ("running", "held"):
                 cell.progress = read_progress(cell.run_dir) or cell.progress
                 if cell.name in self.tasks:
                     note, eta = progress_note(cell.progress), cell.progress.eta if cell.progress else None
                     self.bars.update(self.tasks[cell.name], completed=cell.done, note=note, eta=eta)
         if self.live is not None:
-            ended = sum(c.state not in ("waiting", "running") for c in self.cells)
+            ended = sum(c.state not in UNFINISHED for c in self.cells)
             share = self._done() / sum(c.cost for c in self.cells)
             self.bars.update(self.total, completed=share, note=f"{ended}/{len(self.cells)} cells", eta=self.eta())
 
@@ -83,7 +124,7 @@ class View:
     def eta(self) -> float | None:
         """Seconds left at the pace so far; None before there is one."""
         done = self._done() - self.done_before
-        left = sum(c.cost * (1 - c.done) for c in self.cells if c.state in ("waiting", "running"))
+        left = sum(c.cost * (1 - c.done) for c in self.cells if c.state in UNFINISHED)
         if left == 0:
             return 0.0
         return (time.monotonic() - self.begin) / done * left if done > 0 else None

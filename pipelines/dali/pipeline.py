@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,8 @@ import torch
 from nvidia.dali import Pipeline
 from torch import Tensor
 
-from harness.core.types import UserError
-from pipelines.base import BadImageError, BasePipeline, Job, canvas, read_encoded
+from harness.core.types import ImageSource, UserError
+from pipelines.base import BadImageError, BasePipeline, Job, canvas
 from pipelines.dali.graph import Graph, define, define_decode
 from pipelines.plan import NOTHING, ViewPlan, from_shrunk, noise_patch
 from pipelines.policy import ViewPolicy
@@ -106,7 +106,7 @@ class _Runner:
         """Feeds a job; the error if a file cannot be read."""
         assert self._pipeline is not None
         try:
-            data = [read_encoded(path) for path in job.paths]
+            data = [job.source.read(position) for position in job.positions]
         except OSError as error:
             return BadImageError(error.strerror or "cannot be read")
         if not all(len(d) for d in data):
@@ -232,15 +232,15 @@ class DecodeOnly:
     """Reads and decodes files and keeps nothing: the ceiling of every pipeline.
 
     Args:
-        paths: files, over and over.
+        source: images, over and over.
         batch: images at once.
         threads: DALI's.
         device: cpu or cuda[:n].
     """
 
-    def __init__(self, paths: Sequence[str], batch: int, threads: int, device: str) -> None:
+    def __init__(self, source: ImageSource, batch: int, threads: int, device: str) -> None:
         gpu = torch.device(device).type == "cuda"
-        self._paths, self._batch = itertools.cycle(paths), batch
+        self._source, self._rows, self._batch = source, itertools.cycle(range(len(source))), batch
         self._pipeline: Pipeline | None = define_decode(
             gpu,
             batch_size=batch,
@@ -256,7 +256,7 @@ class DecodeOnly:
         data: deque[list[np.ndarray]] = deque()
         for number in range(batches + 2):
             if number < batches:
-                data.append([read_encoded(path) for path in itertools.islice(self._paths, self._batch)])
+                data.append([self._source.read(row) for row in itertools.islice(self._rows, self._batch)])
                 self._pipeline.feed_input("data", data[-1])
                 self._pipeline.schedule_run()
             if number >= 2:

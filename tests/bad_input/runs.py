@@ -8,7 +8,8 @@ from functools import cache
 from pathlib import Path
 
 from harness.cli import main
-from harness.config.compose import cell_name, load
+from harness.config.compose import load
+from harness.config.names import cell_name
 from tests.bad_input.case import Case
 
 SMALL = (

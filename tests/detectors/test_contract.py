@@ -15,11 +15,12 @@ from omegaconf import DictConfig, OmegaConf
 import harness
 from detectors.detector import Detector
 from detectors.methods.method import Method
+from harness.config.checks import GROUPS
 from harness.core.types import UserError
 
 CONF = Path(harness.__file__).parent / "conf"
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
-FAMILIES = ("small", "faster_rcnn_r18", "retinanet_r18", "fcos_r18")
+FAMILIES = ("small", "faster_rcnn", "retinanet", "fcos")
 STEPS = 5
 TWO_STAGE_ONLY = {"soft_teacher", "unbiased_teacher"}
 
@@ -41,8 +42,8 @@ def built_detector(name: str) -> Detector:
     if name == "small":
         options |= {"channels": [8, 8, 16, 16], "pyramid_channels": 16, "roi": {"hidden": 32}}
     else:
-        options |= {"pyramid_channels": 32}
-    if name == "faster_rcnn_r18":
+        options |= {"pyramid_channels": 32, "depth": 18}
+    if name == "faster_rcnn":
         options |= {
             "roi": {"hidden": 32, "batch": 32},
             "rpn": {"train_proposals": [50, 50], "test_proposals": [50, 50]},
@@ -61,7 +62,7 @@ def make_method(name: str, detector: Detector, preset: str = "paper", **changes:
     config = load("method", name)
     if preset == "small":
         config = OmegaConf.merge(config, load("method/preset", f"{name}_small"))
-    options = {k: v for k, v in OmegaConf.to_container(config).items() if k not in ("name", "augment", "offline")}
+    options = {k: v for k, v in OmegaConf.to_container(config).items() if k not in GROUPS["method"].own}
     if "burn_in" in options:
         options["burn_in"] = 0
     method = get_method(options.pop("_target_"))(detector=detector, steps=STEPS, **{**options, **changes})
@@ -90,7 +91,7 @@ def same(a: dict, b: dict) -> bool:
 def pairs():
     for method in METHODS:
         for detector in FAMILIES:
-            if method not in TWO_STAGE_ONLY or detector in ("small", "faster_rcnn_r18"):
+            if method not in TWO_STAGE_ONLY or detector in ("small", "faster_rcnn"):
                 yield method, detector
 
 
@@ -100,7 +101,7 @@ def test_two_steps(make_batch, name, family):
     method = make_method(name, make_detector(family), preset).train()
     optimizer = optimizer_of(method)
     with_gradient, keys = set(), set()
-    boxes = {} if family in ("small", "fcos_r18") else {"labeled_boxes": (2,), "unlabeled_boxes": (3,)}
+    boxes = {} if family in ("small", "fcos") else {"labeled_boxes": (2,), "unlabeled_boxes": (3,)}
     batches = [make_batch(seed, pseudo=name == "stac", **boxes) for seed in range(2)]
     losses, metrics = train_step(method, optimizer, batches[0], 0)
     with_gradient |= {key for key, p in method.trainable().named_parameters() if p.grad is not None}
@@ -157,9 +158,9 @@ def test_before_there_are_unlabelled_images(make_batch, name):
 
 
 @pytest.mark.parametrize("name", sorted(TWO_STAGE_ONLY))
-@pytest.mark.parametrize("family", ["retinanet_r18", "fcos_r18"])
+@pytest.mark.parametrize("family", ["retinanet", "fcos"])
 def test_pairs_that_do_not_fit(name, family):
-    with pytest.raises(UserError, match=f"detector={family} does not fit"):
+    with pytest.raises(UserError, match=f"detector={family}_r18 does not fit"):
         make_method(name, make_detector(family))
 
 
@@ -189,7 +190,7 @@ def test_hidden_truth_cannot_reach_a_loss(make_batch, name):
         for step in range(2):
             batch = make_batch(step)
             if noise is not None:
-                truth = make_batch(100 * noise + step + 7, pseudo=True).strong.targets
+                truth = make_batch(100 * noise + step + 7, pseudo=True).unlabeled["strong"].targets
                 for view in batch.unlabeled.values():
                     view.targets = truth
             losses, metrics = train_step(method, optimizer, batch, step)
@@ -235,7 +236,7 @@ def example_method(detector: Detector) -> Method:
 
 def made(name: str) -> Method:
     """On a detector without batch statistics, which differ between devices by nature."""
-    detector = make_detector("faster_rcnn_r18")
+    detector = make_detector("faster_rcnn")
     return (example_method(detector) if name == "the example" else make_method(name, detector, "small")).train()
 
 

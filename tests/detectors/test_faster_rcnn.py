@@ -92,7 +92,7 @@ def test_joined_views_are_padded_with_zeros():
 
 def test_joint_features_belong_to_their_views(make_small, make_batch):
     detector, batch = make_small().eval(), make_batch(labeled_boxes=(1, 1, 1))
-    views = (batch.labeled["labeled"], batch.strong)
+    views = (batch.labeled["labeled"], batch.unlabeled["strong"])
     seen, features = student_features(detector, views, joint=True)
     assert [len(view) for view in seen] == [3, 2]
     for view, own in zip(views, features, strict=True):

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from detectors.detector import join_views
+from harness.config.step import StepShape
 from harness.core.types import ImageSource, Normalize, View, Views
 from harness.data.sampling import BatchSampler
 from pipelines.base import BasePipeline
@@ -120,10 +121,10 @@ def build() -> Iterator[Callable[..., Any]]:
 
 @pytest.fixture(scope="session")
 def whole() -> Callable[..., tuple[View, torch.Tensor]]:
-    """All that `eval` gives as one batch in the source's order, padded to a common size: whole(pipeline, source)."""
+    """All that `images` gives as one batch in the source's order, padded to a common size: whole(pipeline, source)."""
 
     def joined(pipeline: BasePipeline, source: ImageSource, view: str = "test") -> tuple[View, torch.Tensor]:
-        views, ids = zip(*pipeline.eval(source, view), strict=True)
+        views, ids = zip(*pipeline.images(source, view), strict=True)
         joint, numbers = join_views(list(views)), torch.cat(ids)
         order = numbers.argsort()
         assert (source.ids[1:] > source.ids[:-1]).all()
@@ -139,9 +140,10 @@ def training(photos: ImageSource, unlabeled: ImageSource) -> Callable[..., dict[
     def arguments(
         labeled: int = 3, unlabeled_images: int = 5, views: Views | None = None, **sampler: Any
     ) -> dict[str, Any]:
+        shape = StepShape(labeled, unlabeled_images, sampler.pop("micro", None))
         return {
             "views": views or Views(("labeled",), ("weak", "strong")),
-            "sampler": BatchSampler(len(photos), len(unlabeled), labeled, unlabeled_images, **{"seed": 7, **sampler}),
+            "sampler": BatchSampler(len(photos), len(unlabeled), shape, **{"seed": 7, **sampler}),
             "labeled": photos,
             "unlabeled": unlabeled,
         }

@@ -38,7 +38,7 @@ def scaled(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def take(build: Any, backend: str, config: dict[str, Any], count: int, **arguments: Any) -> list[Batch]:
-    return list(itertools.islice(build(backend, config, **arguments).train(), count))
+    return list(itertools.islice(build(backend, config, **arguments).batches(), count))
 
 
 @pytest.mark.timeout(180)
@@ -129,7 +129,7 @@ def test_padding_is_zero_and_fills_are_not(photos: Any, build: Any) -> None:
     config = {"name": "x", "views": {"v": {"fill": 125, "affine": {"one_of": {"rotate": {"values": [30]}}}}}}
     for backend in ("dali", "torchvision", "opencv"):
         pipeline = build(backend, config, Normalize((10.0, 20.0, 30.0), (2.0, 4.0, 5.0)))
-        for view, _ in pipeline.eval(photos, "v"):
+        for view, _ in pipeline.images(photos, "v"):
             for image, (height, width) in zip(view.images, view.sizes.tolist(), strict=True):
                 assert (image[:, height:] == 0).all()
                 assert (image[:, :, width:] == 0).all()

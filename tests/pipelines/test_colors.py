@@ -98,7 +98,7 @@ def test_against_reference(name: str, backend: str, photos: ImageSource, tmp_pat
         normalize = Normalize((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), bgr)
         pipeline = build(backend, {"name": "x", "views": views}, normalize)
         for view, value in zip(views, values, strict=True):
-            ((batch, _),) = pipeline.eval(images, view)
+            ((batch, _),) = pipeline.images(images, view)
             for path, pixels in zip(images.paths, batch.images[:, :, :height, :width], strict=True):
                 got = (pixels.flip(0) if bgr else pixels).permute(1, 2, 0).numpy()
                 expected = np.asarray(reference(Image.open(path).convert("RGB"), value), dtype=np.float64)
@@ -120,6 +120,6 @@ def test_swapped_channels(backend: str, photos: ImageSource, tmp_path: Any, buil
         mirrored_paths.append(path.replace(".png", "-swapped.png"))
         Image.merge("RGB", (blue, green, red)).save(mirrored_paths[-1])
     for view in views:
-        ((a, _),) = swapped.eval(images, view)
-        ((b, _),) = straight.eval(replace(images, paths=mirrored_paths), view)
+        ((a, _),) = swapped.images(images, view)
+        ((b, _),) = straight.images(replace(images, paths=mirrored_paths), view)
         assert (a.images - b.images.flip(1)).abs().max() <= 1

@@ -37,7 +37,7 @@ LIGHT = {
 
 
 def take(pipeline: Any, count: int, start: int = 0) -> list[Batch]:
-    return list(itertools.islice(pipeline.train(start), count))
+    return list(itertools.islice(pipeline.batches(start), count))
 
 
 def same(a: Batch, b: Batch) -> None:
@@ -61,7 +61,6 @@ def test_batches(backend: str, training: Any, build: Build, photos: ImageSource)
     for batch in take(build(backend, LIGHT, **training(3, 5)), 4):
         assert list(batch.labeled) == ["labeled"]
         assert list(batch.unlabeled) == ["weak", "strong"]
-        assert batch.weak is batch.unlabeled["weak"]
         assert batch.images_seen == 8
         assert len(set(batch.labeled_keys.tolist() + batch.unlabeled_keys.tolist())) == 8
         for views, ids in ((batch.labeled, batch.labeled_ids), (batch.unlabeled, batch.unlabeled_ids)):
@@ -93,17 +92,15 @@ def test_rows_of_weak_and_strong_are_the_same_image(
     pipeline = build(backend, {"name": "x", "views": views}, **training(2, 6))
     stored = {
         int(i): v.images[0]
-        for v, ids in build(backend, {"name": "x", "views": views}, eval_batch=1).eval(photos, "weak")
+        for v, ids in build(backend, {"name": "x", "views": views}, eval_batch=1).images(photos, "weak")
         for i in ids
     }
     for batch in take(pipeline, 3):
-        assert batch.weak is not None
-        assert batch.strong is not None
         for row, number in enumerate(batch.unlabeled_ids.tolist()):
-            height, width = batch.weak.sizes[row].tolist()
+            height, width = batch.unlabeled["weak"].sizes[row].tolist()
             expected = stored[number][:, :height, :width]
-            assert torch.equal(batch.weak.images[row, :, :height, :width], expected)
-            assert (batch.strong.images[row, :, :height, :width] - expected / 2).abs().max() <= 1
+            assert torch.equal(batch.unlabeled["weak"].images[row, :, :height, :width], expected)
+            assert (batch.unlabeled["strong"].images[row, :, :height, :width] - expected / 2).abs().max() <= 1
 
 
 @pytest.mark.timeout(120)
@@ -141,7 +138,7 @@ def test_dali_needs_a_thread(policy_config: Any, build: Build) -> None:
 def test_workers_do_not_change_pixels(backend: str, training: Any, build: Build) -> None:
     alone = take(build(backend, LIGHT, **training()), 4)
     pipeline = build(backend, LIGHT, **training(), threads=2)
-    batches = pipeline.train()
+    batches = pipeline.batches()
     for a in alone:
         same(a, next(batches))
     batches.close()
@@ -171,7 +168,7 @@ def test_evaluation_sees_every_image_once(
     seen: list[int] = []
     for rank in range(world_size):
         pipeline = build(backend, config, rank=rank, world_size=world_size, eval_batch=batch)
-        for view, ids in pipeline.eval(photos):
+        for view, ids in pipeline.images(photos):
             assert 0 < len(ids) <= batch
             assert len(view) == len(ids)
             seen += ids.tolist()
@@ -184,10 +181,10 @@ def test_evaluation_sees_every_image_once(
 def test_evaluation_shows_the_same_whatever_the_batch(backend: str, photos: ImageSource, build: Build) -> None:
     """An image's view has the size and pixels that it has alone, padding included, also where ranks share images."""
     config = {"name": "x", "views": {"test": {"resize": {"short": 70, "max": 100}}}}
-    alone = {int(ids): view.images[0] for view, ids in build(backend, config, eval_batch=1).eval(photos)}
+    alone = {int(ids): view.images[0] for view, ids in build(backend, config, eval_batch=1).images(photos)}
     assert len({image.shape for image in alone.values()}) > 3
     for rank in range(2):
-        batches = list(build(backend, config, eval_batch=8, rank=rank, world_size=2).eval(photos))
+        batches = list(build(backend, config, eval_batch=8, rank=rank, world_size=2).images(photos))
         assert max(len(ids) for _, ids in batches) > 1
         for view, ids in batches:
             for image, number in zip(view.images, ids.tolist(), strict=True):
@@ -197,7 +194,7 @@ def test_evaluation_shows_the_same_whatever_the_batch(backend: str, photos: Imag
 @pytest.mark.timeout(60)
 def test_evaluation_of_images_of_one_size_keeps_their_order(photos: ImageSource, build: Build) -> None:
     config = {"name": "x", "views": {"test": {"resize": {"short": 32, "max": 32}}}}  # one canvas for all
-    batches = [ids.tolist() for _, ids in build("dali", config, eval_batch=5).eval(photos)]
+    batches = [ids.tolist() for _, ids in build("dali", config, eval_batch=5).images(photos)]
     assert batches == [photos.ids[start : start + 5].tolist() for start in range(0, 23, 5)]
 
 
@@ -207,16 +204,16 @@ def test_evaluation_beside_training(backend: str, training: Any, build: Build, p
     """Evaluating in the middle of training does not disturb it, and an evaluation can be left early."""
     expected = take(build(backend, LIGHT, **training()), 6)
     pipeline = build(backend, LIGHT, **training())
-    batches = pipeline.train()
+    batches = pipeline.batches()
     for number, a in enumerate(expected):
         same(a, next(batches))
-        evaluation = pipeline.eval(photos)
+        evaluation = pipeline.images(photos)
         first, _ = next(evaluation)
         if number % 2:
             assert sum(len(ids) for _, ids in evaluation) == len(photos) - len(first)
         else:
             evaluation.close()
-    again, _ = next(pipeline.eval(photos))
+    again, _ = next(pipeline.images(photos))
     assert torch.equal(first.images, again.images)
 
 
@@ -237,9 +234,8 @@ def test_pseudo_labels_become_targets(training: Any, photos: ImageSource, build:
     arguments = training(2, 4)
     arguments["unlabeled"] = photos
     (batch,) = take(build("dali", LIGHT, **arguments), 1)
-    assert batch.strong is not None
-    assert batch.strong.targets is not None
-    assert len(batch.strong.targets) == 4
+    assert batch.unlabeled["strong"].targets is not None
+    assert len(batch.unlabeled["strong"].targets) == 4
 
 
 @pytest.mark.timeout(60)
@@ -250,7 +246,7 @@ def test_cached_batches_come_again(training: Any, build: Build, photos: ImageSou
     for a, b in zip(batches[:3], take(build("dali", LIGHT, **training()), 3), strict=True):
         same(a, b)
     cached = CachedPipeline(build("dali", LIGHT))
-    assert sum(len(ids) for _, ids in cached.eval(photos)) == len(photos)
+    assert sum(len(ids) for _, ids in cached.images(photos)) == len(photos)
     cached.close()
 
 
@@ -285,9 +281,9 @@ def test_closing_frees_threads_and_memory(
 
     def cycle() -> None:
         pipeline = build(backend, config, **arguments)
-        batches = pipeline.train()
+        batches = pipeline.batches()
         next(batches)
-        next(pipeline.eval(photos))
+        next(pipeline.images(photos))
         pipeline.close()
 
     for _ in range(20):

@@ -19,6 +19,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
+from harness.config.step import StepShape
 from harness.core.types import Batch, ImageSource, UserError, Views
 from harness.data.sampling import BatchSampler
 from harness.launch.local import _explain
@@ -68,11 +69,12 @@ def copies(photos: ImageSource, tmp_path: Path) -> ImageSource:
 
 
 def arguments(source: ImageSource, batch: int = 5) -> dict[str, Any]:
-    return {"views": Views(("labeled",)), "sampler": BatchSampler(len(source), 0, batch, 0, seed=3), "labeled": source}
+    sampler = BatchSampler(len(source), 0, StepShape(batch, 0), seed=3)
+    return {"views": Views(("labeled",)), "sampler": sampler, "labeled": source}
 
 
 def take(pipeline: Any, count: int, start: int = 0) -> list[Batch]:
-    return list(itertools.islice(pipeline.train(start), count))
+    return list(itertools.islice(pipeline.batches(start), count))
 
 
 @pytest.mark.timeout(60)
@@ -157,7 +159,7 @@ def test_shared_memory_that_runs_out_is_told(photos: ImageSource, build: Any, mo
 
 @pytest.mark.timeout(60)
 def test_killed_worker_ends_the_iteration(photos: ImageSource, build: Any) -> None:
-    batches = build("torchvision", CONFIG, **arguments(photos), threads=1).train(0)
+    batches = build("torchvision", CONFIG, **arguments(photos), threads=1).batches(0)
     next(batches)
     for child in psutil.Process().children():
         if "multiprocessing" not in " ".join(child.cmdline()):  # not the tracker of resources
@@ -192,7 +194,7 @@ def test_evaluation_keeps_every_id(backend: str, copies: ImageSource, build: Any
     truncated(Path(copies.paths[7]))
     pipeline = build(backend, CONFIG)
     ids, blank = [], []
-    for view, numbers in pipeline.eval(copies):
+    for view, numbers in pipeline.images(copies):
         ids += numbers.tolist()
         blank += [int(n) for n, image in zip(numbers, view.images, strict=True) if not image.any()]
     assert sorted(ids) == copies.ids.tolist()
@@ -206,7 +208,7 @@ def test_workers_report_bad_images_too(backend: str, copies: ImageSource, build:
     garbage(Path(copies.paths[4]))
     alone = take(build(backend, CONFIG, **arguments(copies)), 6)
     pipeline = build(backend, CONFIG, **arguments(copies), threads=2)
-    batches = pipeline.train()
+    batches = pipeline.batches()
     for a, b in zip(alone, batches, strict=False):
         assert torch.equal(a.labeled_ids, b.labeled_ids)
         assert torch.equal(a.labeled["labeled"].images, b.labeled["labeled"].images)
@@ -221,7 +223,7 @@ def test_the_warning_says_what_is_wrong(
 ) -> None:
     damage(Path(copies.paths[4]))
     with caplog.at_level(logging.WARNING):
-        list(build("dali", CONFIG).eval(copies))
+        list(build("dali", CONFIG).images(copies))
     assert "4.jpg: cannot be decoded" in caplog.text
 
 
@@ -249,7 +251,7 @@ def test_formats_are_the_same_everywhere(make_source: Any, photos: ImageSource, 
         picture.save(tmp_path / name, format="PNG" if "png" in name else "JPEG", **options)
     size = (image.height, image.width)
     source = make_source([tmp_path / name for name in saved], [size] * len(saved))
-    views = {backend: next(build(backend, CONFIG, eval_batch=99).eval(source))[0] for backend in BACKENDS}
+    views = {backend: next(build(backend, CONFIG, eval_batch=99).images(source))[0] for backend in BACKENDS}
     for row, name in enumerate(saved):
         expected = Image.open(tmp_path / name)
         if expected.mode != "CMYK":

@@ -81,7 +81,7 @@ def test_marks_follow_the_matrix(backend: str, marked: Any, build: Any) -> None:
     for name, (view, keys) in CASES.items():
         pipeline = build(backend, {"name": "x", "views": {"v": {"fill": GRAY, **view}}, **keys}, eval_batch=5)
         checked = 0
-        for batch, ids in pipeline.eval(source, "v"):
+        for batch, ids in pipeline.images(source, "v"):
             rows = ids.numpy() - 100
             homogeneous = np.concatenate([points[rows], np.ones((len(rows), 1))], axis=1)
             expected = np.einsum("bij,bj->bi", batch.to_view.numpy(), homogeneous)[:, :2]
@@ -109,7 +109,7 @@ def test_in_box_operation_moves_pixels_and_not_boxes(
     half = {"translate_x": {"values": [0.5]}}
     affine = {"one_of": {"rotate": [0, 1]}, "in_box": half, "in_box_probability": 1.0}
     pipeline = build(backend, {"name": "x", "views": {"v": {"fill": 125, "affine": affine}}})
-    ((view, _),) = pipeline.eval(source, "v")
+    ((view, _),) = pipeline.images(source, "v")
     got = view.images[0].permute(1, 2, 0).numpy()
     expected = pixels.copy()
     expected[30:70, 40:60] = pixels[30:70, 20:40]

@@ -46,7 +46,7 @@ def test_gpu_agrees_with_cpu(
     unlabeled = tuple(v for v in ("weak", "strong") if v in views)
     arguments = training(4, 4 if unlabeled else 0, Views(labeled, unlabeled))
     arguments["unlabeled"] = photos
-    devices = {d: build("dali", config, **arguments, device=d).train() for d in ("cpu", "cuda")}
+    devices = {d: build("dali", config, **arguments, device=d).batches() for d in ("cpu", "cuda")}
     for on_cpu, on_gpu in itertools.islice(zip(devices["cpu"], devices["cuda"], strict=True), 3):
         assert on_cpu.labeled_ids.tolist() == on_gpu.labeled_ids.tolist()
         for part in ("labeled", "unlabeled"):

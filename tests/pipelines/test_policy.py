@@ -120,7 +120,7 @@ def test_strong_supervised_baselines_are_rendered(
     policy = policy_config("stac" if name == "labeled_strong" else "supervised")
     policy["views"][name]["resize"] = {"short": 64, "max": 128}
     pipeline = build("torchvision", policy, **training(4, 0, Views((name,))))
-    batch = next(iter(pipeline.train()))
+    batch = next(iter(pipeline.batches()))
     view = batch.labeled[name]
     assert view.images.shape[0] == len(view.targets) == 4
     assert (view.sizes.min(1).values == 64).any()

@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from detectors.methods import ema
+from detectors.methods.method import Ema
+from detectors.methods.supervised import Supervised
 
 
 def network(seed: int) -> nn.Module:
@@ -21,6 +23,28 @@ def test_ramp_is_the_papers():
     assert ema.ramp(998, 0.999) < 0.999
     assert ema.ramp(999, 0.999) == pytest.approx(0.999, abs=1e-12)
     assert ema.ramp(5000, 0.999) == 0.999
+
+
+def test_ramp_with_a_gamma_and_an_interval():
+    """mmdetection's MeanTeacherHook as MixPL sets it: every 3rd step, the student's share is max(2e-4, 4 / (4 + t))."""
+    hook = Ema(momentum=1 - 2e-4, ramp=True, gamma=4.0, interval=3)
+    assert [hook.momentum_at(step) is None for step in range(7)] == [False, True, True, False, True, True, False]
+    for step in (0, 3, 6, 300, 19_995, 19_998, 60_000):
+        assert hook.momentum_at(step) == pytest.approx(1 - max(2e-4, 4 / (4 + step)), abs=1e-12)
+
+
+def test_interval_leaves_the_teacher_alone_in_between(make_small):
+    method = Supervised(make_small(), 10, ema={"momentum": 0.5, "interval": 2}, reported="teacher").train()
+    changed = []
+    for step in range(5):
+        before = {name: p.clone() for name, p in method.teacher.named_parameters()}
+        with torch.no_grad():
+            for parameter in method.student.parameters():
+                parameter.add_(1.0)
+        method.before_step(step)
+        method.after_step(step)
+        changed.append(any(not torch.equal(p, before[name]) for name, p in method.teacher.named_parameters()))
+    assert changed == [True, False, True, False, True]
 
 
 def test_ramped_average_is_the_plain_mean_of_all_students():

@@ -90,7 +90,7 @@ def test_uncertainty_against_loops(make_small, make_batch, jitter, counts):
     """Jitter in the teacher's frame, the class's own regression, clipped to the weak view, unbiased deviation."""
     method = make_method(make_small(), jitter=jitter, jitter_count=4).eval()
     batch = make_batch(unlabeled_boxes=(2, 3))
-    weak = batch.weak
+    weak = batch.unlabeled["weak"]
     weak.sizes[1] = torch.tensor([50, 40])
     generator = torch.Generator().manual_seed(0)
     targets = []
@@ -140,10 +140,10 @@ def test_uncertainty_of_an_image_does_not_depend_on_its_neighbours(make_small, m
     alone = targets[1]
     targets[0] = Target(targets[0].boxes.repeat(7, 1), torch.ones(7, dtype=torch.int64), torch.ones(7))
     with torch.no_grad():
-        features = method.teacher.features(batch.weak.images)
-        both = method.uncertainty(features, batch.weak, pad(targets), batch.unlabeled_keys)
+        features = method.teacher.features(batch.unlabeled["weak"].images)
+        both = method.uncertainty(features, batch.unlabeled["weak"], pad(targets), batch.unlabeled_keys)
         targets[0] = alone
-        other = method.uncertainty(features, batch.weak, pad(targets), batch.unlabeled_keys)
+        other = method.uncertainty(features, batch.unlabeled["weak"], pad(targets), batch.unlabeled_keys)
     assert torch.equal(both[1, 0], other[1, 0])
     assert len(set(both[0].tolist())) == 7  # the same box in other slots draws other numbers
 
@@ -152,7 +152,7 @@ def test_background_score_looks_at_the_same_place_of_the_weak_view(make_small, m
     """T_weak T_strong^-1 of the region, clipped to the weak view's own valid size."""
     method = make_method(make_small()).eval()
     batch = make_batch()
-    weak, strong = batch.weak, batch.strong
+    weak, strong = batch.unlabeled["weak"], batch.unlabeled["strong"]
     weak.sizes = torch.tensor([[64, 58], [61, 64]])
     # The first two reach out of the weak view, whose right end is the strong view's left one.
     boxes = torch.tensor([[0.0, 20.0, 20.0, 50.0], [1.0, 40.0, 25.0, 52.0], [22.0, 4.0, 48.0, 20.0]])
@@ -175,7 +175,7 @@ def test_background_score_looks_at_the_same_place_of_the_weak_view(make_small, m
 def test_proposals_of_the_teacher_are_mapped(make_small, make_batch, map_box):
     """T_strong T_weak^-1, clipped to the strong view's valid size; what lies outside of it is no proposal."""
     batch = make_batch()
-    weak, strong = batch.weak, batch.strong
+    weak, strong = batch.unlabeled["weak"], batch.unlabeled["strong"]
     method = make_method(make_small(), use_teacher_proposals=True).eval()
     with torch.no_grad():
         _, proposals = method.label(method.teacher.features(weak.images), weak)
@@ -197,8 +197,8 @@ def test_student_looks_at_the_teachers_proposals(make_small, make_batch, monkeyp
     method = make_method(make_small(), use_teacher_proposals=True).train()
     batch = make_batch()
     with torch.no_grad():
-        _, proposals = method.label(method.teacher.features(batch.weak.images), batch.weak)
-    expected = map_proposals(proposals, batch.weak, batch.strong)
+        _, proposals = method.label(method.teacher.features(batch.unlabeled["weak"].images), batch.unlabeled["weak"])
+    expected = map_proposals(proposals, batch.unlabeled["weak"], batch.unlabeled["strong"])
     looked_at = []
     original = method.student.roi.sample
 
@@ -218,7 +218,7 @@ def test_student_looks_at_the_teachers_proposals(make_small, make_batch, monkeyp
 @pytest.mark.parametrize(("training", "count"), [(True, 30), (False, 20)])
 def test_number_of_the_teachers_proposals(make_small, make_batch, training, count):
     method = make_method(make_small(), teacher_training_proposals=training).eval()
-    weak = make_batch().weak
+    weak = make_batch().unlabeled["weak"]
     with torch.no_grad():
         _, proposals = method.label(method.teacher.features(weak.images), weak)
     assert proposals.boxes.shape == (2, count, 4)
@@ -228,11 +228,11 @@ def test_candidate_and_initial_score(make_small, make_batch, monkeypatch):
     """The teacher is asked for boxes above the candidate score; of these, those above the initial score stay."""
     method = make_method(make_small(), candidate_score=0.123, initial_score=0.25).eval()
     batch = make_batch(unlabeled_boxes=(4, 4), pseudo=True)
-    found = pad(batch.strong.targets).to_view(batch.strong, batch.weak)
+    found = pad(batch.unlabeled["strong"].targets).to_view(batch.unlabeled["strong"], batch.unlabeled["weak"])
     found.scores = torch.tensor([0.9, 0.26, 0.25, 0.2]).repeat(2, 1)
     asked = []
     monkeypatch.setattr(method.teacher, "detections", lambda *given: asked.append(given[3]) or found)
-    labels, _ = method.label(method.teacher.features(batch.weak.images), batch.weak)
+    labels, _ = method.label(method.teacher.features(batch.unlabeled["weak"].images), batch.unlabeled["weak"])
     assert asked == [0.123]
     assert labels.valid.tolist() == [[True, True]] * 2
 
@@ -242,7 +242,7 @@ def test_smallest_side_of_labels(make_small, make_batch, monkeypatch, side, kept
     """Of sides in the strong view, strictly longer."""
     method = make_method(make_small(), smallest_side=side).train()
     batch = make_batch(unlabeled_boxes=(3, 3), pseudo=True)
-    for target in batch.strong.targets:
+    for target in batch.unlabeled["strong"].targets:
         target.boxes = torch.tensor([[5.0, 5.0, 25.0, 25.0], [5.0, 30.0, 25.0, 30.005], [30.0, 30.0, 34.9, 40.0]])
     with_labels(method, batch, [0.95], [0.001], monkeypatch)
     method(batch, 0)
@@ -252,9 +252,9 @@ def test_smallest_side_of_labels(make_small, make_batch, monkeypatch, side, kept
 
 def with_labels(method: SoftTeacher, batch, scores: list[float], uncertainty: list[float], monkeypatch) -> None:
     """Lets the teacher find the hidden boxes with given scores and uncertainties."""
-    found = pad(batch.strong.targets).to_view(batch.strong, batch.weak)
+    found = pad(batch.unlabeled["strong"].targets).to_view(batch.unlabeled["strong"], batch.unlabeled["weak"])
     found.scores = torch.tensor(scores).expand_as(found.scores).clone()
-    _, proposals = method.label(method.teacher.features(batch.weak.images), batch.weak)
+    _, proposals = method.label(method.teacher.features(batch.unlabeled["weak"].images), batch.unlabeled["weak"])
     monkeypatch.setattr(method, "label", lambda *_: (found.keep(found.scores > method.initial_score), proposals))
     monkeypatch.setattr(method, "uncertainty", lambda *_: torch.tensor(uncertainty).expand_as(found.scores))
 
@@ -269,7 +269,7 @@ def test_which_labels_go_where(make_small, make_batch, monkeypatch):
     method.class_score = method.rpn_score = score
     method.box_uncertainty = uncertain
     method.train()(batch, 0)
-    truth = batch.strong.targets
+    truth = batch.unlabeled["strong"].targets
     for name, slots in (("classification", [0]), ("rpn", [0]), ("box", [1])):
         labels = method.pseudo_labels[name]
         for image in range(2):
@@ -284,14 +284,14 @@ def test_box_loss_divides_by_all_samples_of_its_own_sampling(make_small, make_ba
         torch.nn.init.normal_(parameter, std=0.2)
     batch = make_batch(unlabeled_boxes=(2, 1), pseudo=True)
     with_labels(method, batch, [0.6], [0.001], monkeypatch)  # no class label, every box reliable
-    views, keys = (batch.strong, batch.weak), batch.unlabeled_keys
-    features = method.student.features(batch.strong.images)
+    views, keys = (batch.unlabeled["strong"], batch.unlabeled["weak"]), batch.unlabeled_keys
+    features = method.student.features(batch.unlabeled["strong"].images)
     found, _ = method.unlabeled_losses(features, *views, keys)
 
     student = method.student
     output = student.rpn(features, (64, 64))
-    proposals = student.rpn.proposals(output, batch.strong.sizes, training=True)
-    rois, count = student.roi.sample(proposals, pad(batch.strong.targets), keys, stream="roi_box")
+    proposals = student.rpn.proposals(output, batch.unlabeled["strong"].sizes, training=True)
+    rois, count = student.roi.sample(proposals, pad(batch.unlabeled["strong"].targets), keys, stream="roi_box")
     _, deltas = student.roi(features, rois.boxes, rois.images)
     expected = 0.0
     for box, wanted, label, row in zip(rois.boxes, rois.wanted, rois.labels, deltas, strict=True):
@@ -305,13 +305,16 @@ def test_box_loss_divides_by_all_samples_of_its_own_sampling(make_small, make_ba
             expected += sum(abs(a - b) for a, b in zip(row[label].tolist(), target, strict=True))
     assert int(count) == 32
     assert found["roi_box"].item() == pytest.approx(expected / 32, abs=1e-5)
-    classes, _ = student.roi.sample(proposals, pad(batch.strong.targets), keys)
+    classes, _ = student.roi.sample(proposals, pad(batch.unlabeled["strong"].targets), keys)
     assert not torch.equal(classes.boxes, rois.boxes)  # the two samplings are independent
     # Without a class label every region is background, weighted by the teacher's belief in that.
-    only_background, _ = student.roi.sample(proposals, method._labels["classification"], keys)
+    only_background, _ = student.roi.sample(proposals, method.labels["classification"], keys)
     logits, _ = student.roi(features, only_background.boxes, only_background.images)
     teacher = method.background_score(
-        method.teacher.features(batch.weak.images), batch.weak, batch.strong, only_background
+        method.teacher.features(batch.unlabeled["weak"].images),
+        batch.unlabeled["weak"],
+        batch.unlabeled["strong"],
+        only_background,
     )
     total, weight = 0.0, 0.0
     for row, w in zip(logits.double().tolist(), teacher.tolist(), strict=True):

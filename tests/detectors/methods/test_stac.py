@@ -18,7 +18,7 @@ def test_loss_is_the_weighted_sum_of_two_separate_forwards(make_small, make_batc
     losses, _ = method(batch, 0)
     for part, view, keys, weight in (
         ("", batch.labeled["labeled"], batch.labeled_keys, weights[0]),
-        ("unlabeled_", batch.strong, batch.unlabeled_keys, weights[1]),
+        ("unlabeled_", batch.unlabeled["strong"], batch.unlabeled_keys, weights[1]),
     ):
         own = student.losses(student.features(view.images), view, targets_of(view), keys)
         for name, value in own.items():
@@ -40,7 +40,7 @@ def test_labels_are_those_of_the_strong_view(make_small, make_batch):
     method = Stac(make_small(), 10)
     batch = make_batch(pseudo=True)
     method(batch, 0)
-    for own, given in zip(method.pseudo_labels["classification"], batch.strong.targets, strict=True):
+    for own, given in zip(method.pseudo_labels["classification"], batch.unlabeled["strong"].targets, strict=True):
         assert torch.equal(own.boxes, given.boxes)
 
 

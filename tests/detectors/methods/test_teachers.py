@@ -21,6 +21,7 @@ from detectors.methods.soft_teacher import SoftTeacher
 from detectors.methods.supervised import Supervised
 from detectors.methods.unbiased_teacher import UnbiasedTeacher
 from detectors.padded import PaddedTargets, pad
+from harness.config.checks import GROUPS
 from harness.core.draws import stream_key
 from harness.core.types import Target, UserError
 
@@ -105,7 +106,7 @@ def test_unbiased_teacher_learns_from_both_labelled_views(make_small, make_batch
 
 
 def found_by_teacher(method, batch, scores: list[float], monkeypatch) -> None:
-    found = pad(batch.strong.targets).to_view(batch.strong, batch.weak)
+    found = pad(batch.unlabeled["strong"].targets).to_view(batch.unlabeled["strong"], batch.unlabeled["weak"])
     found.scores = torch.tensor(scores).expand_as(found.scores).clone()
     monkeypatch.setattr(method.teacher, "find", lambda *_: found)
 
@@ -134,12 +135,37 @@ def test_mean_teacher_takes_all_losses_of_the_student(make_small, make_batch, mo
     batch = make_batch(pseudo=True)
     found_by_teacher(method, batch, [0.95], monkeypatch)
     losses, _ = method(batch, 0)
-    strong = batch.strong
+    strong = batch.unlabeled["strong"]
     expected = method.student.losses(
         method.student.features(strong.images), strong, targets_of(strong), batch.unlabeled_keys
     )
     for name, value in expected.items():
         torch.testing.assert_close(losses[f"unlabeled_{name}"], 3 * value, atol=1e-4, rtol=1e-4)
+
+
+def test_weight_of_the_unlabelled_losses_rises(make_small, make_batch, monkeypatch):
+    """From 0 at the end of the burn-in (step 2) over 4 steps; hand-worked."""
+    method = MeanTeacher(make_small(roi={"batch_norm": False}), 10, ema=EASY, lambda_u=8.0, burn_in=2, rise=0.4)
+    method.student.eval()
+    assert [method.unlabeled_weight(step) for step in range(8)] == [0, 0, 0, 2, 4, 6, 8, 8]
+    batch = make_batch(pseudo=True)
+    found_by_teacher(method, batch, [0.95], monkeypatch)
+    half, whole = method(batch, 4)[0], method(batch, 9)[0]
+    for name in half:
+        torch.testing.assert_close(half[name] * (2 if name.startswith("unlabeled") else 1), whole[name])
+
+
+@pytest.mark.parametrize(
+    ("steps", "pseudo", "warned"),
+    [((100, 120), 0.0, False), ((120, 140), 0.2, True), ((121, 141), 0.2, False), ((101, 121), 0.2, True),
+     ((120, 140), 0.3, False)],
+)  # fmt: skip
+def test_teacher_that_knows_too_little_at_the_end_of_burn_in_is_warned_of_once(make_small, steps, pseudo, warned):
+    """3 boxes per labelled image, 120 steps of burn-in."""
+    method = MeanTeacher(make_small(), 200, ema=EASY, burn_in=120)
+    metrics = {"pseudo_boxes": torch.tensor(pseudo), "labeled_boxes": torch.tensor(3.0)}
+    doubts = method.doubts(range(*steps), metrics)
+    assert [("lengthen method.burn_in" in doubt) for doubt in doubts] == [True] * warned
 
 
 def test_mean_teacher_is_silent_without_any_label(make_small, make_batch, monkeypatch):
@@ -178,7 +204,7 @@ def test_any_number_of_pseudo_labels(make_small, make_batch, monkeypatch, name):
     for labeled, unlabeled, score in (((2, 1), (3, 2), 0.0), ((2, 1), (1, 0), 0.99), ((0, 0), (100, 100), 0.99)):
         method = METHODS[name](make_small()).train()
         batch = make_batch(labeled_boxes=labeled, unlabeled_boxes=unlabeled, pseudo=True)
-        found = pad(batch.strong.targets).to_view(batch.strong, batch.weak)
+        found = pad(batch.unlabeled["strong"].targets).to_view(batch.unlabeled["strong"], batch.unlabeled["weak"])
         found.scores = torch.full_like(found.scores, score)
         for call in ("find", "detections"):
             if hasattr(method.teacher, call):
@@ -204,7 +230,7 @@ def test_labels_lie_in_the_strong_view(make_small, make_batch, map_box, monkeypa
     """T_strong T_weak^-1 of the teacher's boxes, clipped to the strong view's valid size, without those outside."""
     method = METHODS[name](make_small()).train()
     batch = make_batch()
-    weak, strong = batch.weak, batch.strong
+    weak, strong = batch.unlabeled["weak"], batch.unlabeled["strong"]
     boxes = [[2.0, 0.0, 30.0, 22.0], [20.0, 30.0, 50.0, 64.0], [0.0, 20.0, 2.0, 40.0], [40.0, 10.0, 63.0, 25.0]]
     found = pad([Target(torch.tensor(boxes), torch.tensor([1, 2, 3, 1]), torch.full((4,), 0.99))] * 2)
     for call in ("find", "detections"):
@@ -243,7 +269,9 @@ def test_what_the_teachers_are_asked(make_small, make_batch, monkeypatch, traini
     )
     plain = MeanTeacher(make_small(), 10, ema=EASY, candidate_score=0.123)
     for method, expected in ((unbiased, (0.123, training)), (plain, (0.123,))):
-        recorder = Recorder(pad(batch.strong.targets).to_view(batch.strong, batch.weak))
+        recorder = Recorder(
+            pad(batch.unlabeled["strong"].targets).to_view(batch.unlabeled["strong"], batch.unlabeled["weak"])
+        )
         monkeypatch.setattr(method.teacher, "find", recorder)
         method.train()(batch, 0)
         assert recorder.asked == [expected]
@@ -260,7 +288,7 @@ def test_number_of_the_teachers_proposals(make_small, make_batch, monkeypatch, t
         return original(features, view, proposals, score_threshold)
 
     monkeypatch.setattr(method.teacher, "detections", detections)
-    method.label(make_batch().weak)
+    method.label(make_batch().unlabeled["weak"])
     assert seen == [(2, count, 4)]
 
 
@@ -273,7 +301,7 @@ def test_unlabelled_terms_of_unbiased_teacher(make_small, make_batch, monkeypatc
     student = method.student.eval()
     torch.nn.init.normal_(student.roi.head.classes.weight, std=0.5)
     batch = make_batch(pseudo=True)
-    strong, keys = batch.strong, batch.unlabeled_keys
+    strong, keys = batch.unlabeled["strong"], batch.unlabeled_keys
     found_by_teacher(method, batch, [0.95], monkeypatch)
     losses, _ = method(batch, 0)
 
@@ -354,11 +382,12 @@ def defaults(function: Callable) -> dict[str, object]:
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_of_the_official_codes(name):
     config = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))
-    options = {key: value for key, value in config.items() if key not in ("_target_", "name", "augment", "offline")}
-    assert options.pop("joint_forward", False) is False
+    options = {key: value for key, value in config.items() if key not in ("_target_", *GROUPS["method"].own)}
+    for ours in (options, options["ema"] or {}):  # ours, not the codes': off unless asked for
+        assert not any(ours.pop(key, None) for key in ("joint_forward", "rise", "gamma", "interval"))
     assert options == NUMBERS[name]
     own = defaults(get_method(config["_target_"]).__init__)
-    assert own.pop("joint_forward", False) is False
+    assert not any(own.pop(key, None) for key in ("joint_forward", "rise"))
     assert own == {key: value for key, value in NUMBERS[name].items() if key in own}
     assert set(NUMBERS[name]) - set(own) <= {"ema"}
 

@@ -19,6 +19,9 @@ from omegaconf import OmegaConf
 from detectors.methods.method import Losses, Method
 from harness import cli
 from harness.config import checks, compose
+from harness.config.identity import config_sha256, differences, identity
+from harness.config.names import cell_name
+from harness.config.paths import places, quote_path
 from harness.core import files
 from harness.core.types import Batch, UserError, Views
 from harness.engine import build
@@ -39,6 +42,36 @@ def test_preset_changes_detector_and_the_command_line_wins() -> None:
     mixed = compose.load(["preset=paper", "detector=small", "schedule.steps=7", "evaluation.every=null"])
     assert mixed.detector.name == "small"
     assert mixed.schedule.steps == 7
+
+
+@pytest.mark.parametrize("family", ["faster_rcnn", "retinanet", "fcos"])
+@pytest.mark.parametrize("depth", [18, 50, 101])
+def test_detectors_are_found_under_their_old_names(family: str, depth: int) -> None:
+    old, new = (
+        compose.load([f"detector={family}_r{depth}"]),
+        compose.load([f"detector={family}", f"detector.depth={depth}"]),
+    )
+    assert new.detector.name == f"{family}_r{depth}"
+    assert config_sha256(old) == config_sha256(new)
+
+
+def test_old_names_of_detectors_work_in_files_too(tmp_path: Path) -> None:
+    """In a preset, a suite and a detector of the user's own, which then have what the old file had."""
+    for file, text in {
+        "detector/mine": "defaults: [retinanet_r18]\nname: mine\npyramid_channels: 64\n",
+        "preset/mine": "# @package _global_\ndefaults:\n  - paper\n  - override /detector: fcos_r101\n",
+        "suite/mine": "# @package _global_\ndefaults:\n  - quick\n  - override /detector: faster_rcnn_r18\n",
+    }.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{file}.yaml").write_text(text)
+    mine = compose.load(["detector=mine"], [tmp_path]).detector
+    assert (mine.name, mine.depth, mine.pyramid_channels) == ("mine", 18, 64)
+    assert compose.load(["preset=mine"], [tmp_path]).detector.name == "fcos_r101"
+    assert compose.load(["suite=mine"], [tmp_path]).detector.name == "faster_rcnn_r18"
+    named = compose.load(["detector=faster_rcnn_r50", "detector.depth=101"]).detector
+    assert (named.name, named.depth) == ("faster_rcnn_r50", 101)
+    with pytest.raises(UserError, match=r"choose one of (?!.*_r50).*faster_rcnn"):
+        compose.load(["detector=yolo"])
 
 
 @pytest.mark.parametrize("method", ["supervised", "stac", "unbiased_teacher", "soft_teacher", "mean_teacher"])
@@ -86,7 +119,7 @@ def test_every_method_composes_in_every_preset(method: str, preset: str) -> None
         ("seed=9223372036854775808", "at most 9223372036854775807"),
         ("evaluation.score_threshold=2", "evaluation.score_threshold=2 must be a number of at least 0 and at most 1"),
         ("method.ema.momentum=2", "method.ema.momentum=2 must be a number of at least 0 and at most 1"),
-        ("method.ema=3", "method.ema=3 must be keys out of momentum, ramp, update, buffers or null"),
+        ("method.ema=3", "method.ema=3 must be keys out of momentum, ramp, gamma, interval, update, buffers or null"),
         ("runs_dir=null", "runs_dir=null must be a path"),
         ("run_dir=2024", "run_dir=2024 must be a path, written ./NAME"),
         ("check=deep", "check=deep must be one of quick, headers, full"),
@@ -113,8 +146,8 @@ def test_mistakes_name_the_key_in_one_sentence(override: str, named: str) -> Non
     [
         (["method=soft_teacher", "batch.unlabeled=0"], "method=soft_teacher needs unlabelled images"),
         (["method=unbiased_teacher", "batch.unlabeled=0"], "method=unbiased_teacher needs unlabelled images"),
-        (["batch.labeled=4", "batch.unlabeled=0", "devices=8"], "devices=8 cannot share the 4 images of a step"),
-        (["batch.micro=8", "devices=4"], "devices=4 cannot share the 16 images .*batch.micro=8 makes 2 micro-batches"),
+        (["batch.labeled=4", "batch.unlabeled=0", "devices=8"], "8 devices cannot share the 4 images of a step"),
+        (["batch.micro=8", "devices=4"], "4 devices cannot share the 16 images .*batch.micro=8 makes 2 micro-batches"),
         (["method=soft_teacher", "batch.micro=5"], "batch.micro=5 does not divide the 32 images"),
         (["method=soft_teacher", "batch.micro=1"], "give at least 2"),
     ],
@@ -167,7 +200,7 @@ def test_devices_that_cannot_share_a_step_are_refused_before_data_is_opened(monk
     """Without batch.micro a step is one micro-batch; commands that train nothing do not mind."""
     monkeypatch.setattr(build, "dataset", lambda _: pytest.fail("the data was opened"))
     with pytest.raises(
-        UserError, match=r"devices=2 cannot share the 16 images .*batch\.micro=null makes 1 micro-batch "
+        UserError, match=r"2 devices cannot share the 16 images .*batch\.micro=null makes 1 micro-batch "
     ):
         build.data(compose.load(["devices=2"]))
 
@@ -192,7 +225,7 @@ _names = st.text(st.characters(blacklist_categories=("Cs", "Cc")), min_size=1)
 @settings(deadline=None)
 @given(_names.filter(lambda name: name[0] not in "'\"[{$" and not name.isdigit() and name != "null"))
 def test_paths_may_hold_any_character(name: str) -> None:
-    override = OverridesParser.create().parse_override(compose.quote_path(f"run_dir={name}"))
+    override = OverridesParser.create().parse_override(quote_path(f"run_dir={name}"))
     assert override.value() == name
 
 
@@ -204,8 +237,8 @@ def test_identity_ignores_circumstances_and_sees_everything_else() -> None:
     one = compose.load(["run_dir=a", "threads=1", "checkpointing.every=5"])
     two = compose.load(["run_dir=b", "threads=2", "device=cpu"])
     other = compose.load(["schedule.steps=999"])
-    assert compose.config_sha256(one) == compose.config_sha256(two)
-    assert compose.differences(compose.identity(one), compose.identity(other)) == ["schedule.steps: 600 -> 999"]
+    assert config_sha256(one) == config_sha256(two)
+    assert differences(identity(one), identity(other)) == ["schedule.steps: 600 -> 999"]
 
 
 def test_user_yaml_is_found_in_a_config_dir(tmp_path: Path) -> None:
@@ -233,12 +266,12 @@ def test_user_yaml_is_found_in_a_config_dir(tmp_path: Path) -> None:
 )
 def test_cell_name_says_what_is_labelled(split: dict[str, Any], name: str) -> None:
     cfg = compose.load([f"split.{key}={value}" for key, value in split.items()] + ["seed=1"])
-    assert compose.cell_name(cfg) == f"shapes_supervised_{name}_seed1"
+    assert cell_name(cfg) == f"shapes_supervised_{name}_seed1"
 
 
 def test_cell_names_are_safe() -> None:
     cfg = compose.load(["split.percent=0.5"])
-    assert compose.cell_name(cfg) == "shapes_supervised_soft_teacher-0.5pct-fold1_seed1"
+    assert cell_name(cfg) == "shapes_supervised_soft_teacher-0.5pct-fold1_seed1"
 
 
 def test_home_is_expanded_in_every_key_that_names_a_path(
@@ -255,7 +288,7 @@ def test_home_is_expanded_in_every_key_that_names_a_path(
     assert cfg.run_dir.startswith(f"{tmp_path}/runs_dir/train/")
     assert cfg.data.root == f"{tmp_path}/data/coco"  # from the environment, within an interpolation
     assert cfg.detector.cache_dir == f"{tmp_path}/cache_dir"
-    assert compose.places(cfg)["data.train_images"] == f"{tmp_path}/data/coco/train2017"
+    assert places(cfg)["data.train_images"] == f"{tmp_path}/data/coco/train2017"
     (tmp_path / "conf").mkdir()
     assert compose.load([], ["~/conf"]).cli.config_dirs == [f"{tmp_path}/conf"]
     assert cli.main(["config", "--config-dir=~/conf", "out=./~x"]) == 0  # a folder of that very name
@@ -275,7 +308,7 @@ IDENTITIES = {
 
 @pytest.mark.parametrize("overrides", IDENTITIES)
 def test_the_identity_of_runs_that_exist_stays(overrides: str) -> None:
-    assert compose.config_sha256(compose.load(overrides.split())) == IDENTITIES[overrides]
+    assert config_sha256(compose.load(overrides.split())) == IDENTITIES[overrides]
 
 
 def test_an_interval_of_the_preset_is_capped_and_a_given_one_is_refused() -> None:

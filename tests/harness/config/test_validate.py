@@ -21,7 +21,7 @@ from harness.core.types import UserError
 from harness.core.validate import Limits, keys_of
 
 GROUP_OPTIONS = [
-    (group, file.stem) for group in checks.GROUPS for file in sorted((compose.CONF_DIR / group).glob("*.yaml"))
+    (group, file.stem) for group in checks.GROUPS for file in sorted((checks.CONF_DIR / group).glob("*.yaml"))
 ]
 START = ("suite=quick method=stac", "method=soft_teacher data=voc detector=faster_rcnn_r50 launcher=slurm")
 
@@ -172,7 +172,7 @@ def test_arguments_that_do_not_fit(values: dict[str, Any], message: str) -> None
 
 
 def test_every_key_of_the_configuration_has_a_type() -> None:
-    plain = OmegaConf.to_container(OmegaConf.load(compose.CONF_DIR / "config.yaml"))
+    plain = OmegaConf.to_container(OmegaConf.load(checks.CONF_DIR / "config.yaml"))
     assert isinstance(plain, dict)
     for section in ("split", "batch", "evaluation", "checkpointing", "logging", "profile", "prepare"):
         kind = validate._fields(schema.Config, False)[section].kind

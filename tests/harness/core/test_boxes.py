@@ -152,11 +152,12 @@ def test_source_boxes_in_a_view():
     shifted = mirror.clone()
     shifted[0, 2] = 3  # only the first 4 px of the second box's mirror image stay inside
     view = View(torch.zeros(2, 3, 32, 32), torch.tensor([[10, 20], [10, 20]]), torch.stack([torch.eye(3), mirror]))
-    none, both = box_ops.transform_source(source, torch.tensor([3, 7]), view)
+    targets = [source.target(1), source.target(0)]
+    none, both = box_ops.targets_in_view(targets, view)
     assert len(none) == 0
     assert both.boxes.tolist() == [[15, 2, 19, 6], [1, 1, 5, 4]]
     assert both.labels.tolist() == [1, 2]
     view.to_view[1] = shifted
-    part = box_ops.transform_source(source, torch.tensor([3, 7]), view)[1]
+    part = box_ops.targets_in_view(targets, view)[1]
     assert part.boxes.tolist() == [[0, 2, 2, 6]]
     assert part.labels.tolist() == [1]

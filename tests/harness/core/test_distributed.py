@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 
+from harness.config.step import StepShape
 from harness.core import distributed
 from harness.core.distributed import resolve_device
 from harness.core.types import UserError
@@ -276,7 +277,7 @@ def test_ranks_share_the_same_micro_batches(world_size: int, ratio: str) -> None
     def draws(size: int) -> list[tuple[int, int, list[int], list[int]]]:
         found = []
         for rank in range(size):
-            sampler = BatchSampler(23, 57, 8, 32, micro=5, seed=3, ratio=ratio, unlabeled_from=2)
+            sampler = BatchSampler(23, 57, StepShape(8, 32, 5, ratio=ratio), seed=3, unlabeled_from=2)
             stream = sampler.stream(1, rank, size)
             for _ in range(3 * sampler.micro_batches // size):
                 m = next(stream)

@@ -69,7 +69,7 @@ def test_hand_example(tmp_path: Path) -> None:
     assert index.labels.tolist() == [1, 2, 2]
     assert index.crowd.tolist() == [True, False, False]
     assert index.areas.tolist() == [200, 25, 6.5]
-    assert index.nonempty_ids().tolist() == [7, 3]
+    assert index.image_ids[index.boxed()].tolist() == [7, 3]
     assert index.findings == ()
     assert (index.boxes.dtype, index.labels.dtype) == (np.float32, np.int64)
 

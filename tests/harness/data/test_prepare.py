@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from harness.data import prepare, split_files
 from harness.data.datasets import Dataset, coco_dataset
 from harness.data.images import check_images
 from harness.engine import build
+from harness.splits.protocols import SplitOptions
 
 TINY = Path(__file__).parents[4] / "shared" / "data" / "coco_tiny"
 CLASSES = [{"id": 3, "name": "cat"}, {"id": 8, "name": "dog"}]
@@ -160,8 +162,9 @@ def open_dataset(root: Path, **options: Any) -> Dataset:
     return coco_dataset("mine", root, root / "cache", **options)
 
 
-def config(protocol: str = "soft_teacher", percent: float = 10, **more: Any) -> dict[str, Any]:
-    return {"protocol": protocol, "percent": percent, "fold": 1, "offset": 0, "index_file": None} | more
+def config(protocol: str = "soft_teacher", percent: float = 10, **more: Any) -> SplitOptions:
+    none = dict.fromkeys(("index_file", "empty_images", "crowd_boxes", "min_side"))
+    return SplitOptions(**{"protocol": protocol, "percent": percent, "fold": 1, "offset": 0, **none, **more})
 
 
 def test_sources(tmp_path: Path) -> None:
@@ -201,11 +204,11 @@ def test_policy_of_each_protocol(tmp_path: Path, protocol: str) -> None:
     content = {"60.0": {"1": [0, 1, 2]}} if protocol == "unbiased_teacher" else list(range(10, 15))
     file.write_text(json.dumps(content))
     wanted = config(protocol, 60 if protocol == "unbiased_teacher" else 100)
-    wanted["index_file"] = str(file) if protocol in ("unbiased_teacher", "ids") else None
+    wanted = replace(wanted, index_file=str(file) if protocol in ("unbiased_teacher", "ids") else None)
     labeled, _ = prepare.sources(dataset, prepare.resolve_split(dataset, wanted), wanted)
     assert labeled.ids.tolist() == SHOWN[protocol]
     if protocol != "unbiased_teacher":
-        wanted |= {"empty_images": "keep", "crowd_boxes": "keep", "min_side": 0}
+        wanted = replace(wanted, empty_images="keep", crowd_boxes="keep", min_side=0)
         labeled, _ = prepare.sources(dataset, prepare.resolve_split(dataset, wanted), wanted)
         assert labeled.ids.tolist() == [10, 11, 12, 13, 14]
         assert len(labeled.boxes) == 8
@@ -218,7 +221,7 @@ def test_keys_that_the_protocol_does_not_read_are_refused(tmp_path: Path, given_
     dataset = make_dataset(tmp_path)
     dataset = Dataset("mine", dataset.train, dataset.val, lambda: dataset.val)
     with pytest.raises(UserError, match=r"is read by split\.protocol="):
-        prepare.resolve_split(dataset, config() | given_key)
+        prepare.resolve_split(dataset, replace(config(), **given_key))
 
 
 def test_labelled_part_without_a_box(tmp_path: Path) -> None:
@@ -235,7 +238,7 @@ def test_full(tmp_path: Path) -> None:
     assert unlabeled is not None
     assert (len(labeled), len(unlabeled), split.percent) == (20, 1, 100)
     assert not set(labeled.ids) & set(unlabeled.ids)
-    assert prepare.unlabeled_index(dataset, split) is dataset.unlabeled
+    assert dataset.unlabeled_of(split) is dataset.unlabeled
     with pytest.raises(UserError, match=r"but .*none\.json is not there"):
         prepare.resolve_split(
             open_dataset(tmp_path, unlabeled_annotations="none.json", unlabeled_images="more"), wanted
@@ -263,7 +266,7 @@ def test_annotated(tmp_path: Path) -> None:
     assert unlabeled.ids.tolist() == [i for i in range(10, 30) if i not in (10, 14, 18, 22, 26)]
     assert split.percent == 25
     assert prepare.known_truth(dataset, split, wanted, unlabeled) is None
-    assert prepare.known_truth(dataset, split, wanted | {"empty_images": "keep"}, unlabeled) is None
+    assert prepare.known_truth(dataset, split, replace(wanted, empty_images="keep"), unlabeled) is None
     names = [path.name for path in split_files.export(dataset, split, tmp_path / "out")]
     assert names == ["train.annotated.json", "train.annotated-unlabeled.json"]
 
@@ -420,7 +423,7 @@ def test_soft_teachers_files_come_back(
     assert labeled.name == f"train.{fold}@{percent:g}.json"
     assert unlabeled.name == f"train.{fold}@{percent:g}-unlabeled.json"
     pattern = str(folder / "train.{fold}@{percent}.json")
-    again = prepare.resolve_split(dataset, wanted | {"protocol": "ids", "index_file": pattern})
+    again = prepare.resolve_split(dataset, replace(wanted, protocol="ids", index_file=pattern))
     assert again.sha256 == split.sha256
     content = json.loads(labeled.read_text())
     assert [image["id"] for image in content["images"]] == split.labeled_ids.tolist()
@@ -565,7 +568,7 @@ def test_index_file_of_unbiased_teacher(tmp_path: Path) -> None:
     wanted = config("unbiased_teacher", index_file=str(tmp_path / "index.txt"))
     assert prepare.resolve_split(dataset, wanted).labeled_ids.tolist() == [11, 29]
     with pytest.raises(UserError, match="points to image 19 of a list of 19"):
-        prepare.resolve_split(dataset, wanted | {"fold": 2})
+        prepare.resolve_split(dataset, replace(wanted, fold=2))
 
 
 # The command.

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness.config.step import StepShape
 from harness.core.draws import image_keys, stream_key, torch_normal, torch_uniform, uniform
 from harness.core.types import UserError
 from harness.data.sampling import BatchSampler
@@ -70,6 +71,19 @@ def test_numbers_are_uniform_and_streams_independent() -> None:
     assert abs(float(normal.std()) - 1) < 0.02
 
 
+def make(
+    num_labeled: int,
+    num_unlabeled: int,
+    labeled: int,
+    unlabeled: int,
+    micro: int | None = None,
+    ratio: str = "exact",
+    **options: Any,
+) -> BatchSampler:
+    """A sampler from plain numbers."""
+    return BatchSampler(num_labeled, num_unlabeled, StepShape(labeled, unlabeled, micro, ratio=ratio), **options)
+
+
 def walk(sampler: BatchSampler, steps: int) -> tuple[list[int], list[int]]:
     labeled: list[int] = []
     unlabeled: list[int] = []
@@ -83,7 +97,7 @@ def walk(sampler: BatchSampler, steps: int) -> tuple[list[int], list[int]]:
 @pytest.mark.parametrize("ratio", ["exact", "bernoulli"])
 @pytest.mark.parametrize("unlabeled_from", [0, 3])
 def test_every_epoch_visits_every_image_once(ratio: str, unlabeled_from: int) -> None:
-    sampler = BatchSampler(7, 31, 4, 16, micro=5, seed=1, ratio=ratio, unlabeled_from=unlabeled_from)
+    sampler = make(7, 31, 4, 16, micro=5, seed=1, ratio=ratio, unlabeled_from=unlabeled_from)
     labeled, unlabeled = walk(sampler, 40)
     for drawn, count in ((labeled, 7), (unlabeled, 31)):
         epochs = [drawn[i : i + count] for i in range(0, len(drawn) - count, count)]
@@ -96,7 +110,7 @@ def test_every_epoch_visits_every_image_once(ratio: str, unlabeled_from: int) ->
 def test_draw_is_a_pure_function(data: st.DataObject) -> None:
     ratio = data.draw(st.sampled_from(["exact", "bernoulli"]))
     arguments = {"micro": 4, "seed": data.draw(st.integers(0, 99)), "ratio": ratio, "unlabeled_from": 2}
-    fresh, used = (BatchSampler(5, 50, 8, 8, **arguments) for _ in range(2))
+    fresh, used = (make(5, 50, 8, 8, **arguments) for _ in range(2))
     walk(used, 6)
     step = data.draw(st.integers(0, 3000))
     for micro in range(4):
@@ -108,7 +122,7 @@ def test_draw_is_a_pure_function(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_world_size_does_not_change_what_is_drawn(world_size: int) -> None:
-    sampler = BatchSampler(9, 40, 8, 12, micro=5, seed=2, ratio="bernoulli")
+    sampler = make(9, 40, 8, 12, micro=5, seed=2, ratio="bernoulli")
     ranks = [list(itertools.islice(sampler.stream(3, r, world_size), 8 // world_size)) for r in range(world_size)]
     drawn = {(m.step, m.index): m for rank in ranks for m in rank}
     assert sorted(drawn) == [(step, micro) for step in (3, 4) for micro in range(4)]
@@ -118,7 +132,7 @@ def test_world_size_does_not_change_what_is_drawn(world_size: int) -> None:
 
 def test_bernoulli_counts_match_soft_teacher() -> None:
     """Five images, labelled with chance 1/5 and clamped to 1..4: 1.327 labelled on average."""
-    sampler = BatchSampler(1000, 1000, 8, 32, micro=5, seed=0, ratio="bernoulli")
+    sampler = make(1000, 1000, 8, 32, micro=5, seed=0, ratio="bernoulli")
     counts = [len(sampler.draw(step, micro).labeled) for step in range(500) for micro in range(8)]
     assert min(counts) == 1
     assert max(counts) <= 4
@@ -127,35 +141,32 @@ def test_bernoulli_counts_match_soft_teacher() -> None:
 
 
 def test_exact_counts_slots_and_burn_in() -> None:
-    sampler = BatchSampler(10, 10, 8, 32, micro=5, unlabeled_from=2)
+    sampler = make(10, 10, 8, 32, micro=5, unlabeled_from=2)
     early, late = sampler.draw(1, 3), sampler.draw(2, 3)
     assert (len(early.labeled), len(early.unlabeled)) == (1, 0)
     assert (len(late.labeled), len(late.unlabeled)) == (1, 4)
     assert late.labeled_slots.tolist() == [15]
     assert late.unlabeled_slots.tolist() == [16, 17, 18, 19]
-    assert late.unlabeled.tolist() == BatchSampler(10, 10, 8, 32, micro=5).draw(0, 3).unlabeled.tolist()
+    assert late.unlabeled.tolist() == make(10, 10, 8, 32, micro=5).draw(0, 3).unlabeled.tolist()
 
 
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        ((5, 5, 0, 0), "not both 0"),
-        ((5, 5, 4, 4, 3), "batch.micro=3"),
-        ((5, 0, 4, 4), "batch.unlabeled"),
-        ((0, 5, 4, 4), "batch.labeled"),
-        ((5, 5, 1, 7, 2), "batch.labeled=1"),
-        ((5, 5, 4, 4, None, 0, "even"), "batch.ratio=even"),
-        ((5, 5, 4, 4, None, 0, "exact", 0, 0, 0, "both"), "batch.group_by_aspect=both"),
+        ({"num_unlabeled": 0}, "batch.unlabeled"),
+        ({"num_labeled": 0}, "batch.labeled"),
+        ({"labeled": 0, "unlabeled_from": 3}, "batch.labeled=0"),
+        ({"group": "both"}, "batch.group_by_aspect=both"),
     ],
 )
-def test_impossible_numbers_are_named(arguments: tuple, word: str) -> None:
+def test_impossible_numbers_are_named(arguments: dict[str, Any], word: str) -> None:
     with pytest.raises(UserError, match=word):
-        BatchSampler(*arguments)
+        make(**{"num_labeled": 5, "num_unlabeled": 5, "labeled": 4, "unlabeled": 4, **arguments})
 
 
 def test_uneven_world_size_is_named() -> None:
-    with pytest.raises(UserError, match="3 processes"):
-        next(BatchSampler(5, 5, 4, 4, micro=2).stream(0, 0, 3))
+    with pytest.raises(UserError, match="3 devices cannot share"):
+        next(make(5, 5, 4, 4, micro=2).stream(0, 0, 3))
 
 
 def test_annealing_lowers_the_labelled_share_over_the_last_steps():
@@ -167,15 +178,15 @@ def test_annealing_lowers_the_labelled_share_over_the_last_steps():
         "micro": 8,
         "ratio": "bernoulli",
     }
-    plain, annealed = BatchSampler(**options), BatchSampler(**options, anneal_steps=200, steps=400)
+    plain, annealed = make(**options), make(**options, anneal_steps=200, steps=400)
     labeled = np.array([annealed.images(step)[0] for step in range(400)])
     assert [plain.images(step) for step in range(200)] == [annealed.images(step) for step in range(200)]
     assert labeled[200:].reshape(4, 50).mean(1) == pytest.approx([17.5, 12.8, 8.6, 5.6], abs=1.5)  # 1 of 8 always stays
     assert labeled[-1] == 5
     with pytest.raises(UserError, match="anneal_steps"):
-        BatchSampler(**{**options, "ratio": "exact"}, anneal_steps=5, steps=10)
+        make(**{**options, "ratio": "exact"}, anneal_steps=5, steps=10)
     with pytest.raises(UserError, match="anneal_steps"):
-        BatchSampler(**options, anneal_steps=20, steps=10)
+        make(**options, anneal_steps=20, steps=10)
 
 
 LANDSCAPE = (np.arange(40) % 3 > 0, np.arange(300) % 4 > 0)  # 26 of 40 and 225 of 300
@@ -183,7 +194,7 @@ LANDSCAPE = (np.arange(40) % 3 > 0, np.arange(300) % 4 > 0)  # 26 of 40 and 225 
 
 def grouped(group: str | None, landscape: tuple[np.ndarray, np.ndarray] = LANDSCAPE, **options: Any) -> BatchSampler:
     arguments = {"labeled": 8, "unlabeled": 16, "micro": 6, "seed": 3, **options}
-    return BatchSampler(len(landscape[0]), len(landscape[1]), group=group, landscape=landscape, **arguments)
+    return make(len(landscape[0]), len(landscape[1]), group=group, landscape=landscape, **arguments)
 
 
 @pytest.mark.parametrize("ratio", ["exact", "bernoulli"])
@@ -274,7 +285,7 @@ def test_grouped_starts_follow_from_counting_every_step_before() -> None:
 
 def test_ungrouped_draws_are_those_of_before() -> None:
     """Vectors of the sampler as it was before it could group."""
-    drawn = BatchSampler(9, 40, 8, 12, micro=5, seed=2, ratio="bernoulli", unlabeled_from=7).draw(1030, 2)
+    drawn = make(9, 40, 8, 12, micro=5, seed=2, ratio="bernoulli", unlabeled_from=7).draw(1030, 2)
     assert (drawn.labeled.tolist(), drawn.unlabeled.tolist()) == ([1], [22, 4, 9, 37])
-    drawn = BatchSampler(9, 40, 8, 12, micro=5, seed=2).draw(1030, 2)
+    drawn = make(9, 40, 8, 12, micro=5, seed=2).draw(1030, 2)
     assert (drawn.labeled.tolist(), drawn.unlabeled.tolist()) == ([6, 8], [2, 14, 5])

@@ -72,7 +72,7 @@ def test_stray_files_are_left_alone(tmp_path: Path) -> None:
     [
         ({"step": "2"}, "step: Expected `int`"),
         ({"step": 3}, "its steps are 3, 2"),
-        ({"step": -1}, "step: Expected `int` >= 0"),
+        ({"step": -1}, "step=-1 must be a whole number of at least 0"),
         ({"method": {"w": 1.0}}, "method.*Expected `Tensor`"),
         ({"identity": {"config": 1}}, "identity.*Expected `str`"),
         ({"counters": {"step": 9}}, "its steps are 2, 9, 2"),

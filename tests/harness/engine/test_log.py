@@ -5,11 +5,13 @@ import json
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
+from harness.config import compose
 from harness.core.types import UserError
 from harness.engine import log as logs
 
@@ -193,3 +195,32 @@ def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
     run(tmp_path, 4, 6, loggers=["wandb"])
     assert len({keys["id"] for keys in started}) == 1
     assert [step for step, scalars in logged if "train/loss" in scalars] == [1, 3, 5]
+
+
+class Remembering:
+    """A logger of one's own."""
+
+    def __init__(self, run_dir: Path, title: str, start_step: int, prefix: str = "") -> None:
+        self.path, self.prefix = run_dir / f"{title}.txt", prefix
+        self.first = start_step
+
+    def log(self, step, scalars):
+        with self.path.open("a") as file:
+            file.writelines(f"{self.prefix}{name} {step} {value}\n" for name, value in scalars.items())
+
+    def close(self):
+        with self.path.open("a") as file:
+            file.write(f"closed, begun at {self.first}\n")
+
+
+def test_a_logger_of_ones_own_is_one_target(tmp_path, monkeypatch):
+    module = types.ModuleType("own_logger")
+    module.Remembering = Remembering
+    monkeypatch.setitem(sys.modules, "own_logger", module)
+    chosen = ["logging.loggers=[{_target_: own_logger.Remembering, prefix: 'my '}]"]
+    run(tmp_path, 2, 4, loggers=list(compose.load(chosen).logging.loggers))
+    lines = (tmp_path / "cell.txt").read_text().splitlines()
+    assert [line.split()[2] for line in lines if line.startswith("my train/loss ")] == ["3"]
+    assert lines[-1] == "closed, begun at 2"
+    with pytest.raises(UserError, match=r"logging\.loggers\[0\]\.prefx is not known; did you mean prefix"):
+        compose.load(["logging.loggers=[{_target_: own_logger.Remembering, prefx: x}]"])

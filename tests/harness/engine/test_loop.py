@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -13,7 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from detectors.methods.method import Method
+from detectors.padded import PaddedTargets, pad
 from harness.core.stopping import Interrupted, StopRequest
 from harness.core.types import Batch, ImageSource, Target, View
 from harness.engine.loop import (
@@ -22,8 +26,8 @@ from harness.engine.loop import (
     RunError,
     StepFlags,
     StepTaken,
-    measure_pseudo_labels,
-    warn_of_few_pseudo_labels,
+    inspect,
+    todays_counters,
 )
 
 STOP, NOT_FINITE = 0, 1
@@ -81,21 +85,32 @@ def test_gradient_that_is_not_finite_is_told_though_the_losses_are(run: Any, lat
         flags.read(_taken(3, norm=norm), at_once=True)
 
 
+class _Labeller(Method):
+    """A method whose last forward took the boxes given for the truth of the images of its strong view."""
+
+    def __init__(self, labels: PaddedTargets) -> None:
+        nn.Module.__init__(self)
+        self.labels = {"all": labels}
+
+    def forward(self, batch: Batch, step: int) -> Any:
+        raise NotImplementedError
+
+
 def _measured(hidden: ImageSource | None, ids: list[int], boxes: list[list[float]]) -> tuple[dict[str, Any], Counters]:
     """What is noted of pseudo labels, one box for each image, at the last step of a schedule."""
     notes: list[Any] = []
     empty, count = torch.zeros(0, dtype=torch.int64), len(ids)
     view = View(torch.zeros(count, 3, 32, 32), torch.full((count, 2), 32), torch.eye(3).repeat(count, 1, 1))
     batch = Batch({}, {"strong": view}, empty, torch.tensor(ids), empty, torch.tensor(ids))
-    labels = [Target(torch.tensor([box]), torch.tensor([1]), torch.tensor([0.9])) for box in boxes]
+    labels = pad([Target(torch.tensor([box]), torch.tensor([1]), torch.tensor([0.9])) for box in boxes])
     run: Any = SimpleNamespace(
         data=SimpleNamespace(hidden=hidden),
-        method=SimpleNamespace(pseudo_labels={"all": labels}),
+        method=_Labeller(labels),
         cfg=SimpleNamespace(schedule=SimpleNamespace(steps=10)),
     )
     log: Any = SimpleNamespace(pseudo=lambda _, quality: notes.append(quality["all"]))
     counters = Counters()
-    measure_pseudo_labels(run, batch, 9, counters, log)
+    inspect(run, batch, 9, counters, log)
     return notes[0], counters
 
 
@@ -116,14 +131,25 @@ def test_pseudo_labels_on_images_of_unknown_truth_are_not_measured(known: list[i
     """Unknown is not zero, neither in the line nor in the mean that the record gets."""
     noted, counters = _measured(_truth(known) if known else None, [1, 2], [RIGHT, WRONG])
     assert noted == {"precision": None, "recall": None, "iou": None, "labels": 2.0, "boxes": None}
-    assert counters.pseudo_count == 0
+    assert counters.measurements == 0
 
 
 def test_pseudo_labels_are_measured_where_the_truth_is_known() -> None:
     """Of images 1 to 4 the truth of 2 and 3 is known: of their labels one is right; the others do not count."""
     noted, counters = _measured(_truth([3, 7, 2]), [1, 2, 3, 4], [WRONG, RIGHT, WRONG, WRONG])
     assert noted == {"precision": 0.5, "recall": 0.5, "iou": 1.0, "labels": 2.0, "boxes": 2.0}
-    assert (counters.pseudo, counters.pseudo_count) == ([0.5, 0.5, 1.0], 1)
+    assert counters.measured == {"precision": 0.5, "recall": 0.5, "iou": 1.0, "labels": 2.0, "boxes": 2.0}
+    assert counters.measurements == 1
+
+
+def test_counters_of_older_checkpoints_are_read() -> None:
+    """They kept the sums of precision, recall and IoU in a list."""
+    old = {"step": 7, "images_labeled": 14, "pseudo": [1.0, 0.5, 1.5], "pseudo_count": 2}
+    counters = Counters(**todays_counters(old))
+    assert (counters.step, counters.images_labeled, counters.measurements) == (7, 14, 2)
+    assert counters.measured == {"precision": 1.0, "recall": 0.5, "iou": 1.5}
+    assert Counters(**todays_counters(dataclasses.asdict(counters))) == counters
+    assert Counters(**todays_counters({"pseudo": [0.0, 0.0, 0.0], "pseudo_count": 0})) == Counters()
 
 
 @pytest.mark.parametrize(("passed_on", "received"), [(True, 1), (False, 2)])
@@ -174,19 +200,3 @@ def test_state_is_never_saved_after_a_loss_that_is_not_finite(run: Any) -> None:
     buffer = torch.zeros(2)
     with pytest.raises(RunError, match="step 4"):
         _steps_read(StepFlags(run, buffer, True), buffer, {3: STOP, 4: NOT_FINITE}, set(), 8)
-
-
-@pytest.mark.parametrize(
-    ("step", "pseudo", "warned"),
-    [(119, 0.0, False), (120, 0.2, True), (139, 0.2, True), (140, 0.2, False), (139, 0.3, False)],
-)
-def test_teacher_that_knows_too_little_at_the_end_of_burn_in_is_warned_of_once(
-    caplog: pytest.LogCaptureFixture, step: int, pseudo: float, warned: bool
-) -> None:
-    """3 boxes per labelled image, 120 steps of burn-in, a line every 20 steps."""
-    run: Any = SimpleNamespace(
-        method=SimpleNamespace(unlabeled_from=120), cfg=SimpleNamespace(logging=SimpleNamespace(every=20))
-    )
-    metrics = {"pseudo_boxes": torch.tensor(pseudo), "labeled_boxes": torch.tensor(3.0)}
-    warn_of_few_pseudo_labels(run, step, metrics)
-    assert ("lengthen method.burn_in" in caplog.text) == warned

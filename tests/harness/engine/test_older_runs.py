@@ -11,8 +11,8 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from harness.cli import main
-from harness.config import compose
-from harness.core import moved, readback
+from harness.config import compose, moved, saved
+from harness.config.identity import config_sha256
 from harness.core.record import read_record
 
 pytestmark = pytest.mark.timeout(200)
@@ -39,9 +39,9 @@ def test_everything_that_moved_is_where_the_table_says() -> None:
 
 @pytest.mark.parametrize("run", ["whole", "stopped"])
 def test_saved_configuration_has_the_identity_that_it_had(run: str) -> None:
-    saved = readback.read_config(OLD / run)
-    assert compose.config_sha256(saved) == read_record(OLD / run / "record.json").config_sha256
-    assert compose.config_sha256(compose.load(COMMAND)) == compose.config_sha256(saved)
+    config = saved.read_config(OLD / run)
+    assert config_sha256(config) == read_record(OLD / run / "record.json").config_sha256
+    assert config_sha256(compose.load(COMMAND)) == config_sha256(config)
 
 
 def test_configuration_file_with_old_names_is_read(tmp_path: Path) -> None:
@@ -92,4 +92,4 @@ def test_records_become_a_report(tmp_path: Path) -> None:
 def test_saved_configurations_are_read_without_a_change_to_the_file() -> None:
     before = OmegaConf.load(OLD / "whole" / "config.yaml")
     assert before.method._target_ == "detectors.soft_teacher.SoftTeacher"
-    assert readback.read_config(OLD / "whole").method._target_ == "detectors.methods.soft_teacher.SoftTeacher"
+    assert saved.read_config(OLD / "whole").method._target_ == "detectors.methods.soft_teacher.SoftTeacher"

@@ -25,7 +25,8 @@ import harness.engine.loggers
 import harness.engine.session
 from detectors.methods.supervised import Supervised
 from harness.cli import main
-from harness.core import lock, readback
+from harness.config import saved
+from harness.core import lock
 from harness.core.stopping import stop_signals
 from harness.core.types import Batch
 from harness.data.drawing import CLASSES
@@ -94,7 +95,7 @@ def test_same_command_in_two_folders_gives_the_same_bits(cache: Path, tmp_path: 
     assert one["status"] == "ok"
     assert one["ap"] is not None
     assert one["reported_network"] in ("student", "teacher")
-    assert one["ap"] == one[f"{one['reported_network']}_ap"]
+    assert one["ap"] == one["scores"][one["reported_network"]]["ap"]
     assert one["labeled_images"] == 8
     assert _outcome(tmp_path / "one") == _outcome(tmp_path / "two")
 
@@ -318,7 +319,7 @@ def test_folder_in_which_nothing_was_trained_takes_another_configuration(
     assert main(_command(cache, tmp_path / "run", "logging.loggers=[wandb]")) == 2
     assert "wandb, which is not installed" in capfd.readouterr().err
     assert main(_command(cache, tmp_path / "run", "schedule.optimizer.lr=0.001")) == 0
-    assert readback.read_config(tmp_path / "run").schedule.optimizer.lr == 0.001
+    assert saved.read_config(tmp_path / "run").schedule.optimizer.lr == 0.001
 
 
 # Batches of an evaluation: 3 per network, two networks after 6 steps, two at the end.

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -16,6 +17,7 @@ import pytest
 
 from harness.cli import main
 from harness.config import compose
+from harness.config.make import make
 from harness.core.types import UserError
 from harness.engine import checkpoint
 from harness.launch import slurm
@@ -55,7 +57,8 @@ def test_job_trains_and_gives_its_exit_code(tmp_path: Path, capfd: pytest.Captur
 
 def test_job_is_submitted_where_there_is_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a login node."""
-    monkeypatch.setattr(slurm, "submit", lambda _: 0)
+    monkeypatch.setattr(slurm, "_put_into_queue", lambda *_: SimpleNamespace(job_id=7))
+    monkeypatch.setattr(slurm, "_wait", lambda *_: 0)
     place = [f"cache_dir={tmp_path / 'cache'}", f"run_dir={tmp_path / 'run'}"]
     assert main(["train", *SMALL, *SLURM, *place, "device=cuda", "devices=8"]) == 0
     monkeypatch.setenv("LOCAL_RANK", "0")
@@ -102,7 +105,7 @@ def test_preempted_job_is_queued_again_and_continues(tmp_path: Path) -> None:
 
 def test_job_parameters_follow_the_configuration() -> None:
     cfg = compose.load(["launcher=slurm", "launcher.partition=gpu", "devices=8", "run_dir=runs/x"])
-    parameters = slurm._parameters(cfg)
+    parameters = make("launcher", cfg.launcher).parameters(cfg)
     assert parameters["nodes"] == 1
     assert parameters["tasks_per_node"] == parameters["gpus_per_node"] == 8
     assert parameters["slurm_partition"] == "gpu"
@@ -122,8 +125,9 @@ def _programs(folder: Path, monkeypatch: pytest.MonkeyPatch, **programs: str) ->
 
 def test_missing_slurm_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _programs(tmp_path / "bin", monkeypatch)
+    cfg = compose.load(["launcher=slurm", f"run_dir={tmp_path}"])
     with pytest.raises(UserError, match="login node"):
-        slurm.submit(compose.load(["launcher=slurm", f"run_dir={tmp_path}"]))
+        make("launcher", cfg.launcher).run(cfg)
 
 
 @pytest.mark.parametrize(

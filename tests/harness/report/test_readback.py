@@ -19,7 +19,8 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from harness.cli import main
-from harness.config import compose
+from harness.config import compose, saved
+from harness.config.identity import identity
 from harness.core import readback
 from harness.core.escape import never_refuse
 from harness.core.record import write_record
@@ -232,7 +233,7 @@ def test_progress_that_cannot_be_read_is_none(tmp_path: Path, content: str) -> N
 def test_config_of_a_run_is_read_back_as_it_was(tmp_path: Path) -> None:
     cfg = compose.load(["data=shapes", "device=cpu", "seed=3"])
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
-    assert compose.identity(readback.read_config(tmp_path)) == compose.identity(cfg)
+    assert identity(saved.read_config(tmp_path)) == identity(cfg)
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -244,7 +245,7 @@ def test_damaged_config_is_told_or_read(tmp_path: Path, data: st.DataObject) -> 
     junk = data.draw(st.text(max_size=3) | st.sampled_from(["\t", "[", "{", ": ", "!!", "&", "*", "${", "\x00", "- "]))
     (tmp_path / "config.yaml").write_bytes((text[:position] + junk + text[position + 1 :]).encode())
     with contextlib.suppress(UserError):  # and nothing else
-        assert readback.read_config(tmp_path).data.name
+        assert saved.read_config(tmp_path).data.name
 
 
 CONFIG: list[str] = []

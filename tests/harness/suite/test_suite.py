@@ -2,6 +2,7 @@
 
 import copy
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -17,11 +18,13 @@ import pytest
 
 from harness.commands import suite
 from harness.config import compose
+from harness.config.identity import config_sha256, identity
 from harness.core.lock import RunLock
 from harness.core.record import read_record
 from harness.core.types import UserError
 from harness.suite import cells as jobs
 from harness.suite import plan
+from harness.suite.claims import Claims
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -36,7 +39,7 @@ plan = json.load(open(os.path.join(state, "plan.json")))
 kind = plan["behaviour"].get(cell, "ok")
 def tell(word):
     with open(os.path.join(state, "events"), "a") as file:
-        file.write(json.dumps([word, cell, sys.argv[2:], os.environ["OMP_NUM_THREADS"]]) + "\\n")
+        file.write(json.dumps([word, cell, sys.argv[2:], os.environ["OMP_NUM_THREADS"], os.getppid()]) + "\\n")
 record = {"schema_version": 1, "status": "ok", "cell": cell, "suite": os.environ["SSODBENCH_SUITE"], "ap": 50.0,
           "method": given["method"], "percent": float(given["split.percent"]), "fold": int(given["split.fold"]),
           "seed": int(given["seed"]), "dataset": "shapes", "protocol": "soft_teacher", "steps": 6,
@@ -63,7 +66,7 @@ if kind == "fail":
     write(status="failed", ap=None, error="RunError: the loss is not finite at step 3")
     print("some words\\nbefore the end", file=sys.stderr)
     sys.exit(1)
-time.sleep(60 if kind in ("slow", "early") else 0.05)
+time.sleep(60 if kind in ("slow", "early") else 0.5 if kind == "brief" else 0.05)
 write()
 tell("end")
 """
@@ -100,16 +103,17 @@ def bench(tmp_path, monkeypatch, capsys):
     def note(cells):
         plan = {
             "behaviour": asked,
-            "sha256": {cell.name: compose.config_sha256(cell.cfg) for cell in cells},
-            "config": {cell.name: compose.identity(cell.cfg) for cell in cells},
+            "sha256": {cell.name: config_sha256(cell.cfg) for cell in cells},
+            "config": {cell.name: identity(cell.cfg) for cell in cells},
         }
         (tmp_path / "state/plan.json").write_text(json.dumps(plan))
         return cells
 
     runs = Path("runs with = and spaces")
 
-    def run(*overrides, behaviour=None, jobs_side_by_side=2):
-        (tmp_path / "state/events").write_text("")
+    def run(*overrides, behaviour=None, jobs_side_by_side=2, keep_events=False):
+        if not keep_events:
+            (tmp_path / "state/events").write_text("")
         own = [f"runs_dir={runs}", f"suite.jobs={jobs_side_by_side}"]
         cfg = compose.load(["suite=smoke", *own, *overrides])
         asked.clear()
@@ -125,6 +129,7 @@ def bench(tmp_path, monkeypatch, capsys):
         run=run,
         events=events,
         folder=folder,
+        state=tmp_path / "state",
         prepared=prepared,
         started=lambda: [cell for _, cell, *_ in events("start")],
         states=lambda: {c["name"]: c["state"] for c in json.loads((folder / "suite.json").read_text())["cells"]},
@@ -152,7 +157,7 @@ def test_the_whole_suite(bench):
     for word, _ in order:
         running += 1 if word == "start" else -1
         assert running <= 2
-    for _, name, arguments, threads in bench.events("start"):
+    for _, name, arguments, threads, _ in bench.events("start"):
         assert threads == "1"
         assert "schedule.steps=7" in arguments  # what the user said reaches every cell
         stage1 = [word for word in arguments if word.startswith("method.offline.checkpoint=")]
@@ -248,14 +253,96 @@ def test_a_signal_before_any_cell_has_a_record(bench):
     assert bench.run(*one) == 0
 
 
-def test_another_live_suite(bench):
-    lock = RunLock(bench.folder).acquire()
-    try:
-        with pytest.raises(UserError, match="is being run by process"):
-            bench.run()
-    finally:
-        lock.release()
-    assert bench.run() == 0  # the lock of one that has ended does not block
+def beside(bench, count, *overrides, behaviour=None):
+    """Runs a suite in several processes at once; gives their exit codes."""
+
+    def one():
+        sys.exit(bench.run(*overrides, behaviour=behaviour, keep_events=True))
+
+    (bench.state / "events").write_text("")
+    processes = [multiprocessing.get_context("fork").Process(target=one) for _ in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
+
+
+def test_processes_that_share_a_folder_run_each_cell_once(bench):
+    brief = {cell(m, p): "brief" for m in ("supervised", "stac", "soft_teacher") for p in (1, 5, 10)}
+    assert beside(bench, 3, behaviour=brief) == [0, 0, 0]
+    assert len(bench.started()) == 9
+    assert len(set(bench.started())) == 9
+    assert len({parent for *_, parent in bench.events("start")}) > 1  # not one process did it all
+    assert set(bench.states().values()) == {"ok"}
+
+
+def test_a_cell_that_fails_in_one_process_is_not_tried_by_the_others(bench):
+    first = {cell("supervised", 1): "fail"}
+    assert beside(bench, 3, behaviour=first) == [1, 1, 1]
+    assert sorted(bench.started()).count(cell("supervised", 1)) == 1
+    assert bench.states()[cell("stac", 1)] == "skipped"
+
+
+ONE = ("suite.methods=[supervised]", "suite.percents=[1]")
+
+
+def test_cells_of_another_process_are_left_to_it(bench):
+    claims = Claims(bench.folder)
+    assert claims.take(cell("supervised", 1), bench.folder / cell("supervised", 1))
+    assert bench.run(*ONE, "suite.wait=false") == 3
+    assert bench.started() == []
+    assert bench.states() == {cell("supervised", 1): "held"}
+    assert f"run by process {os.getpid()}" in (bench.folder / "suite.json").read_text()
+    threading.Timer(0.5, claims.release, [cell("supervised", 1)]).start()
+    assert bench.run(*ONE) == 0  # waits, and finds that the other one has not finished it
+    assert bench.started() == [cell("supervised", 1)]
+
+
+def test_a_killed_process_holds_nothing(bench):
+    code = f"""
+import os, signal
+from pathlib import Path
+from harness.suite.claims import Claims
+assert Claims(Path({str(bench.folder)!r})).take({cell("supervised", 1)!r}, Path("x"))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    assert bench.run(*ONE) == 0
+    assert len(bench.started()) == 1
+
+
+def test_a_run_that_outlives_its_suite_is_left_alone(bench):
+    lock = RunLock(bench.folder / cell("supervised", 1)).acquire()
+    assert bench.run(*ONE, "suite.wait=false") == 3
+    assert bench.started() == []
+    lock.release()
+    assert bench.run(*ONE) == 0
+
+
+def test_status_runs_nothing(bench):
+    assert bench.run("suite.status=true") == 0
+    assert not bench.folder.exists()
+    assert "9 waiting" in bench.printed()
+    bench.run(behaviour={cell("supervised", 1): "fail", cell("soft_teacher", 5): "crash"})
+    (bench.folder / cell("supervised", 10) / "record.json").unlink()
+    claims = Claims(bench.folder)
+    assert claims.take(cell("supervised", 10), bench.folder / cell("supervised", 10))
+    before = bench.started()
+    bench.printed()
+    assert bench.run("suite.status=true") == 0
+    printed = bench.printed()
+    assert bench.started() == []
+    assert len(before) == 8
+    for words in ("2 failed", "1 running", "1 waiting", "5 ok", "50.0", f"process {os.getpid()}", "SIGKILL"):
+        assert words in printed, words
+
+
+def test_failed_cells_may_be_left_as_they_are(bench):
+    bench.run(behaviour={cell("supervised", 1): "fail"})
+    assert bench.run("suite.retry_failed=false") == 1
+    assert bench.started() == []
+    assert bench.states()[cell("supervised", 1)] == "failed"
 
 
 def test_other_settings_are_not_mixed_in(bench):
@@ -295,8 +382,10 @@ def test_a_method_without_its_first_stage_in_the_suite(bench):
         (["suite.jobs=abc"], r"suite\.jobs=abc must be a whole number"),
         (["suite.jobs=0"], r"suite\.jobs=0 must be a whole number of at least 1"),
         (["suite.jobs=-1"], r"suite\.jobs=-1 must be"),
+        (["+suite.cost.soft_teachr=2"], r"suite\.cost\.soft_teachr names no method: did you mean soft_teacher"),
+        (['+suite.method_overrides.xyz=["a=b"]'], r"suite\.method_overrides\.xyz names no method: choose of"),
         (["suite.name=null"], r"suite\.name=null must be a name"),
-        (["devices=2"], r"devices=2 cannot share the 16 images"),
+        (["devices=2"], r"2 devices cannot share the 16 images"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_written(bench, overrides, words):
@@ -305,10 +394,11 @@ def test_mistakes_are_found_before_anything_is_written(bench, overrides, words):
     assert not bench.folder.exists()
 
 
-@pytest.mark.parametrize("in_the_way", ["the folder itself", "a parent", "its lock"])
+@pytest.mark.parametrize("in_the_way", ["the folder itself", "a parent", "its claims"])
 def test_a_folder_that_cannot_be_written(bench, monkeypatch, in_the_way):
-    if in_the_way == "its lock":  # as in a folder of another user: it is there, but nothing can be made in it
-        (bench.folder / "lock").mkdir(parents=True)
+    if in_the_way == "its claims":  # as in a folder of another user: it is there, but nothing can be made in it
+        bench.folder.mkdir(parents=True)
+        (bench.folder / "claims").write_text("a file")
     else:
         path = bench.folder.parent if in_the_way == "a parent" else bench.folder
         path.parent.mkdir(exist_ok=True)
@@ -325,7 +415,7 @@ def test_cells_are_configured_as_their_process_will_be():
     given = ["suite=smoke", "suite.percents=[0.5,10]", "suite.folds=[2]", "suite.methods=[stac]", "schedule.steps=9"]
     for one in plan.plan(compose.load(given)):
         alone = compose.load(one.overrides)
-        assert compose.config_sha256(alone) == compose.config_sha256(one.cfg)
+        assert config_sha256(alone) == config_sha256(one.cfg)
         assert alone.run_dir == str(one.run_dir)
 
 

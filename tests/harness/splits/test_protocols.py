@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.core.types import UserError
-from harness.data.protocols import labeled_count, make_split
+from harness.core.types import Split, UserError
+from harness.splits.protocols import PROTOCOLS, Candidates, SplitOptions, labeled_count
 
 IMAGES, NONEMPTY = 118_287, 117_266  # of COCO train2017; with a box that is not a crowd
 COCO = np.random.default_rng(0).permutation(6 * IMAGES)[:IMAGES]  # ids in file order
@@ -27,6 +27,39 @@ LABELED = {
 STAC = [98539, 77708, 5192, 98047, 50057]
 SOFT_TEACHER = [105285, 107335, 49358, 65744, 101669]
 UNBIASED_TEACHER = [111401, 87201, 73289, 77773, 100286]  # of percent 1.0; in the list sorted by id
+
+
+def make_split(
+    image_ids: Any,
+    percent: float | None = 10,
+    fold: int = 1,
+    protocol: str = "stac",
+    *,
+    offset: int = 0,
+    index: Any = None,
+    unlabeled_ids: Any = None,
+) -> Split:
+    """A split of images that all have a box; `percent` None: of a list that was made for no percentage.
+
+    Args:
+        index: what the protocol's index file holds; for `annotated`, the ids of the images with an annotation.
+        unlabeled_ids: for `full` and `ids`.
+    """
+    ids = np.asarray(image_ids, np.int64)
+    options = SplitOptions(
+        protocol=protocol,
+        percent=10 if percent is None else percent,
+        fold=fold,
+        offset=offset,
+        index_file=None if percent is None else "{percent}.json",
+        empty_images=None,
+        crowd_boxes=None,
+        min_side=None,
+    )
+    annotated = np.isin(ids, index) if protocol == "annotated" else np.ones(len(ids), bool)
+    others = np.asarray(unlabeled_ids, np.int64) if protocol == "full" else None
+    listed = (index, unlabeled_ids) if protocol == "ids" and index is not None else index
+    return options.chosen.split(Candidates(ids, annotated, np.ones(len(ids), bool), others), options, listed)
 
 
 @pytest.mark.parametrize("percent", LABELED)
@@ -169,7 +202,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "negative seed": ({"protocol": "soft_teacher", "offset": -9}, "offset=-9"),
     "no images": ({"image_ids": []}, "no image to split"),
     "ids twice": ({"image_ids": [1, 1]}, "not distinct"),
-    "full without a second set": ({"protocol": "full"}, "full needs unlabelled images"),
     "no index file": ({"protocol": "unbiased_teacher"}, "needs split.index_file"),
     "index is a list": ({"protocol": "unbiased_teacher", "index": [1]}, "needs split.index_file"),
     "percent not in the index": (
@@ -193,6 +225,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "first 8, are given as labelled and as",
     ),
     "empty ids": ({"protocol": "ids", "index": []}, "is empty"),
+    "ids beyond 64 bits": ({"protocol": "ids", "index": [2**64]}, "whole numbers"),
+    "positions beyond 64 bits": ({"protocol": "unbiased_teacher", "index": {"10": {"1": [2**63]}}}, "whole numbers"),
 }
 
 
@@ -201,3 +235,18 @@ def test_refused(case: str) -> None:
     options, message = REFUSED[case]
     with pytest.raises(UserError, match=message):
         make_split(**({"image_ids": range(50)} | options))
+
+
+def test_unbiased_teacher_draws_from_images_with_a_box_alone() -> None:
+    options = SplitOptions(
+        protocol="unbiased_teacher", percent=10, fold=1, offset=0, index_file="x", empty_images=None, crowd_boxes=None,
+        min_side=None,
+    )  # fmt: skip
+    boxed = np.array([True, False, True, True])
+    images = Candidates(np.array([9, 8, 7, 6]), np.ones(4, bool), boxed)
+    split = options.chosen.split(images, options, {"10": {"1": [0, 2]}})
+    assert (split.labeled_ids.tolist(), split.unlabeled_ids.tolist()) == ([6, 9], [7])
+
+
+def test_every_protocol_is_named_as_it_is_chosen() -> None:
+    assert all(protocol.name == name for name, protocol in PROTOCOLS.items())

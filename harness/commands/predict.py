@@ -1,0 +1,77 @@
+"""`ssodbench predict`: a trained network on pictures, to look at and as COCO results."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from harness.commands import usage
+from harness.config.checks import check_extras
+from harness.core import distributed
+from harness.core.console import STDERR, Console
+from harness.core.files import require_writable
+from harness.core.types import UserError
+from harness.engine import predict, trained
+
+_SHOWN = 5  # skipped pictures that are named
+
+
+def run(cfg: DictConfig) -> int:
+    """Detects in the pictures that `images` names and draws what is found; gives the exit code.
+
+    Raises:
+        UserError: a key is missing or cannot be used, or there is no network or no picture.
+    """
+    given = usage.refuse_unused(cfg, "predict")
+    usage.require_network("predict", given)
+    if cfg.images is None:
+        raise UserError("predict needs pictures: say images=FILE, images=FOLDER or images='photos/*.jpg'")
+    out = Path(cfg.out) if cfg.out else _beside(cfg)
+    require_writable(out, "out", folder=True)
+    pictures = predict.find_pictures(cfg.images, out)
+    check_extras(cfg)
+    world = distributed.join(distributed.resolve_device(cfg.device, 1))
+    torch.set_num_threads(int(cfg.threads))
+    network = trained.open_trained(cfg, world.device)
+    workers = len(os.sched_getaffinity(0))
+    feed = network.pipeline(cfg, world)
+    try:
+        with _progress(len(pictures)) as advance:
+            found = predict.predict(network, pictures, feed, out, float(cfg.predict.score), workers, advance)
+    finally:
+        feed.close()
+    _tell(found, network.about, out, float(cfg.predict.score))
+    return 0
+
+
+def _beside(cfg: DictConfig) -> Path:
+    return Path(cfg.model).parent / "predictions" if cfg.model else Path(cfg.run_dir) / "predictions"
+
+
+def _tell(found: predict.Found, about: trained.Description, out: Path, score: float) -> None:
+    console = Console()
+    for name in sorted(found.skipped)[:_SHOWN]:
+        STDERR.say(f"skipped: {name}: {found.skipped[name]}")
+    if len(found.skipped) > _SHOWN:
+        STDERR.say(f"skipped: {len(found.skipped) - _SHOWN} more, named in {out / 'images.json'}")
+    rate = 60 * len(found.images) / max(found.seconds, 1e-9)
+    console.say(
+        f"{len(found.rows):,} boxes above {score:g} in {len(found.images):,} pictures, by the {about.network} of "
+        f"{about.cell} (step {about.step:,}); {found.seconds:.1f} s, {rate:,.0f} pictures a minute"
+    )
+    console.say(f"look at {out / 'contact_sheet.jpg'} and {out / 'pictures'}; boxes in {out / 'predictions.json'}")
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal; elsewhere nothing, since the end says it all."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=STDERR, transient=True, disable=not STDERR.is_terminal) as bar:
+        task = bar.add_task("pictures", total=total)
+        yield lambda done: bar.advance(task, done)

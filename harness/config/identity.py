@@ -1,0 +1,103 @@
+"""What a run is: the part of its configuration that decides its result, the hash of it, and how two of them differ."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from harness.config import moved
+
+# Keys that say where and how a run is carried out, not what it computes: they may change when a run is taken up again.
+_CIRCUMSTANCES = (
+    "runs_dir",
+    "run_dir",
+    "cache_dir",
+    "device",
+    "devices",
+    "threads",
+    "logging",
+    "checkpointing",
+    "launcher",
+    "suite",
+    "data.root",
+    "pipeline.threads",
+    "pipeline.prefetch",
+    "method.offline.checkpoint",
+    "method.unlabeled",  # what its class is like anyway
+    "detector.cache_dir",
+    "data.cache_dir",
+    "out",
+    "model",
+    "network",
+    "images",
+    "predict",
+    "format",
+    "export",
+    "cli",
+    "profile",
+    "report",
+    "prepare",
+    "check",
+    "export_dir",
+)
+# Keys that came after runs had been made: null is what those did, so that such runs keep their identity.
+_ADDED = ("batch.group_by_aspect", "method.rise", "method.ema.gamma", "method.ema.interval")
+# The same in torchvision's style of detectors alone; in the others null now means something else than it did.
+_ADDED_IN_TORCHVISION_STYLE = (
+    "detector.rpn.low_quality_iou",
+    "detector.rpn.low_quality_of",
+    "detector.rpn.candidates",
+)
+
+
+def identity(cfg: DictConfig) -> dict[str, Any]:
+    """What decides a run's result: the configuration without the circumstances it is carried out under."""
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(plain, dict)
+    return without_circumstances({str(key): value for key, value in plain.items()})
+
+
+def without_circumstances(plain: dict[str, Any]) -> dict[str, Any]:
+    """`identity` of a configuration that is plain data already, such as a record's; changes what it is given."""
+    for dotted in _CIRCUMSTANCES:
+        _remove(plain, dotted)
+    moved.first(plain)
+    style = (plain.get("detector") or {}).get("style")
+    for dotted in _ADDED + (_ADDED_IN_TORCHVISION_STYLE if style == "torchvision" else ()):
+        _remove(plain, dotted, where_null=True)
+    return plain
+
+
+def _remove(plain: dict[str, Any], dotted: str, where_null: bool = False) -> None:
+    """Takes a dotted key out of nested dictionaries, if it is there (and null)."""
+    *parents, last = dotted.split(".")
+    node: Any = plain
+    for parent in parents:
+        node = node.get(parent) if isinstance(node, dict) else None
+    if isinstance(node, dict) and (not where_null or node.get(last) is None):
+        node.pop(last, None)
+
+
+def is_circumstance(key: str) -> bool:
+    """Whether a dotted key, or the group that it is in, is left out of `identity`."""
+    return any(key == known or key.startswith(f"{known}.") for known in _CIRCUMSTANCES)
+
+
+def config_sha256(cfg: DictConfig) -> str:
+    """Hash of `identity`."""
+    return hashlib.sha256(json.dumps(identity(cfg), sort_keys=True).encode()).hexdigest()
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ, as `key: old -> new`."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append(f"{prefix}{key}: {before} -> {after}")
+    return found

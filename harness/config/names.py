@@ -1,0 +1,19 @@
+"""What runs and the options that they chose are called."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from harness.config import sections
+from harness.core.escape import file_name
+
+
+def group_name(cfg: DictConfig, group: str) -> str:
+    """The name of a group's chosen option."""
+    return str(cfg[group].get("name", group))
+
+
+def cell_name(cfg: DictConfig) -> str:
+    """A run's name: data, method, split and seed, in [A-Za-z0-9_.-] only."""
+    words = [group_name(cfg, "data"), group_name(cfg, "method"), sections.split_options(cfg).label, f"seed{cfg.seed}"]
+    return file_name("_".join(words))

@@ -1,0 +1,36 @@
+"""The configuration's sections as small typed values: what a function needs is handed down, not the whole of it."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+
+from harness.core import validate
+from harness.splits.protocols import SplitOptions
+
+T = TypeVar("T")
+
+
+def split_options(cfg: DictConfig) -> SplitOptions:
+    """`split`: which images are labelled."""
+    return _section(SplitOptions, cfg, "split")
+
+
+def _section(kind: type[T], cfg: DictConfig, key: str) -> T:
+    """A section as an object of its schema.
+
+    Raises:
+        UserError: a value does not fit.
+    """
+    plain = OmegaConf.to_container(cfg[key], resolve=True)
+    assert isinstance(plain, dict)
+    return validate.make(kind, {str(name): value for name, value in plain.items()}, key)
+
+
+def evaluation_interval(cfg: DictConfig) -> int | None:
+    """Steps between evaluations; a value below 1 is a fraction of the schedule."""
+    every = cfg.evaluation.every
+    if every is None:
+        return None
+    return max(1, round(every * cfg.schedule.steps)) if every < 1 else int(every)

@@ -1,0 +1,15 @@
+"""The errors that end a command in one sentence."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake in what the user gave: one sentence that names the thing and the remedy; exit code 2, no traceback."""
+
+
+class RunError(Exception):
+    """What a command cannot go on from, though nothing was wrong with what was given; exit code 1, no traceback."""
+
+
+class UnusableImages(UserError):  # noqa: N818  told like any other mistake
+    """A training cannot go on with the pictures as they are; what it has learnt so far is saved first."""
