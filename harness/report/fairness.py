@@ -57,7 +57,8 @@ def _conditions(row: Row, label: str) -> Conditions:
     records = _records(row)
 
     def values(read: Callable[[RunRecord], Any]) -> str:
-        return ", ".join(str(value) for value in sorted({read(record) for record in records}))
+        found = sorted({read(record) for record in records})
+        return ", ".join(f"{value:,}" if isinstance(value, int) else str(value) for value in found)
 
     return Conditions(
         row,
@@ -115,11 +116,12 @@ def footnotes(section: Section) -> list[Footnote]:
     for key, words in _DIFFERING.items():
         by_value: dict[str, list[str]] = {}
         for one in rows:
-            by_value.setdefault(str(getattr(one, key)), []).append(one.row.label)
+            if getattr(one, key) != "-":  # of an older record, which does not say
+                by_value.setdefault(str(getattr(one, key)), []).append(one.row.label)
         if len(by_value) < 2:
             continue
         listed = "; ".join(f"{value}: {', '.join(labels)}" for value, labels in by_value.items())
-        first = str(getattr(rows[0], key))
+        first = next(iter(by_value))
         found.append((f"{words}: {listed}.", tuple(label for v, ls in by_value.items() if v != first for label in ls)))
     found += _deviations(section)
     return [Footnote(_mark(number), text, labels) for number, (text, labels) in enumerate(found)]

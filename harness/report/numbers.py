@@ -163,4 +163,4 @@ def _needed(one: LabelsNeeded | None) -> dict[str, Any] | None:
 def _run(run: Run) -> dict[str, Any]:
     record = run.record
     keys = ("cell", "fold", "seed", *SCORES, "reported_network", "split_sha256", "config_sha256", "weights_sha256")
-    return {key: getattr(record, key) for key in keys} | {"record": unquote(run.href) or None}
+    return {key: getattr(record, key) for key in keys} | {"record": unquote(run.href, errors="surrogateescape") or None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from harness.core.record import BASELINE
@@ -9,7 +10,7 @@ from harness.engine.accumulate import METRICS
 from harness.engine.errors import KINDS
 from harness.report import plots
 from harness.report.chance import ImageChance
-from harness.report.comparison import Analysis, analyse
+from harness.report.comparison import Analysis, Compared, analyse
 from harness.report.fairness import Conditions, Footnote, conditions, equal_compute_command, footnotes, marks
 from harness.report.gallery import Gallery, show
 from harness.report.tables import Row, Section, method_label
@@ -100,7 +101,7 @@ def _compute(section: Section, analysis: Analysis) -> tuple[str, list[str]]:
     base = method_label(BASELINE).lower()
     sentences = []
     if alone := [one for one in analysis.compared if one.by_compute_alone]:
-        named = ", ".join(f"{one.row.label} ({section.column(one.cell.percent)})" for one in alone)
+        named = ", ".join(_with_shares(section, analysis.compared, alone))
         sentences.append(
             f"Better than {base} of as many steps, but not shown to be better than {base} with as many images seen, so "
             f"that the gain may come from compute alone: {named}."
@@ -108,7 +109,7 @@ def _compute(section: Section, analysis: Analysis) -> tuple[str, list[str]]:
     lacking = [one for one in analysis.compared if one.equal_row is None]
     if not lacking:
         return " ".join(sentences), []
-    named = ", ".join(dict.fromkeys(one.row.label for one in lacking))
+    named = ", ".join(_with_shares(section, analysis.compared, lacking))
     sentences.append(
         f"No run of {base} saw as many images (within 5 %) as {named}: what they gain may come from compute alone."
     )
@@ -118,3 +119,11 @@ def _compute(section: Section, analysis: Analysis) -> tuple[str, list[str]]:
     if known:
         sentences.append("With the suite's other settings, such runs are trained by")
     return " ".join(sentences), known[:5]
+
+
+def _with_shares(section: Section, compared: list[Compared], some: list[Compared]) -> Iterator[str]:
+    """Labels of rows; with the shares of labels where `some` has not all that were compared."""
+    for label in dict.fromkeys(one.row.label for one in some):
+        shares = [one.cell.percent for one in some if one.row.label == label]
+        whole = len(shares) == sum(one.row.label == label for one in compared)
+        yield label if whole else f"{label} ({', '.join(section.column(share) for share in shares)})"

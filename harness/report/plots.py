@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -173,40 +173,63 @@ def _ap_by_ratio(section: Section) -> str | None:
         return _svg(figure)
 
 
+# How compute is counted: axis label -> (value of a cost, whether it is on that front).
+_COMPUTE: dict[str, Callable[[Cost], tuple[float | None, bool]]] = {
+    "images seen": lambda cost: (cost.images, cost.front_by_images),
+    "device hours": lambda cost: (cost.device_hours, cost.front_by_hours),
+}
+
+
 def ap_by_compute(section: Section, found: dict[tuple[str, float], Cost]) -> str | None:
-    """Mean AP against images seen, stage 1 included, a panel for each share of labels; None without two costs."""
-    percents = [p for p in section.percents if sum(found[key].images is not None for key in found if key[1] == p) > 1]
-    if len({cost.images for cost in found.values()}) < 2 or not percents:
+    """Mean AP against images seen and device hours, stage 1 included, a column of panels for each share of labels.
+
+    None where no share of labels has two cells to compare.
+    """
+    percents = [percent for percent in section.percents if sum(key[1] == percent for key in found) > 1]
+    kinds = [name for name, read in _COMPUTE.items() if len({read(cost)[0] for cost in found.values()} - {None}) > 1]
+    if not percents or not kinds:
         return None
-    looks = look(section.rows)
     with matplotlib.rc_context(_RC):
-        figure = Figure(figsize=(2.2 + 2.6 * len(percents), 2.9), layout="constrained")
-        axes = _panels(len(percents), 1, figure)[0]
-        for panel, percent in zip(axes, percents, strict=True):
-            panel.set_title(f"{figure_label(section.column(percent))} labels")
-            panel.set_xlabel("images seen, stage 1 included")
-            front = []
-            for row in section.rows:
-                cost, ap = found.get((row.label, percent)), row.cells[percent].mean("ap")
-                if cost is not None and cost.images is not None and ap is not None:
-                    colour, marker = looks[row.label]
-                    panel.plot([cost.images], [ap], color=colour, marker=marker, markersize=8, ls="", label=_label(row))
-                    front += [(cost.images, ap)] if cost.front_by_images else []
-            panel.plot(
-                *zip(*sorted(front), strict=True), color=_EDGE, lw=1.2, ls=(0, (4, 3)), zorder=1, label="Pareto front"
-            )
-            panel.set_xlim(left=0)
-            panel.margins(x=0.15, y=0.15)
-            panel.xaxis.set_major_formatter(EngFormatter(sep=""))
-            panel.xaxis.set_major_locator(MaxNLocator(4))
-        axes[0].set_ylabel("AP (COCO, 0.50:0.95)")
-        _legend(figure, axes)
+        figure = Figure(figsize=(2.2 + 2.6 * len(percents), 0.3 + 2.4 * len(kinds)), layout="constrained")
+        axes = figure.subplots(len(kinds), len(percents), squeeze=False, sharex="row", sharey=True)
+        for line, name in enumerate(kinds):
+            axes[line][0].set_ylabel("AP (COCO, 0.50:0.95)")
+            for panel, percent in zip(axes[line], percents, strict=True):
+                if line == 0:
+                    panel.set_title(f"{figure_label(section.column(percent))} labels")
+                panel.set_xlabel(f"{name}, stage 1 included")
+                _compute_panel(panel, section, percent, found, _COMPUTE[name])
+        _legend(figure, axes.flat)
         return _svg(figure)
+
+
+def _compute_panel(
+    panel: Axes,
+    section: Section,
+    percent: float,
+    found: dict[tuple[str, float], Cost],
+    read: Callable[[Cost], tuple[float | None, bool]],
+) -> None:
+    looks, front = look(section.rows), []
+    for row in section.rows:
+        cost, ap = found.get((row.label, percent)), row.cells[percent].mean("ap")
+        value, on_front = read(cost) if cost is not None else (None, False)
+        if value is not None and ap is not None:
+            colour, marker = looks[row.label]
+            panel.plot([value], [ap], color=colour, marker=marker, markersize=8, ls="", label=_label(row))
+            front += [(value, ap)] if on_front else []
+    if front:
+        values, aps = zip(*sorted(front), strict=True)
+        panel.plot(values, aps, color=_EDGE, lw=1.2, ls=(0, (4, 3)), zorder=1, label="Pareto front")
+    panel.margins(x=0.15, y=0.15)
+    panel.set_xlim(left=0)
+    panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+    panel.xaxis.set_major_locator(MaxNLocator(4))
 
 
 def published_against_ours(sections: list[Section], published: list[dict[str, Any]]) -> str | None:
     """Our mean AP against published AP of the same method and share of labels; None where we have no such pair."""
-    points = list(_published_pairs(sections, published))
+    points = list(published_pairs(sections, published))
     if not points:
         return None
     looks = look({row.label: row for section in sections for row in section.rows}.values())
@@ -224,14 +247,16 @@ def published_against_ours(sections: list[Section], published: list[dict[str, An
         return _svg(figure)
 
 
-def _published_pairs(
+def published_pairs(
     sections: list[Section], published: list[dict[str, Any]]
 ) -> Iterator[tuple[Row, float, float, bool]]:
     """(row, published AP, our mean AP, whether the split protocol is the same) where method and share of labels agree.
 
-    A published method is ours if its name is ours, or begins with it and goes on with a bracket or a comma.
+    A published method is ours if its name is ours, or begins with it and goes on with a bracket or a comma, and if its
+    backbone has our depth, by which the names of detectors end (faster_rcnn_r50).
     """
     for section in sections:
+        depth = str(section.keys["detector"]).rpartition("_")[2].upper()
         for row in [*section.rows, *section.reference]:
             for source in published:
                 name, ours = source["method"].lower(), method_label(row.method).lower()
@@ -240,7 +265,7 @@ def _published_pairs(
                 for percent, line in source["values"].items():
                     cell = row.cells.get(100.0 if percent == "full" else float(percent))
                     ap = cell.mean("ap") if cell is not None else None
-                    if ap is not None:
+                    if ap is not None and line["backbone"].startswith(f"{depth} "):
                         yield row, float(line["ap"]), ap, line["protocol"] == section.keys["protocol"]
 
 

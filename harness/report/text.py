@@ -215,12 +215,15 @@ def machine(environment: dict[str, Any]) -> str:
 
 def cost_statement(section: Section) -> str:
     """Whether the comparison is one at equal cost, in student steps."""
-    steps = {method_label(row.method): cell.mean("steps") or 0.0 for row, cell in filled(section)}
-    extra = {method_label(row.method): cell.mean("extra_steps") or 0.0 for row, cell in filled(section)}
-    if len(set(steps.values())) == 1:
-        text = f"Every run took the same number of student steps ({next(iter(steps.values())):,.0f})."
+    steps = {row.label: cell.mean("steps") or 0.0 for row, cell in filled(section)}
+    extra = {row.label: cell.mean("extra_steps") or 0.0 for row, cell in filled(section)}
+    by_count: dict[float, list[str]] = {}
+    for label, count in steps.items():
+        by_count.setdefault(count, []).append(label)
+    if len(by_count) == 1:
+        text = f"Every run took the same number of student steps ({next(iter(by_count)):,.0f})."
     else:
-        text = "Student steps differ: " + ", ".join(f"{name} {count:,.0f}" for name, count in steps.items()) + "."
+        text = "Student steps differ: " + "; ".join(f"{n:,.0f} {', '.join(own)}" for n, own in by_count.items()) + "."
     also = [f"{name} needs a finished run of {count:,.0f} further steps" for name, count in extra.items() if count]
     return text + (f" Beyond that, {' and '.join(also)} for its pseudo labels." if also else "")
 
@@ -276,9 +279,9 @@ def published_percent(text: str) -> str:
 def distinct_values(row: dict[str, Any], key: str) -> str:
     """The values of a column over a source's numbers, the full setting named where it differs."""
     values = {name: line[key] for name, line in row["values"].items()}
-    partial = list(dict.fromkeys(value for name, value in values.items() if name != "full"))
+    partial = list(dict.fromkeys(value for name, value in values.items() if name != "full" and value))
     full = values.get("full")
-    if full is not None and full not in partial:
+    if full and full not in partial:
         return "; ".join([*partial, f"full: {full}" if partial else full])
     return "; ".join(partial)
 

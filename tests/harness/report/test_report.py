@@ -111,10 +111,10 @@ def test_markdown_table(runs):
     stac = next(row for row in rows if row[0].startswith("STAC"))
     assert stac[0] == "STAC (a)"
     assert stac[1].startswith("**28.0 ± 2.6 (n=3) [+6.0 ± 3.0]**<br>\\= supervised with 11 (")
-    # Fold 1 alone has all 800 labels: 66 lies 6 / 19.4 of the way from 60 to 79.4: 80 * 10 ** 0.309 = 163, no interval.
+    # Fold 1 alone has all 800 labels: 66 lies 6 / 19.4 of the way from 60 to 79.4, so it is 80 * 10 ** 0.309 = 163.
     assert stac[2] == "**67.7 ± 3.8 (n=3) [+5.7 ± 1.5]**<br>\\= supervised with 163"
     assert ["Supervised, 100 % of the labels (reference)", "79.4 (n=1)", ""] in rows
-    costs = ["28.0", "32,000", "unknown", "-", "200.0", "3.4 %", "12.6 min", "1,000", "1,000", "16,000", "0", "-"]
+    costs = ["28.0", "32,000", "unknown", "images", "200.0", "3.4 %", "12.6 min", "1,000", "1,000", "16,000", "0", "-"]
     assert ["STAC", "1 %", *costs] in rows
     assert ["STAC", "10 %", "0.50", "0.25", "0.75"] in rows
     text = read(runs / "report/report.md")
@@ -355,6 +355,35 @@ def test_published_numbers_are_marked_and_apart(tmp_path):
     assert "| 13.97‡ ± 0.35† |" in published
     assert "| full: 64 (1:1)" not in published
     assert "40 (1:4); full: 64 (1:1)" in published
+
+
+def test_ours_stand_beside_the_published_numbers_of_the_same_method(tmp_path):
+    make(tmp_path, "supervised", 10, 1, 20.0, dataset="coco", protocol="stac", detector="faster_rcnn_r50")
+    make(tmp_path, "soft_teacher", 10, 1, 30.0, dataset="coco", protocol="stac", detector="faster_rcnn_r50")
+    make(tmp_path, "soft_teacher", 7, 1, 30.0, dataset="coco", protocol="stac", detector="faster_rcnn_r50")
+    sections = tables.load(tmp_path)[0]
+    pairs = {
+        (row.method, theirs, ours, alike) for row, theirs, ours, alike in plots.published_pairs(sections, published())
+    }
+    assert ("supervised", 23.86, 20.0, True) in pairs  # STAC's paper
+    assert ("soft_teacher", 33.8, 30.0, True) in pairs  # mmdetection
+    assert ("soft_teacher", 33.78, 30.0, False) in pairs  # the authors'
+    assert {method for method, *_ in pairs} == {"supervised", "soft_teacher"}
+    assert not [theirs for _, theirs, *_ in pairs if theirs in (26.7, 36.06)]  # Supervised Faster R-CNN, PseCo
+    page = read(report.run(tmp_path))
+    assert "Our AP against published AP" in page
+    assert read(tmp_path / "report/published.svg") == plots.published_against_ours(sections, published())
+
+
+def published():
+    return report.published([])
+
+
+def test_published_numbers_are_for_coco_alone(runs):
+    page = read(report.run(runs))
+    assert "Published" not in page
+    assert "33.78" not in read(runs / "report/report.md")
+    assert not (runs / "report/published.svg").exists()
 
 
 @pytest.mark.parametrize(
