@@ -101,6 +101,15 @@ COMMANDS = {
             ("two of them on COCO's pictures", "data=coco data.root=D profile.pipelines=[dali,torchvision]"),
         ),
     ),
+    "doctor": Command(
+        "whether a training could work on this machine",
+        "out=FILE.json",
+        ("device", "pipeline", "launcher", "cache_dir", "runs_dir", "run_dir", "out"),
+        (
+            ("what works, what does not, and the remedy", ""),
+            ("a network mount too, with a file for a bug report", "run_dir=/mount/runs/a out=doctor.json"),
+        ),
+    ),
     "config": Command(
         "print the configuration a command would use",
         "method=stac preset=paper",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,6 +81,15 @@ CASES = [
     Case("evaluate a file and a run", "evaluate run_dir=a model=b", ("run_dir", "model", "not both")),
     Case("evaluate a file, key of training", "evaluate model={tmp}/a.pt seed=3", ("seed", "leave it out")),
     Case("evaluate a file that is missing", "evaluate model={tmp}/a.pt", ("model={tmp}/a.pt", "export wrote")),
+    Case("doctor, unused key", "doctor seed=3", ("seed", "it takes")),
+    Case("doctor onto a folder", "doctor out={tmp}", ("out={tmp}", "is a folder")),
+    Case(
+        "doctor without torchvision",
+        "doctor",
+        ("cannot be imported", "install"),
+        patch=lambda monkeypatch, _: monkeypatch.setitem(sys.modules, "harness.engine.doctor", None),
+        code=1,
+    ),
     Case("exported file missing", MODEL, ("model={tmp}/net.safetensors", "No such file", "export wrote")),
     Case("exported file a folder", f"{PREDICT} model={{tmp}}", ("model={tmp}", "run_dir={tmp}")),
     Case("run_dir an exported file", f"{PREDICT} run_dir={{tmp}}/net.safetensors", ("model={tmp}",), _weights(ABOUT)),
