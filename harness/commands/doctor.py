@@ -35,8 +35,8 @@ def run(cfg: DictConfig) -> int:
         from harness.engine import doctor
     except (ImportError, OSError) as error:  # OSError: a shared library that is missing
         raise RunError(
-            f"training cannot work here, a package cannot be imported ({error}): install ssodbench anew, with torch and "
-            "torchvision of the same release"
+            f"training cannot work here, a package cannot be imported ({error}): install ssodbench anew, with torch "
+            "and torchvision of the same release"
         ) from error
     given = usage.refuse_unused(cfg, "doctor")
     out = Path(cfg.out) if cfg.out else None

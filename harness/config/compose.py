@@ -52,6 +52,7 @@ _CIRCUMSTANCES = (
     "predict",
     "format",
     "export",
+    "init",
     "cli",
     "profile",
     "prepare",
@@ -74,7 +75,7 @@ _SUITE_AXES = {
     "seed": "suite.seeds",
 }
 _PATH_KEY = re.compile(
-    r"^\+*([\w.]*(root|_dir|_file|checkpoint|weights|out|model|annotations|images|logs))=(.*)$", re.DOTALL
+    r"^\+*([\w.]*(root|_dir|init\.dir|_file|checkpoint|weights|out|model|annotations|images|logs))=(.*)$", re.DOTALL
 )
 _PATH_NAME = re.compile(r"(^|_)(root|dir|file|checkpoint|weights|out|model|annotations|images|logs)$")
 
