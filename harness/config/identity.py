@@ -37,6 +37,7 @@ _CIRCUMSTANCES = (
     "predict",
     "format",
     "export",
+    "init",
     "cli",
     "profile",
     "report",

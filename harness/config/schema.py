@@ -106,6 +106,13 @@ class Export:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Init:
+    """The keys of `init`."""
+
+    dir: File | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Optimizer:
     """The keys of `schedule.optimizer` that the program reads; its `_target_` takes the others."""
 
@@ -216,6 +223,7 @@ class Config:
     predict: Predict
     format: Literal["safetensors", "pt", "onnx", "pt2"] | None
     export: Export
+    init: Init
     cache_dir: File | None
     preset_name: Name | None
     cli: Cli

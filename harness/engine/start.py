@@ -8,8 +8,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from harness.config import compose
-from harness.core import readback
+from harness.config import saved
+from harness.config.identity import differences
 from harness.core.record import read_record
 from harness.core.types import UserError
 from harness.engine import checkpoint
@@ -33,7 +33,7 @@ def read(cfg: DictConfig, classes: Sequence[str]) -> Start | None:
         return None
     run_dir = Path(cfg.detector.start)
     record = read_record(run_dir / "record.json")
-    _refuse_other_detector(run_dir, readback.read_config(run_dir), cfg)
+    _refuse_other_detector(run_dir, saved.read_config(run_dir), cfg)
     file = checkpoint.find(run_dir)
     state = checkpoint.read(file)
     _refuse_other_classes(run_dir, state.get("classes"), classes)
@@ -51,7 +51,7 @@ def _refuse_other_detector(run_dir: Path, trained: DictConfig, cfg: DictConfig) 
     if "caffe" not in now:  # weights of a ResNet say what pixels it wants, and how it is normalised
         before.pop("weights", None)
         now.pop("weights", None)
-    differing = compose.differences(before, now)
+    differing = differences(before, now)
     if differing:
         raise UserError(
             f"detector.start={run_dir} holds another detector ({'; '.join(differing[:3])}): give this run the detector "
