@@ -296,7 +296,7 @@ def test_a_method_without_its_first_stage_in_the_suite(bench):
         (["suite.jobs=0"], r"suite\.jobs=0 must be a whole number of at least 1"),
         (["suite.jobs=-1"], r"suite\.jobs=-1 must be"),
         (["suite.name=null"], r"suite\.name=null must be a name"),
-        (["devices=2"], r"devices=2 cannot share the 16 images"),
+        (["devices=2"], r"2 devices cannot share the 16 images"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_written(bench, overrides, words):
