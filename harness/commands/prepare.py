@@ -62,7 +62,7 @@ def describe(cfg: Any) -> dict[str, Any]:
     unlabeled = options.chosen.takes_unlabeled_part
     indices = prepare.parts(dataset, unlabeled)
     with _progress(console, sum(map(len, indices.values())), level) as advance:
-        checks = prepare.inspect(dataset, level, len(os.sched_getaffinity(0)), advance, unlabeled)
+        checks = prepare.inspect_dataset(dataset, level, len(os.sched_getaffinity(0)), advance, unlabeled)
     keys = _rows(cfg)
     found: dict[str, Any] = {
         "dataset": dataset.name,

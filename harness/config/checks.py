@@ -66,7 +66,7 @@ _EXTRAS = {
 }
 
 
-def check(cfg: DictConfig) -> None:
+def check_config(cfg: DictConfig) -> None:
     """Checks keys, values and combinations before any data is opened.
 
     Raises:

@@ -22,7 +22,7 @@ Milestone = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class BatchOptions:
     """The keys of `batch`: how a student step is made up."""
 
     labeled: Images
@@ -112,7 +112,7 @@ class Schedule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Suite:
+class SuiteOptions:
     """The keys of `suite`."""
 
     name: Name
@@ -174,7 +174,7 @@ class Config:
     split: SplitOptions
     detector_style: Literal["torchvision", "detectron", "mmdetection", "tensorpack"]
     seed: Seed | None
-    batch: Batch
+    batch: BatchOptions
     check: Literal["quick", "headers", "full"]
     export_dir: File | None
     prepare: Prepare
@@ -198,7 +198,7 @@ class Config:
     cache_dir: File | None
     preset_name: Name | None
     cli: Cli
-    suite: Suite | None = None
+    suite: SuiteOptions | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

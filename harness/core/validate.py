@@ -100,7 +100,7 @@ def check(kind: Any, value: Any, key: str = "") -> None:
         raise _error(kind, value, key)
 
 
-def make(kind: type[T], values: Mapping[str, Any], key: str) -> T:
+def make_checked(kind: type[T], values: Mapping[str, Any], key: str) -> T:
     """A dataclass from checked keys.
 
     Raises:

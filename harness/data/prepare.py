@@ -85,7 +85,7 @@ def sources(
         dataset: what was split.
         split: from `resolve_split`.
         options: for its policy.
-        checks: from `check`, to leave pictures out that were found bad; a training draws from whole lists instead.
+        checks: from `require_usable`, to leave out pictures that were found bad; a training draws from whole lists.
 
     Returns:
         Labelled images with boxes; unlabelled images without, or None where there is none.
@@ -149,7 +149,7 @@ def parts(dataset: Dataset, unlabeled: bool = False) -> dict[str, CocoIndex]:
     return {name: index for name, index in found.items() if index is not None}
 
 
-def inspect(
+def inspect_dataset(
     dataset: Dataset,
     level: str = "quick",
     threads: int = 1,
@@ -174,14 +174,14 @@ def inspect(
     return Checks(pictures, findings, _fatal(indices, pictures))
 
 
-def check(dataset: Dataset, level: str = "quick", threads: int = 1, unlabeled: bool = False) -> Checks:
-    """`inspect`, before a training; with the unlabelled part only where the run needs it.
+def require_usable(dataset: Dataset, level: str = "quick", threads: int = 1, unlabeled: bool = False) -> Checks:
+    """`inspect_dataset`, before a training; with the unlabelled part only where the run needs it.
 
     Raises:
         UserError: if an evaluation picture cannot be used, more than a tenth of the training pictures cannot, or the
             evaluation part has no box.
     """
-    checks = inspect(dataset, level, threads, unlabeled=unlabeled)
+    checks = inspect_dataset(dataset, level, threads, unlabeled=unlabeled)
     if checks.fatal:
         raise UserError(checks.fatal)
     return checks

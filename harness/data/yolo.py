@@ -167,11 +167,11 @@ def yolo_index(said: _Description, part: str, cache_dir: Path, threads: int = 8)
             finding("pictures that cannot be read, left out", bad, lambda row: f"{files[row]} {sizes[row]}")
             + finding("pictures without a label file, taken for pictures without an object", bare, files.__getitem__)
         )
-        annotation_cache.save(to, annotations)
+        annotation_cache.save_annotations(to, annotations)
 
     parameters["code"] = annotation_cache.code_sha256()
     folder = build_once(cache_dir / "annotations", parameters, build)
-    annotations = annotation_cache.read(folder)
+    annotations = annotation_cache.read_annotations(folder)
     content = [
         annotations.file_names,
         annotations.sizes.tolist(),

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from detectors.detector import Detector
 from harness.config import saved
-from harness.config.identity import config_sha256, differences, without_circumstances
+from harness.config.identity import config_sha256, differences, identity, without_circumstances
 from harness.config.names import cell_name, group_name
 from harness.core import files, readback
 from harness.core.distributed import World
@@ -117,7 +117,7 @@ def of_run(run_dir: Path, network: str | None, cache_dir: str) -> Trained:
     cfg = saved.read_config(run_dir)
     file = checkpoint.find(run_dir)
     state = checkpoint.read(file)
-    refuse_foreign(run_dir, file, state["identity"], cfg)
+    refuse_other_run(run_dir, file, state["identity"], cfg)
     cfg.cache_dir = cache_dir
     classes, ids = _classes(cfg, state)
     pretraining = _pretraining(run_dir)
@@ -149,7 +149,7 @@ def of_run(run_dir: Path, network: str | None, cache_dir: str) -> Trained:
     return Trained(detector, about, cfg.pipeline)
 
 
-def refuse_foreign(run_dir: Path, file: Path, identity: Mapping[str, str], trained: DictConfig) -> None:
+def refuse_other_run(run_dir: Path, file: Path, found: Mapping[str, str], trained: DictConfig) -> None:
     """Refuses a checkpoint, or a record, that another run has written.
 
     Raises:
@@ -171,7 +171,7 @@ def refuse_foreign(run_dir: Path, file: Path, identity: Mapping[str, str], train
             "dataset": record.dataset_sha256,
             "evaluation set": record.val_sha256,
         }
-    differing = [what for what, value in own.items() if value and identity.get(what) != value]
+    differing = [what for what, value in own.items() if value and found.get(what) != value]
     if differing:
         raise UserError(
             f"the checkpoint {file} is of another run than the rest of {run_dir}, it has another "

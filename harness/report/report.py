@@ -25,7 +25,7 @@ from harness.core.record import BASELINE
 from harness.core.types import UserError
 from harness.report import plots
 from harness.report import text as formatting
-from harness.report.tables import Section, load, method_label
+from harness.report.tables import Section, load_runs, method_label
 from harness.report.text import cell_text
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -64,7 +64,7 @@ def run(folder: Path, out: Path | None = None) -> Path:
         RunError: the disk is full, or fails.
     """
     out = folder / "report" if out is None else out
-    sections, problems = load(folder)
+    sections, problems = load_runs(folder)
     for section in sections:
         section.plots = plots.draw(section, problems)
     content = {
@@ -144,7 +144,7 @@ def show(folder: Path, console: Console) -> None:
         shown.stylize(style)
         return shown
 
-    for section in load(folder)[0]:
+    for section in load_runs(folder)[0]:
         title = text(section.title, "bold") + text(": COCO AP, mean ± standard deviation (n runs)")
         console.print(Text("\n") + title, soft_wrap=True)
         table = Table()

@@ -178,7 +178,7 @@ class Section:
         return [values[name] for name in sorted(values)]
 
 
-def load(folder: Path) -> tuple[list[Section], list[str]]:
+def load_runs(folder: Path) -> tuple[list[Section], list[str]]:
     """Reads and sorts all records below a folder.
 
     Returns:

@@ -58,7 +58,7 @@ def metric(key: str) -> str:
     return key.replace("ap", "AP").replace("_", "")
 
 
-def score(cell: Cell) -> str:
+def shown_score(cell: Cell) -> str:
     """Mean, spread and n of a cell."""
     return spread(cell.mean("ap"), cell.std("ap"), cell.n)
 

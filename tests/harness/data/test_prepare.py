@@ -353,7 +353,7 @@ def test_bad_training_pictures_are_left_out(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path)
     (tmp_path / "train" / "7.jpg").unlink()
     (tmp_path / "train" / "8.jpg").write_bytes(b"")
-    checks = prepare.check(dataset)
+    checks = prepare.require_usable(dataset)
     assert checks.bad_images == 2
     split = prepare.resolve_split(dataset, config("soft_teacher", 100))
     assert len(split.labeled_ids) == 20
@@ -377,7 +377,7 @@ def test_fatal_pictures(tmp_path: Path, spoil: Callable[[Path], Any], message: s
     dataset = make_dataset(tmp_path)
     spoil(tmp_path)
     with pytest.raises(UserError, match=message) as caught:
-        prepare.check(dataset)
+        prepare.require_usable(dataset)
     assert "\n" not in str(caught.value)
 
 
@@ -386,20 +386,20 @@ def test_evaluation_without_a_box(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "val.json").read_text())
     (tmp_path / "val.json").write_text(json.dumps(content | {"annotations": []}))
     with pytest.raises(UserError, match="no box to score against"):
-        prepare.check(open_dataset(tmp_path))
+        prepare.require_usable(open_dataset(tmp_path))
 
 
 def test_shared_pictures_are_reported(tmp_path: Path) -> None:
     make_dataset(tmp_path)
     dataset = open_dataset(tmp_path, val_images="train")
-    (finding,) = prepare.check(dataset).findings
+    (finding,) = prepare.require_usable(dataset).findings
     assert finding.count == 3
     assert "in train and in val" in str(finding)
 
 
 def test_unknown_level(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="check=deep is not one of quick, headers, full"):
-        prepare.check(make_dataset(tmp_path), "deep")
+        prepare.require_usable(make_dataset(tmp_path), "deep")
 
 
 # Split files.

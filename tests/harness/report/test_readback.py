@@ -261,7 +261,7 @@ def test_ids_stand_under_the_share_that_they_are(tmp_path: Path) -> None:
         )
         text = _report(tmp_path)
         assert f"| method | 15.6 % ({protocol}) (20 images) |" in text
-        assert len(tables.load(tmp_path / "runs")[0][0].rows) == 2
+        assert len(tables.load_runs(tmp_path / "runs")[0][0].rows) == 2
         with (tmp_path / "out/report.csv").open() as file:
             assert {row["percent"] for row in csv.DictReader(file)} == {"15.6"}
 
@@ -299,7 +299,7 @@ def test_planned_cell_of_ids_stands_with_the_others(tmp_path: Path) -> None:
         write_record(tmp_path / name, _record(cell, method, **ids))
     plan = (tmp_path / FILES[3]).read_text().replace("soft_teacher", "ids")
     (tmp_path / FILES[3]).write_text(plan)
-    section = tables.load(tmp_path / "runs")[0][0]
+    section = tables.load_runs(tmp_path / "runs")[0][0]
     assert section.percents == [15.6]
     assert [run.record.cell for run in section.missing] == ["c"]
 

@@ -121,7 +121,7 @@ def test_pairs_only_the_same_fold_and_steps(tmp_path):
     make(tmp_path, "stac", 1, 2, 90.0)
     longer = {"steps": 2000, "config": {"schedule": {"steps": 2000}}, "cell": "longer"}
     make(tmp_path, "soft_teacher", 1, 1, 30.0, **longer)
-    section = report.load(tmp_path)[0][0]
+    section = report.load_runs(tmp_path)[0][0]
     by_method = {row.method: row.cells[1.0] for row in section.rows}
     assert by_method["stac"].gains == [6.0]
     assert by_method["soft_teacher"].gains == []
@@ -146,7 +146,7 @@ def test_pairs_only_the_same_fold_and_steps(tmp_path):
 def test_what_cannot_be_compared_is_never_in_one_table(tmp_path, key, value):
     make(tmp_path, "supervised", 10, 1, 60.0)
     make(tmp_path, "supervised", 10, 2, 10.0, **{key: value, "cell": "other"})
-    sections, _ = tables.load(tmp_path)
+    sections, _ = tables.load_runs(tmp_path)
     assert len(sections) == 2
     assert sorted(section.rows[0].cells[10.0].mean("ap") for section in sections) == [10.0, 60.0]
     assert len({str(section.keys[key]) for section in sections}) == 2
@@ -156,7 +156,7 @@ def test_other_configurations_of_a_method_are_never_averaged(tmp_path):
     for fold in (1, 2):
         make(tmp_path, "supervised", 10, fold, 60.0)
     make(tmp_path, "supervised", 10, 3, 10.0, config={"schedule": {"steps": 5}, "split": {"percent": 10, "fold": 3}})
-    section = tables.load(tmp_path)[0][0]
+    section = tables.load_runs(tmp_path)[0][0]
     assert [(row.label, row.cells[10.0].n) for row in section.rows] == [
         ("Supervised", 2),
         ("Supervised (schedule.steps=5)", 1),
@@ -174,7 +174,7 @@ def test_where_it_ran_does_not_matter(tmp_path):
         62.0,
         config=config | {"runs_dir": "here", "device": "cpu", "data": {"root": "y"}},
     )
-    assert tables.load(tmp_path)[0][0].rows[0].cells[10.0].n == 2
+    assert tables.load_runs(tmp_path)[0][0].rows[0].cells[10.0].n == 2
 
 
 def test_missing_cells_have_their_reason(runs):
@@ -193,25 +193,25 @@ def test_missing_cells_have_their_reason(runs):
     for reason in ("the loss is not finite", "interrupted by SIGTERM", "its first stage failed"):
         assert reason in text
         assert reason in page
-    assert len(tables.load(runs)[0]) == 1
+    assert len(tables.load_runs(runs)[0]) == 1
 
 
 def test_a_copied_folder_counts_once(runs):
     make(runs, "stac", 1, 1, 26.0, cell="copy", started="2030-01-01")
-    sections, problems = tables.load(runs)
+    sections, problems = tables.load_runs(runs)
     assert {row.method: row.cells[1.0].n for row in sections[0].rows} == {"supervised": 3, "stac": 3}
     assert "is not counted" in problems[0]
 
 
 def test_first_stages_within_a_run_are_not_runs(runs):
     make(runs / "quick/stac-1-1", "supervised", 1, 9, 0.0)
-    assert {run.record.fold for run in tables.load(runs)[0][0].runs} == {1, 2, 3}
+    assert {run.record.fold for run in tables.load_runs(runs)[0][0].runs} == {1, 2, 3}
 
 
 def test_damaged_records_are_named_and_the_rest_is_shown(runs):
     (runs / "quick/stac-1-1/record.json").write_text("{")
     assert "stac-1-1" in read(report.run(runs))
-    assert tables.load(runs)[0][0].rows[1].cells[1.0].n == 2
+    assert tables.load_runs(runs)[0][0].rows[1].cells[1.0].n == 2
 
 
 @pytest.mark.parametrize("content", [None, "{"])
@@ -284,7 +284,7 @@ def test_curves_are_read_from_metrics(tmp_path):
 
 def test_figures_are_the_same_for_the_same_records(runs):
     write_curves(runs / "quick/stac-1-1")
-    section = tables.load(runs)[0][0]
+    section = tables.load_runs(runs)[0][0]
     first = plots.draw(section)
     assert set(first) == {"ap_by_ratio", "learning_curves", "pseudo_labels"}
     assert plots.draw(section) == first
