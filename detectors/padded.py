@@ -95,7 +95,7 @@ def scatter_by_image(values: Tensor, images: Tensor, batch: int, room: int, fill
     """Rows (K, ...) sorted by image to (B, room, ...): each image's first `room` rows, padded with `fill`."""
     index = torch.arange(batch, device=images.device)
     first = (images[None] < index[:, None]).sum(1)
-    slots = torch.arange(len(images), device=images.device) - first[images]
+    slots = torch.arange(images.shape[0], device=images.device) - first[images]
     overflow = batch * room  # one row to throw away, since a mask would wait for the device
     place = torch.where(slots < room, images * room + slots, overflow)
     out = torch.full((batch * room + 1, *values.shape[1:]), fill, dtype=values.dtype, device=values.device)

@@ -36,6 +36,8 @@ class PyramidRoiAlign(nn.Module):
         finest, coarsest = int(math.log2(strides[0])), int(math.log2(strides[-1]))
         fitting = torch.floor(self.level + torch.log2(box_ops.area(boxes).sqrt() / self.scale) + 1e-6)
         level = fitting.nan_to_num(nan=finest).clamp(finest, coarsest).sub(finest).long()  # a loss tells of no numbers
+        if torch.compiler.is_exporting():
+            return self.in_graph(features, strides, boxes, images, level)
         if not boxes.is_cuda and self.sampling_ratio == 1:
             return self.by_look_up(features, strides, boxes, images, level)
         return self.by_operator(features, strides, boxes, images, level)
@@ -52,6 +54,20 @@ class PyramidRoiAlign(nn.Module):
             for feature, stride, part in zip(features, strides, rois[order].split(counts), strict=True)
         ]
         return torch.cat(pooled).index_select(0, torch.argsort(order))
+
+    def in_graph(
+        self, features: list[Tensor], strides: list[int], boxes: Tensor, images: Tensor, level: Tensor
+    ) -> Tensor:
+        """torchvision's operator on every level for all regions, of which each takes one: sizes do not depend on data.
+
+        `level` (R,) int64.
+        """
+        rois = torch.cat([images[:, None].to(boxes.dtype), boxes], 1)
+        pooled = torch.zeros((), dtype=features[0].dtype)
+        for number, (feature, stride) in enumerate(zip(features, strides, strict=True)):
+            here = roi_align(feature, rois, self.output, 1.0 / stride, self.sampling_ratio, self.aligned)
+            pooled = torch.where((level == number)[:, None, None, None], here, pooled)
+        return pooled
 
     def by_look_up(
         self, features: list[Tensor], strides: list[int], boxes: Tensor, images: Tensor, level: Tensor

@@ -17,8 +17,15 @@ ALLOWED = {
     "normalize": "the same",
     "mix_channels": "the same",
     "accumulate": "gradients in the loop, matches in the evaluation",
+    "load": "a configuration, and the runs of a report",
+    "score": "detections, and a cell of a report, whose templates use it as a filter",
+    "Analysis": "of the matches of one evaluation, and of a section of a report",
+    "analyse": "the same",
+    "interval": "of bootstrap draws, and in words",
+    "show": "a report on a terminal, and a gallery of pictures",
+    "measure": "pseudo labels, and a user's own data",
     "encode": "boxes, and a trained network's file",
-    "read": "a checkpoint, and a trained network's file",
+    "read": "a checkpoint, a trained network's file, and the run that a detector starts from",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,23 @@ from omegaconf import DictConfig
 from rich.table import Table
 from rich.text import Text
 
+from detectors.detector import Detector
+from harness.commands import usage
 from harness.config import saved
-from harness.config.identity import config_sha256, differences, identity, is_circumstance, without_circumstances
+from harness.config.identity import differences, identity, is_circumstance
 from harness.config.names import group_name
 from harness.core import distributed
 from harness.core.console import STDERR, Console
 from harness.core.escape import literal
 from harness.core.files import require_writable, trouble, write_atomically
-from harness.core.record import read_record
-from harness.core.types import UserError
+from harness.core.types import Pipeline, UserError
 from harness.data.datasets import Dataset
 from harness.data.ground_truth import from_index
-from harness.engine import build, checkpoint
-from harness.engine.analysis import MATCHES, analyse
+from harness.engine import build, checkpoint, trained
+from harness.engine.analysis import MATCHES, Analysis, analyse
 from harness.engine.evaluate import METRICS, evaluate
 from harness.engine.matches import write_matches
+from harness.engine.trained import refuse_other_run
 
 # What `evaluate` takes beside the keys that find the run; a group stands for its keys too.
 _USED = (
@@ -46,6 +49,8 @@ def run(cfg: DictConfig) -> int:
         UserError: there is no run in `run_dir`, the checkpoint is of another one, the classes of `data` are not those
             of the run, a key is given that cannot be used, or `out` cannot be written.
     """
+    if cfg.model:
+        return _of_file(cfg)
     run_dir = Path(cfg.run_dir)
     if why := trouble(run_dir / "config.yaml"):
         raise UserError(f"there is no run in {run_dir} (config.yaml: {why}): set run_dir to the folder of a run")
@@ -54,52 +59,77 @@ def run(cfg: DictConfig) -> int:
     threshold = float(cfg.evaluation.score_threshold)
     out = Path(cfg.out) if cfg.out else run_dir / _file_name(cfg, other, threshold)
     require_writable(out, "out")
-    trained = saved.read_config(run_dir)
-    _refuse_unused(cfg, given, trained)
+    own = saved.read_config(run_dir)
+    _refuse_unused(cfg, given, own)
     file = checkpoint.find(run_dir)
     world = distributed.join(distributed.resolve_device(cfg.device, 1))
     state = checkpoint.read(file, world.device)
-    _refuse_foreign(run_dir, file, state["identity"], trained)
+    refuse_other_run(run_dir, file, state["identity"], own)
     torch.set_num_threads(int(cfg.threads))
-    opened, classes = _open(cfg, trained, other, state)
-    recorded_threshold = float(trained.evaluation.score_threshold)
-    trained.evaluation = cfg.evaluation
+    opened, classes = _open(cfg, own, other, state)
+    recorded_threshold = float(own.evaluation.score_threshold)
+    own.evaluation = cfg.evaluation
     if "pipeline" in given:
-        trained.pipeline = cfg.pipeline
-    trained.pipeline.on_bad_image = cfg.pipeline.on_bad_image
-    method = build.method(trained, build.detector(trained, len(classes))).to(world.device)
+        own.pipeline = cfg.pipeline
+    own.pipeline.on_bad_image = cfg.pipeline.on_bad_image
+    method = build.method(own, build.detector(own, len(classes))).to(world.device)
     try:
         method.load_state_dict(state["method"])
     except RuntimeError as error:
         raise UserError(checkpoint.misfit(file, error)) from error
-    pipeline = build.pipeline(trained, world, method.networks()[method.reported].normalize)
-    try:
-        evaluations = {
-            name: evaluate(
-                network,
-                pipeline,
-                opened.val.source(),
-                opened.val.coco_ground_truth(),
-                opened.val.category_ids,
-                threshold,
-                world,
-            )
-            for name, network in method.networks().items()
-        }
-    finally:
-        pipeline.close()
-    truth = from_index(opened.val)
-    analyses = {name: analyse(rows, truth, opened.voc_ap) for name, (_, rows) in evaluations.items()}
-    scores = {name: analyses[name].scores | metrics for name, (metrics, _) in evaluations.items()}
+    pipeline = build.pipeline(own, world, method.networks()[method.reported].normalize)
+    scores, analyses = _scores(method.networks(), pipeline, opened, threshold, world)
     if not other and not (run_dir / MATCHES).exists() and threshold == recorded_threshold:
         write_matches(run_dir / MATCHES, analyses[method.reported].matches)
-    on = f" on data={opened.name}" if other else ""
+    _tell(scores, method.reported, opened, threshold, out, f"{file}{f' on data={opened.name}' if other else ''}")
+    return 0
+
+
+def _of_file(cfg: DictConfig) -> int:
+    """The same for the one network of an exported file, on the evaluation images of `data`."""
+    usage.require_network("evaluate", _given(cfg))
+    for key in sorted(_given(cfg).difference(_USED, ("model", "network"))):
+        raise UserError(f"evaluate does not use {key} with model=FILE: leave it out")
+    threshold = float(cfg.evaluation.score_threshold)
+    out = Path(cfg.out) if cfg.out else Path(cfg.model).parent / _file_name(cfg, True, threshold)
+    require_writable(out, "out")
+    world = distributed.join(distributed.resolve_device(cfg.device, 1))
+    torch.set_num_threads(int(cfg.threads))
+    network = trained.open_trained(cfg, world.device)
+    opened = build.dataset(cfg)
+    _require_classes(opened, network.about.classes)
+    name = network.about.network
+    scores, _ = _scores({name: network.detector}, network.pipeline(cfg, world), opened, threshold, world)
+    _tell(scores, name, opened, threshold, out, f"{cfg.model} on data={opened.name}")
+    return 0
+
+
+def _scores(
+    networks: Mapping[str, Detector], feed: Pipeline, opened: Dataset, threshold: float, world: distributed.World
+) -> tuple[dict[str, dict[str, float | None]], dict[str, Analysis]]:
+    """Metrics of each network on the evaluation images, and what else its detections tell; closes the pipeline."""
+    val = opened.val
+    try:
+        evaluations = {
+            name: evaluate(network, feed, val.source(), val.coco_ground_truth(), val.category_ids, threshold, world)
+            for name, network in networks.items()
+        }
+    finally:
+        feed.close()
+    truth = from_index(val)
+    analyses = {name: analyse(rows, truth, opened.voc_ap) for name, (_, rows) in evaluations.items()}
+    return {name: analyses[name].scores | metrics for name, (metrics, _) in evaluations.items()}, analyses
+
+
+def _tell(
+    scores: dict[str, dict[str, float | None]], reported: str, opened: Dataset, threshold: float, out: Path, what: str
+) -> None:
+    """Writes the scores to `out` and prints them, and where they are."""
     content = {"score_threshold": threshold, "data": opened.name, "val_sha256": opened.val.sha256, "networks": scores}
     write_atomically(out, msgspec.json.format(msgspec.json.encode(content)))
     console = Console()
-    title = literal(f"{file}{on}, scores above {threshold:g}", console.encoding)
-    console.print(_table(title, scores, method.reported))
-    return 0
+    console.print(_table(literal(f"{what}, scores above {threshold:g}", console.encoding), scores, reported))
+    console.say(f"written to {out}")
 
 
 def _given(cfg: DictConfig) -> set[str]:
@@ -108,7 +138,7 @@ def _given(cfg: DictConfig) -> set[str]:
     return {key.split(".")[0] if key.split(".")[0] in _USED else key for key in keys}
 
 
-def _refuse_unused(cfg: DictConfig, given: set[str], trained: DictConfig) -> None:
+def _refuse_unused(cfg: DictConfig, given: set[str], own: DictConfig) -> None:
     """Refuses keys that would change nothing.
 
     Without `run_dir` keys such as `method` and `split.percent` find the run, as they name it for `train`: they must
@@ -125,7 +155,7 @@ def _refuse_unused(cfg: DictConfig, given: set[str], trained: DictConfig) -> Non
             )
     if not finds:
         return
-    before, now = identity(trained), identity(cfg)
+    before, now = identity(own), identity(cfg)
     for plain in (before, now):
         plain.pop("pipeline", None)
         for key in ("score_threshold", "batch"):
@@ -138,51 +168,26 @@ def _refuse_unused(cfg: DictConfig, given: set[str], trained: DictConfig) -> Non
         )
 
 
-def _refuse_foreign(run_dir: Path, file: Path, found: dict[str, str], trained: DictConfig) -> None:
-    """Refuses a checkpoint, or a record, that another run has written.
-
-    Raises:
-        UserError: naming it, and what differs.
-    """
-    own = {"config": config_sha256(trained)}
-    path = run_dir / "record.json"
-    if path.exists():
-        record = read_record(path)
-        differing = differences(without_circumstances(record.config), identity(trained))
-        if differing:
-            raise UserError(
-                f"{path} is of another run than {run_dir / 'config.yaml'} ({'; '.join(differing[:3])}): put the files "
-                "back as one run wrote them, or evaluate another folder"
-            )
-        own = {
-            "config": record.config_sha256,  # as the code of its time made it, like the checkpoint's
-            "split": record.split_sha256,
-            "dataset": record.dataset_sha256,
-            "evaluation set": record.val_sha256,
-        }
-    differing = [what for what, value in own.items() if value and found.get(what) != value]
-    if differing:
-        raise UserError(
-            f"the checkpoint {file} is of another run than the rest of {run_dir}, it has another "
-            f"{' and another '.join(differing)}: evaluate the run that wrote it, or delete it here"
-        )
-
-
-def _open(cfg: DictConfig, trained: DictConfig, other: bool, state: dict[str, Any]) -> tuple[Dataset, list[str]]:
+def _open(cfg: DictConfig, own: DictConfig, other: bool, state: dict[str, Any]) -> tuple[Dataset, list[str]]:
     """The dataset to score on, and the classes of the run, which are its classes too."""
-    trained.cache_dir = cfg.cache_dir
+    own.cache_dir = cfg.cache_dir
     names = state.get("classes")  # checkpoints of before do not say
-    classes = list(names or build.dataset(trained).train.category_names)
-    opened = build.dataset(cfg if other else trained)
+    classes = list(names or build.dataset(own).train.category_names)
+    opened = build.dataset(cfg if other else own)
+    _require_classes(opened, classes)
+    if not other and opened.val.sha256 != state["identity"]["evaluation set"]:
+        STDERR.say(f"the evaluation images of data={opened.name} have changed since the run was trained")
+    return opened, classes
+
+
+def _require_classes(opened: Dataset, classes: list[str]) -> None:
+    """Raises UserError where a dataset's classes are not those of a network."""
     found = list(opened.val.category_names)
     if found != classes:
         raise UserError(
             f"data={opened.name} has the classes {_some(found)}, and the run was trained on {_some(classes)}: evaluate "
             "on data with the same classes in the same order"
         )
-    if not other and opened.val.sha256 != state["identity"]["evaluation set"]:
-        STDERR.say(f"the evaluation images of data={opened.name} have changed since the run was trained")
-    return opened, classes
 
 
 def _some(names: list[str]) -> str:

@@ -12,5 +12,6 @@ from harness.report import report
 def run(cfg: DictConfig) -> int:
     """Writes the report of all records below `runs_dir` and prints where it is; gives the exit code."""
     runs_dir = Path(cfg.runs_dir)
-    print(report.run(runs_dir, Path(cfg.out) if cfg.out else runs_dir / "report"))
+    out = Path(cfg.out) if cfg.out else runs_dir / "report"
+    print(report.run(runs_dir, out, cfg.report.resamples, cfg.report.gallery))
     return 0

@@ -80,7 +80,7 @@ def _run(cfg: DictConfig, cells: list[SuiteCell], suite_dir: Path, claims: Claim
     with stop.installed():
         if missing:
             Suite(cells, suite_dir, environments(cfg, jobs), stop, SuiteView(cells, console), claims, wait).execute()
-    told = conclude(suite_dir, cfg, cells, console)
+    told = conclude(suite_dir, cfg, cells, console, quickly=bool(stop.signal_number))
     if stop.signal_number:
         return 128 + stop.signal_number
     states = {cell.state for cell in cells}
@@ -103,8 +103,12 @@ def status(cells: list[SuiteCell], suite_dir: Path, claims: Claims, console: Con
     return 0
 
 
-def conclude(suite_dir: Path, cfg: DictConfig, cells: list[SuiteCell], console: Console) -> bool:
+def conclude(suite_dir: Path, cfg: DictConfig, cells: list[SuiteCell], console: Console, quickly: bool = False) -> bool:
     """Writes how every cell ended and the report, and prints the table; an error of one stops none of the others.
+
+    Args:
+        suite_dir, cfg, cells, console: of the suite.
+        quickly: without what takes a report long, as somebody waits for the suite to stop.
 
     Returns:
         Whether all of that could be done. What could not is told; the records are whole in any case.
@@ -112,7 +116,8 @@ def conclude(suite_dir: Path, cfg: DictConfig, cells: list[SuiteCell], console: 
     steps: list[Callable[[], Any]] = [lambda: write_plan(suite_dir, cfg, cells)]
     if any((cell.run_dir / "record.json").exists() for cell in cells):
         html = suite_dir / "report" / "report.html"
-        steps += [lambda: report.run(suite_dir, html.parent), lambda: report.show(suite_dir, console)]
+        drawn = (0, 0) if quickly else (cfg.report.resamples, cfg.report.gallery)
+        steps += [lambda: report.run(suite_dir, html.parent, *drawn), lambda: report.show(suite_dir, console)]
         steps += [lambda: console.print(f"report: {html}", soft_wrap=True, highlight=False, markup=False)]
     else:
         steps += [lambda: console.print(_no_record(cells), soft_wrap=True, highlight=False, markup=False)]

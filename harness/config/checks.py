@@ -35,7 +35,11 @@ class Group:
 # What has a `_target_`, by its place in the configuration. `logging.loggers` is a list of such.
 GROUPS = {
     "data": Group("harness.data.datasets:Dataset", ("cache_dir",), ("small",)),
-    "detector": Group("detectors.detector:Detector", ("num_classes", "generated")),
+    "detector": Group(
+        "detectors.detector:Detector",
+        ("num_classes", "generated"),
+        ("backbone_lr_scale", "start", "start_sha256"),
+    ),
     "method": Group(
         "detectors.methods.method:Method", ("detector", "steps"), ("name", "augment", "unlabeled", "offline")
     ),
@@ -62,6 +66,8 @@ _EXTRAS = {
     "cv2": "pip install opencv-python-headless",
     "wandb": "pip install 'ssodbench[wandb]'",
     "mlflow": "pip install 'ssodbench[mlflow]'",
+    "onnx": "pip install 'ssodbench[onnx]'",
+    "onnxscript": "pip install 'ssodbench[onnx]'",
     "submitit": "pip install 'ssodbench[slurm]'",
 }
 
@@ -100,6 +106,7 @@ def check_values(plain: dict[str, Any]) -> None:
     for group in _NAMED:
         validate.check(schema.Name, plain[group].get("name"), f"{group}.name")
     _check_method(plain["method"])
+    validate.check(schema.DetectorKeys, _own("detector", plain["detector"]), "detector")
     _check_optimizer(plain["schedule"]["optimizer"])
     for name in (*_NAMED, "schedule.optimizer"):
         if not _as_shipped(name, plain["cli"]["overrides"], plain["cli"]["config_dirs"]):
@@ -110,7 +117,7 @@ def check_values(plain: dict[str, Any]) -> None:
         if isinstance(chosen, dict):
             _check_constructor("logging.loggers", chosen, f"logging.loggers[{place}]")
     if "small" in plain["data"]:  # after the keys of `data`, which it may refer to
-        validate.check(schema.Small, plain["data"]["small"], "data.small")
+        validate.check(schema.SmallOptions, plain["data"]["small"], "data.small")
     _check_policy(plain)
 
 
@@ -169,8 +176,12 @@ def _at(plain: dict[str, Any], place: str) -> dict[str, Any]:
 def _check_optimizer(options: dict[str, Any]) -> None:
     if "name" in options:
         moved.override(f"schedule.optimizer.name={options['name']}")  # says which names there are
-    own = {key: options[key] for key in GROUPS["schedule.optimizer"].own if key in options}
-    validate.check(schema.Optimizer, own, "schedule.optimizer")
+    validate.check(schema.OptimizerOptions, _own("schedule.optimizer", options), "schedule.optimizer")
+
+
+def _own(name: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Of a group's values those that its constructor does not take."""
+    return {key: values[key] for key in GROUPS[name].own if key in values}
 
 
 def check_method(cfg: DictConfig) -> None:
@@ -185,7 +196,7 @@ def check_method(cfg: DictConfig) -> None:
 
 
 def _check_method(method: dict[str, Any]) -> None:
-    own = {key: method[key] for key in GROUPS["method"].own if key in method}
+    own = _own("method", method)
     validate.check(schema.MethodKeys, own, "method")
     options = own.get("offline")
     if options and options["stage1"] == own["name"]:
@@ -281,19 +292,29 @@ def check_extras(cfg: DictConfig, logs: bool = False, pipelines: Sequence[str] =
     targets = {name: f"pipelines.{name}." for name in pipelines} or {str(cfg.pipeline.name): str(cfg.pipeline._target_)}
     for name, target in targets.items():
         if target.startswith("pipelines.dali."):
-            _need("nvidia.dali", f"pipeline={name} needs NVIDIA DALI, which", "pipeline=torchvision")
+            need("nvidia.dali", f"pipeline={name} needs NVIDIA DALI, which", "pipeline=torchvision")
         if target.startswith("pipelines.opencv."):
-            _need("cv2", f"pipeline={name} needs OpenCV, which", "pipeline=torchvision")
+            need("cv2", f"pipeline={name} needs OpenCV, which", "pipeline=torchvision")
     if not logs:
         return
     for chosen in cfg.logging.loggers:
         if chosen in ("wandb", "mlflow"):
-            _need(chosen, f"logging.loggers names {chosen}, which", "leave it out")
+            need(chosen, f"logging.loggers names {chosen}, which", "leave it out")
     if str(cfg.launcher.get("_target_")).startswith("harness.launch.slurm."):
-        _need("submitit", "launcher=slurm needs submitit, which", "launcher=local")
+        need("submitit", "launcher=slurm needs submitit, which", "launcher=local")
 
 
-def _need(module: str, said: str, otherwise: str) -> None:
+def need(module: str, said: str, otherwise: str) -> None:
+    """Checks that a module of an extra is installed.
+
+    Args:
+        module: its name.
+        said: what needs it, up to "which".
+        otherwise: what to give instead.
+
+    Raises:
+        UserError: it is not, saying how to install it.
+    """
     try:
         found = importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):

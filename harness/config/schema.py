@@ -20,6 +20,8 @@ Milestone = Annotated[
     Limits(gt=0, le=1e9, words="a step, or below 1 a fraction of the schedule, above 0: [120000,160000], or []"),
 ]
 
+_TWO = "a list of two, height and width in pixels: [800,1344]"
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchOptions:
@@ -34,7 +36,7 @@ class BatchOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepare:
+class PrepareOptions:
     """The keys of `prepare`: the splits that it describes."""
 
     percents: Annotated[list[Percent], Limits(least=1)] | None
@@ -42,7 +44,7 @@ class Prepare:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class EvaluationOptions:
     """The keys of `evaluation`: when and how networks are scored."""
 
     every: Annotated[float, Limits(gt=0, le=1e9)] | None
@@ -52,7 +54,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpointing:
+class CheckpointingOptions:
     """The keys of `checkpointing`: when states are saved, and which stay."""
 
     every: Steps
@@ -61,7 +63,7 @@ class Checkpointing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Logging:
+class LoggingOptions:
     """The keys of `logging`: how often lines are written, and where else scalars go."""
 
     every: Steps
@@ -69,7 +71,7 @@ class Logging:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Profile:
+class ProfileOptions:
     """The keys of `profile`."""
 
     pipelines: Annotated[list[Name], Limits(least=1)]
@@ -81,14 +83,37 @@ class Profile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Predict:
+class PredictOptions:
     """The keys of `predict`."""
 
     score: Share
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optimizer:
+class ReportOptions:
+    """The keys of `report`: what a report takes time for."""
+
+    resamples: Annotated[int, Limits(ge=0, le=100_000)]
+    gallery: Annotated[int, Limits(ge=0, le=100)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """The keys of `export`."""
+
+    size: Annotated[list[Annotated[int, Limits(ge=1, le=16_384)]], Limits(least=2, most=2, words=_TWO)] | None
+    score: Share
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitOptions:
+    """The keys of `init`."""
+
+    dir: File | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerOptions:
     """The keys of `schedule.optimizer` that the program reads; its `_target_` takes the others."""
 
     lr: Annotated[float, Limits(gt=0, le=1000)]
@@ -97,7 +122,7 @@ class Optimizer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule:
+class ScheduleOptions:
     """The keys of `schedule`."""
 
     steps: Steps
@@ -130,7 +155,7 @@ class SuiteOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Small:
+class SmallOptions:
     """What the CPU preset takes from a dataset."""
 
     short_side: Pixels
@@ -139,7 +164,7 @@ class Small:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Offline:
+class OfflineOptions:
     """Pseudo labels made before training."""
 
     stage1: Name
@@ -153,7 +178,7 @@ class Offline:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cli:
+class CliOptions:
     """The keys of `cli`."""
 
     overrides: list[str]
@@ -169,7 +194,7 @@ class Config:
     method: dict[str, Any]
     pipeline: dict[str, Any]
     launcher: dict[str, Any]
-    schedule: Schedule
+    schedule: ScheduleOptions
     augment: dict[str, Any]
     split: SplitOptions
     detector_style: Literal["torchvision", "detectron", "mmdetection", "tensorpack"]
@@ -177,28 +202,41 @@ class Config:
     batch: BatchOptions
     check: Literal["quick", "headers", "full"]
     export_dir: File | None
-    prepare: Prepare
-    evaluation: Evaluation
+    prepare: PrepareOptions
+    evaluation: EvaluationOptions
     precision: Literal["fp32", "bf16"]
     channels_last: bool
     compile: bool
     device: Literal["auto", "cpu", "cuda"]
     devices: Annotated[int, Limits(ge=1, le=256)]
     threads: Annotated[int, Limits(ge=1, le=1024)]
-    checkpointing: Checkpointing
-    logging: Logging
+    checkpointing: CheckpointingOptions
+    logging: LoggingOptions
     runs_dir: File
     run_dir: File | None
-    profile: Profile
+    profile: ProfileOptions
+    report: ReportOptions
     out: File | None
     model: File | None
     network: Literal["student", "teacher"] | None
     images: File | Annotated[list[File], Limits(least=1)] | None
-    predict: Predict
+    predict: PredictOptions
+    format: Literal["safetensors", "pt", "onnx", "pt2"] | None
+    export: ExportOptions
+    init: InitOptions
     cache_dir: File | None
     preset_name: Name | None
-    cli: Cli
+    cli: CliOptions
     suite: SuiteOptions | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorKeys:
+    """Of a detector's keys those that its constructor does not take."""
+
+    backbone_lr_scale: Positive | None = None
+    start: File | None = None
+    start_sha256: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,4 +246,4 @@ class MethodKeys:
     name: Name
     augment: Name
     unlabeled: bool | None = None  # whether it draws unlabelled images; None: its class's views say so
-    offline: Offline | None = None
+    offline: OfflineOptions | None = None

@@ -40,7 +40,8 @@ def plain(text: object) -> str:
     Terminals obey control characters, SVG and LaTeX break at them, and UTF-8 cannot hold the lone surrogates by which
     Python shows file names of another encoding.
     """
-    return "".join(map(_visible, str(text)))
+    shown = str(text)
+    return shown if shown.isprintable() else "".join(map(_visible, shown))
 
 
 def _visible(character: str) -> str:

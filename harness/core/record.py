@@ -72,8 +72,17 @@ def read_record(path: Path) -> RunRecord:
     Raises:
         UserError: the file is missing, damaged, not a record, or was written by a newer ssodbench.
     """
+    return parse_record(path, readback.content_of(path, "give the folder of a run"))
+
+
+def parse_record(path: Path, content: bytes) -> RunRecord:
+    """A record from its JSON, a line of records.jsonl for instance; `path` is named in messages.
+
+    Raises:
+        UserError: it is damaged, not a record, or was written by a newer ssodbench.
+    """
     remedy = "delete it (or its folder) and run the cell again"
-    raw: Any = readback.decode_json(path, readback.content_of(path, "give the folder of a run"), Any, remedy)
+    raw: Any = readback.decode_json(path, content, Any, remedy)
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if not isinstance(raw, dict) or type(version) is not int or version < 1:
         raise UserError(f"{path} is not a run record, it has no schema_version: {remedy}.")

@@ -137,6 +137,12 @@ def _table(title: str, results: dict[str, dict[str, float]]) -> Table:
     return table
 
 
+def _known(cfg: DictConfig) -> dict[str, Path]:
+    """Name -> YAML of the pipelines that there are, in the folders that --config-dir gave too."""
+    folders = [_PIPELINES, *(Path(folder) / "pipeline" for folder in cfg.cli.config_dirs)]
+    return {path.stem: path for folder in folders for path in folder.glob("*.yaml")}
+
+
 def run(cfg: DictConfig) -> dict[str, Any]:
     """The command: measures, prints a table, writes `out` if given.
 
@@ -149,10 +155,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """
     options = cfg.profile
     names = list(options.pipelines)
-    known = sorted(path.stem for path in _PIPELINES.glob("*.yaml"))
+    known = _known(cfg)
     for name in names:
         if name not in known:
-            raise UserError(f"profile.pipelines names {name!r}, which is none of {', '.join(known)}")
+            raise UserError(f"profile.pipelines names {name!r}, which is none of {', '.join(sorted(known))}")
     if cfg.out:
         require_writable(Path(cfg.out), "out")
     from pipelines.dali.pipeline import DecodeOnly
@@ -173,7 +179,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         works: dict[str, Callable[[int], int]] = {}
         for name in names:
             threads = max(1, workers) if name == "dali" else workers
-            settings = OmegaConf.merge(OmegaConf.load(_PIPELINES / f"{name}.yaml"), {"threads": threads})
+            settings = OmegaConf.merge(OmegaConf.load(known[name]), {"threads": threads})
             changed = OmegaConf.merge(cfg, {"pipeline": settings})
             assert isinstance(changed, DictConfig)
             sampler = _Finite(len(source), 0, StepShape(batch, 0), seed=int(cfg.seed or 0))

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from detectors.detector import Detector
 from harness.config import saved
-from harness.config.identity import config_sha256, differences, identity, without_circumstances
+from harness.config.identity import config_sha256, differences, without_circumstances
+from harness.config.identity import identity as identity_of
 from harness.config.names import cell_name, group_name
 from harness.core import files, readback
 from harness.core.distributed import World
@@ -149,7 +150,7 @@ def of_run(run_dir: Path, network: str | None, cache_dir: str) -> Trained:
     return Trained(detector, about, cfg.pipeline)
 
 
-def refuse_other_run(run_dir: Path, file: Path, found: Mapping[str, str], trained: DictConfig) -> None:
+def refuse_other_run(run_dir: Path, file: Path, identity: Mapping[str, str], trained: DictConfig) -> None:
     """Refuses a checkpoint, or a record, that another run has written.
 
     Raises:
@@ -159,7 +160,7 @@ def refuse_other_run(run_dir: Path, file: Path, found: Mapping[str, str], traine
     path = run_dir / "record.json"
     if path.exists():
         record = read_record(path)
-        differing = differences(without_circumstances(record.config), identity(trained))
+        differing = differences(without_circumstances(record.config), identity_of(trained))
         if differing:
             raise UserError(
                 f"{path} is of another run than {run_dir / 'config.yaml'} ({'; '.join(differing[:3])}): put the files "
@@ -171,7 +172,7 @@ def refuse_other_run(run_dir: Path, file: Path, found: Mapping[str, str], traine
             "dataset": record.dataset_sha256,
             "evaluation set": record.val_sha256,
         }
-    differing = [what for what, value in own.items() if value and found.get(what) != value]
+    differing = [what for what, value in own.items() if value and identity.get(what) != value]
     if differing:
         raise UserError(
             f"the checkpoint {file} is of another run than the rest of {run_dir}, it has another "

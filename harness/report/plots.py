@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, NullLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from harness.core.escape import figure_label
 from harness.core.readback import EvalLine, Line, PseudoLine, TrainLine, read_metrics
-from harness.report.tables import UNKNOWN_SHARE, Row, Run, Section
+from harness.report.costs import Cost
+from harness.report.tables import UNKNOWN_SHARE, Row, Run, Section, method_label
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; markers repeat the distinction. A method keeps its
 # colour in every figure and report.
@@ -30,15 +31,39 @@ _KNOWN = {
 _OTHERS = (("#e69f00", "P"), ("#56b4e9", "X"), ("#8c6d31", "*"))
 Curves = dict[Path | None, list[Line]]  # run folder -> lines of its metrics.jsonl
 _STYLES = ("-", "--", ":", "-.")
+_INK, _PAPER, _GRID, _EDGE = "#1f2329", "#fffffe", "#e4e4e4", "#8a8a8a"
+# What each colour becomes where the reader has asked for a dark scheme; all have a contrast of 4.5 or more to #0d1117.
+_DARK = {
+    _INK: "#e6edf3",
+    _PAPER: "#0d1117",
+    _GRID: "#2a3038",
+    _EDGE: "#8a8a8a",
+    "#4d4d4d": "#c9d1d9",
+    "#0072b2": "#58a6ff",
+    "#d55e00": "#ff8c42",
+    "#cc79a7": "#e39ac4",
+    "#009e73": "#2ec99b",
+    "#e69f00": "#f0b429",
+    "#56b4e9": "#7cc7f2",
+    "#8c6d31": "#c9a227",
+}
 _RC: Any = {
     "svg.hashsalt": "ssodbench",  # the same records give the same file
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "grid.color": "#e4e4e4",
+    "grid.color": _GRID,
     "grid.linewidth": 0.8,
-    "axes.edgecolor": "#8a8a8a",
+    "axes.edgecolor": _EDGE,
+    "axes.facecolor": "none",
+    "figure.facecolor": _PAPER,
+    "savefig.facecolor": _PAPER,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.titlecolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
     "axes.axisbelow": True,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
@@ -91,7 +116,20 @@ def _svg(figure: Figure) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of names whose letters the font has not: a box stands for each
         figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue().decode()
+    return _for_both_schemes(buffer.getvalue().decode())
+
+
+def _for_both_schemes(svg: str) -> str:
+    """Colours as variables, which a style sheet within the file sets for the light and the dark scheme."""
+    for colour in _DARK:
+        svg = svg.replace(f": {colour}", f": var(--{colour[1:]})")
+    light, dark = (
+        "".join(f"--{colour[1:]}:{value};" for colour, value in scheme.items())
+        for scheme in ({colour: colour for colour in _DARK}, _DARK)
+    )
+    style = f"<style>:root{{{light}}}@media (prefers-color-scheme: dark){{:root{{{dark}}}}}</style>"
+    head = svg.index(">", svg.index("<svg ")) + 1
+    return svg[:head] + style + svg[head:]
 
 
 def _ap_by_ratio(section: Section) -> str | None:
@@ -133,6 +171,102 @@ def _ap_by_ratio(section: Section) -> str | None:
         axes.set_ylabel("AP (COCO, 0.50:0.95)")
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
         return _svg(figure)
+
+
+# How compute is counted: axis label -> (value of a cost, whether it is on that front).
+_COMPUTE: dict[str, Callable[[Cost], tuple[float | None, bool]]] = {
+    "images seen": lambda cost: (cost.images, cost.front_by_images),
+    "device hours": lambda cost: (cost.device_hours, cost.front_by_hours),
+}
+
+
+def ap_by_compute(section: Section, found: dict[tuple[str, float], Cost]) -> str | None:
+    """Mean AP against images seen and device hours, stage 1 included, a column of panels for each share of labels.
+
+    None where no share of labels has two cells to compare.
+    """
+    percents = [percent for percent in section.percents if sum(key[1] == percent for key in found) > 1]
+    kinds = [name for name, read in _COMPUTE.items() if len({read(cost)[0] for cost in found.values()} - {None}) > 1]
+    if not percents or not kinds:
+        return None
+    with matplotlib.rc_context(_RC):
+        figure = Figure(figsize=(2.2 + 2.6 * len(percents), 0.3 + 2.4 * len(kinds)), layout="constrained")
+        axes = figure.subplots(len(kinds), len(percents), squeeze=False, sharex="row", sharey=True)
+        for line, name in enumerate(kinds):
+            axes[line][0].set_ylabel("AP (COCO, 0.50:0.95)")
+            for panel, percent in zip(axes[line], percents, strict=True):
+                if line == 0:
+                    panel.set_title(f"{figure_label(section.column(percent))} labels")
+                panel.set_xlabel(f"{name}, stage 1 included")
+                _compute_panel(panel, section, percent, found, _COMPUTE[name])
+        _legend(figure, axes.flat)
+        return _svg(figure)
+
+
+def _compute_panel(
+    panel: Axes,
+    section: Section,
+    percent: float,
+    found: dict[tuple[str, float], Cost],
+    read: Callable[[Cost], tuple[float | None, bool]],
+) -> None:
+    looks, front = look(section.rows), []
+    for row in section.rows:
+        cost, ap = found.get((row.label, percent)), row.cells[percent].mean("ap")
+        value, on_front = read(cost) if cost is not None else (None, False)
+        if value is not None and ap is not None:
+            colour, marker = looks[row.label]
+            panel.plot([value], [ap], color=colour, marker=marker, markersize=8, ls="", label=_label(row))
+            front += [(value, ap)] if on_front else []
+    if front:
+        values, aps = zip(*sorted(front), strict=True)
+        panel.plot(values, aps, color=_EDGE, lw=1.2, ls=(0, (4, 3)), zorder=1, label="Pareto front")
+    panel.margins(x=0.15, y=0.15)
+    panel.set_xlim(left=0)
+    panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+    panel.xaxis.set_major_locator(MaxNLocator(4))
+
+
+def published_against_ours(sections: list[Section], published: list[dict[str, Any]]) -> str | None:
+    """Our mean AP against published AP of the same method and share of labels; None where we have no such pair."""
+    points = list(published_pairs(sections, published))
+    if not points:
+        return None
+    looks = look({row.label: row for section in sections for row in section.rows}.values())
+    with matplotlib.rc_context(_RC):
+        figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+        axes = figure.subplots()
+        for row, theirs, ours, alike in points:
+            colour, marker = looks[row.label]
+            face = colour if alike else "none"
+            axes.plot([theirs], [ours], marker=marker, ls="", mec=colour, mfc=face, markersize=7, label=_label(row))
+        most = 1.08 * max(max(theirs, ours) for _, theirs, ours, _ in points)
+        axes.plot([0, most], [0, most], color=_EDGE, lw=1, ls=(0, (4, 3)))
+        axes.set(xlim=(0, most), ylim=(0, most), xlabel="published AP", ylabel="our AP")
+        _legend(figure, [axes])
+        return _svg(figure)
+
+
+def published_pairs(
+    sections: list[Section], published: list[dict[str, Any]]
+) -> Iterator[tuple[Row, float, float, bool]]:
+    """(row, published AP, our mean AP, whether the split protocol is the same) where method and share of labels agree.
+
+    A published method is ours if its name is ours, or begins with it and goes on with a bracket or a comma, and if its
+    backbone has our depth, by which the names of detectors end (faster_rcnn_r50).
+    """
+    for section in sections:
+        depth = str(section.keys["detector"]).rpartition("_")[2].upper()
+        for row in [*section.rows, *section.reference]:
+            for source in published:
+                name, ours = source["method"].lower(), method_label(row.method).lower()
+                if name != ours and not name.startswith((f"{ours} (", f"{ours},")):
+                    continue
+                for percent, line in source["values"].items():
+                    cell = row.cells.get(100.0 if percent == "full" else float(percent))
+                    ap = cell.mean("ap") if cell is not None else None
+                    if ap is not None and line["backbone"].startswith(f"{depth} "):
+                        yield row, float(line["ap"]), ap, line["protocol"] == section.keys["protocol"]
 
 
 def _panels(count: int, rows: int, figure: Figure) -> Any:

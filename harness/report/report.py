@@ -1,4 +1,4 @@
-"""Records to one report: report.html, report.md, report.csv, report.tex.
+"""Records to one report: report.html, report.md, report.csv, report.tex, report.json.
 
 Reads records (and metrics.jsonl for curves), never logs. Numbers become text in `harness.report.text`.
 """
@@ -8,9 +8,11 @@ from __future__ import annotations
 import csv
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -23,38 +25,26 @@ from harness.core.files import refusal, require_writable, write_atomically
 from harness.core.readback import read_published
 from harness.core.record import BASELINE
 from harness.core.types import UserError
-from harness.report import plots
+from harness.report import numbers, plots
 from harness.report import text as formatting
-from harness.report.tables import Section, load_runs, method_label
+from harness.report.numbers import COSTS, PSEUDO, SCORES
+from harness.report.parts import Part, part_of
+from harness.report.tables import Cell, Row, load, method_label
 from harness.report.text import cell_text
 
+COCO = "coco"  # the dataset that published numbers are shown beside
 TEMPLATES = Path(__file__).parent / "templates"
 PUBLISHED = Path(__file__).parents[2] / "results" / "published.csv"
-SCORES = ("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l")
-COSTS = (
-    "images_per_s",
-    "data_stall",
-    "wall_seconds",
-    "train_seconds",
-    "eval_seconds",
-    "steps",
-    "extra_steps",
-    "images_labeled",
-    "images_unlabeled",
-    "labeled_images",
-    "labeled_boxes",
-    "peak_memory_mb",
-    "peak_gpu_memory_mb",
-)
-PSEUDO = ("pseudo_precision", "pseudo_recall", "pseudo_iou")
 
 
-def run(folder: Path, out: Path | None = None) -> Path:
+def run(folder: Path, out: Path | None = None, resamples: int = 1000, gallery: int = 6) -> Path:
     """Writes the report of all records below a folder.
 
     Args:
         folder: of a suite, or of all runs.
         out: where the report goes, by default `folder/report`.
+        resamples: of the evaluation images, for intervals of runs that have matches.npz; 0: none.
+        gallery: how many evaluation images to show with truth and boxes, where the data is there; 0: none.
 
     Returns:
         Path of report.html.
@@ -64,39 +54,58 @@ def run(folder: Path, out: Path | None = None) -> Path:
         RunError: the disk is full, or fails.
     """
     out = folder / "report" if out is None else out
-    sections, problems = load_runs(folder)
-    for section in sections:
-        section.plots = plots.draw(section, problems)
+    sections, problems = load(folder)
+    parts = [part_of(number, section, resamples, gallery, problems) for number, section in enumerate(sections, 1)]
+    on_coco = [part.section for part in parts if part.section.keys["dataset"] == COCO]
+    lines = published(problems) if on_coco else []
+    problems = list(dict.fromkeys(problems))
+    published_plot = plots.published_against_ours(on_coco, lines) if lines else None
     content = {
-        "sections": sections,
-        "published": published(problems),
+        "parts": parts,
+        "published": lines,
+        "published_plot": published_plot,
         "problems": problems,
         "baseline": method_label(BASELINE),
         "scores": SCORES,
         "published_percents": ("1", "2", "5", "10", "full"),
     }
     require_writable(out, "out", folder=True)
+    _set_addresses(parts, out)
     try:
         for name, environment in _templates().items():
             text = environment.get_template(f"{name}.j2").render(content)
             write_atomically(out / name, text.encode())
-        write_atomically(out / "report.csv", _csv(summary(sections)))
-        for number, section in enumerate(sections, 1):
-            for name, svg in section.plots.items():
-                write_atomically(out / f"{number}_{name}.svg", svg.encode())
+        write_atomically(out / "report.csv", _csv(summary(parts)))
+        write_atomically(out / "report.json", numbers.to_json(parts, lines, problems))
+        for part in parts:
+            for name, svg in part.section.plots.items():
+                write_atomically(out / f"{part.number}_{name}.svg", svg.encode())
+        if published_plot is not None:
+            write_atomically(out / "published.svg", published_plot.encode())
     except OSError as error:
         raise refusal(error, {"out": out}) from error
     return out / "report.html"
 
 
-def summary(sections: list[Section]) -> pd.DataFrame:
+def _set_addresses(parts: list[Part], out: Path) -> None:
+    """Relative addresses of the records, so that page and records can be moved together."""
+    here = out.resolve()
+    for part in parts:
+        for run in [*part.section.runs, *part.section.missing]:
+            if run.file is not None:
+                run.href = quote(os.path.relpath(run.file.resolve(), here), errors="surrogateescape")
+        for count, (_, cell) in enumerate(formatting.filled(part.section), 1):
+            cell.anchor = f"runs{part.number}-{count}"
+
+
+def summary(parts: list[Part]) -> pd.DataFrame:
     """One row per table, method and label ratio, with numbers as they are: means, standard deviations, n."""
     lines = []
-    for section in sections:
-        for row in [*section.rows, *section.reference]:
+    for part in parts:
+        for row in [*part.section.rows, *part.section.reference]:
             for percent, cell in row.cells.items():
                 line: dict[str, Any] = {
-                    **section.keys,
+                    **part.section.keys,
                     "method": row.method,
                     "variant": row.variant,
                     "percent": percent,
@@ -105,9 +114,29 @@ def summary(sections: list[Section]) -> pd.DataFrame:
                 for key in SCORES + PSEUDO:
                     line |= {key: cell.mean(key), f"{key}_std": cell.std(key)}
                 line |= {"gain": cell.gain, "gain_std": cell.gain_std, "gain_n": len(cell.gains)}
+                line |= _compared(part, row, cell)
                 line |= {key: cell.mean(key) for key in COSTS}
                 lines.append(line)
     return pd.DataFrame(lines)
+
+
+def _compared(part: Part, row: Row, cell: Cell) -> dict[str, Any]:
+    """What the comparison with the baseline adds to a line of report.csv."""
+    one, cost = part.analysis.of(row, cell), part.analysis.cost(row, cell)
+    runs = one.found.over_runs if one is not None else None
+    images = one.found.over_images if one is not None else None
+    return {
+        "gain_low": runs.low if runs is not None else None,
+        "gain_high": runs.high if runs is not None else None,
+        "p": runs.p if runs is not None else None,
+        "p_holm": one.found.p_holm if one is not None else None,
+        "gain_low_images": images.low if images is not None else None,
+        "gain_high_images": images.high if images is not None else None,
+        "labels_needed": formatting.labels_text(one),
+        "images_seen": cost.images if cost is not None else None,
+        "device_hours": cost.device_hours if cost is not None else None,
+        "front": formatting.front(cost),
+    }
 
 
 def _csv(frame: pd.DataFrame) -> bytes:
@@ -144,7 +173,8 @@ def show(folder: Path, console: Console) -> None:
         shown.stylize(style)
         return shown
 
-    for section in load_runs(folder)[0]:
+    for number, section in enumerate(load(folder)[0], 1):
+        part = part_of(number, section, 0, 0, [], draw=False)
         title = text(section.title, "bold") + text(": COCO AP, mean ± standard deviation (n runs)")
         console.print(Text("\n") + title, soft_wrap=True)
         table = Table()
@@ -159,6 +189,8 @@ def show(folder: Path, console: Console) -> None:
                 table.add_row(text(f"{row.label}, all labels"), text(cell_text(cell)), *empty)
         console.print(table)
         console.print(f"in brackets: difference to {method_label(BASELINE).lower()}, paired", style="dim")
+        for sentence in part.analysis.verdict or [part.no_verdict]:
+            console.print(text(sentence))
         for run in section.missing:
             console.print(text(f"- {run.record.cell}: {run.record.status}: {run.record.error}"))
 

@@ -9,18 +9,19 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from harness.config.identity import differences, without_circumstances
+from harness.core.escape import file_name
 from harness.core.files import refusal, trouble
-from harness.core.readback import PlannedCell, read_plan
-from harness.core.record import BASELINE, read_record
+from harness.core.readback import PlannedCell, content_of, read_plan
+from harness.core.record import BASELINE, parse_record, read_record
 from harness.core.types import RunRecord, UserError
+from harness.report.statistics import Pair, Summary, summarize
 from harness.splits.protocols import PROTOCOLS
 
 ALL_LABELS = 100.0
@@ -61,14 +62,24 @@ def borrows_stage_one(record: RunRecord) -> bool:
     return in_suite and isinstance(offline, dict) and not offline.get("stage1_overrides")
 
 
+COLLECTED = "records.jsonl"  # a record in each line; what else a run left may lie in a folder of the cell's name
+
+
 @dataclass
 class Run:
     """One record, and its folder (None for a cell that left no record)."""
 
     record: RunRecord
     folder: Path | None
+    file: Path | None = None  # that the record was read from
     variant: str = ""  # what its configuration has that others of the same method have not
     share: float = UNKNOWN_SHARE  # percentage of the images that are labelled, by which it stands in a column
+    href: str = ""  # address of its record, seen from the report
+
+    @property
+    def pair(self) -> Pair:
+        """Fold and seed, by which runs are paired."""
+        return self.record.fold, self.record.seed
 
 
 @dataclass
@@ -78,39 +89,66 @@ class Cell:
     percent: float
     runs: list[Run]  # those that are ok
     missing: list[Run]
-    gains: list[float]  # paired with the baseline of the same fold and seed
+    pairs: list[tuple[Run, Run]]  # each with the baseline of the same split and seed, where both have a score
+    anchor: str = ""  # of its runs in the page
+
+    @property
+    def href(self) -> str:
+        """Address of what its numbers were made from: a record, or the list of them in the page."""
+        return self.runs[0].href if len(self.runs) == 1 else f"#{self.anchor}" if self.runs and self.anchor else ""
+
+    def of(self, key: str) -> Summary:
+        """Mean, sample standard deviation and n of a record's field over the runs that have it."""
+        return _summary(getattr(run.record, key) for run in self.runs)
 
     def mean(self, key: str) -> float | None:
         """Mean of a record's field over the runs that have it."""
-        return _number(self._values(key).mean())
+        return self.of(key).mean
 
     def std(self, key: str) -> float | None:
         """Sample standard deviation; None for fewer than two runs."""
-        return _number(self._values(key).std(ddof=1))
+        return self.of(key).sd
 
     def network_ap(self, name: str) -> float | None:
         """Mean AP of one network over the runs that have it, whether or not it is the reported one."""
-        return _number(
-            pd.Series([run.record.scores.get(name, {}).get("ap") for run in self.runs], dtype="float64").dropna().mean()
-        )
+        return _summary(run.record.scores.get(name, {}).get("ap") for run in self.runs).mean
 
-    def _values(self, key: str) -> pd.Series[float]:
-        return pd.Series([getattr(run.record, key) for run in self.runs], dtype="float64").dropna()
+    def reported(self, key: str) -> float | None:
+        """Mean of a metric of the reported networks, such as ar or voc_ap50."""
+        return _summary(run.record.scores.get(run.record.reported_network, {}).get(key) for run in self.runs).mean
+
+    def of_class(self, name: str, key: str) -> float | None:
+        """Mean of a metric of one class over the runs that have it."""
+        return _summary(run.record.per_class.get(name, {}).get(key) for run in self.runs).mean
+
+    def error(self, kind: str, key: str) -> float | None:
+        """Mean of `count` or `lost_ap50` of one kind of error."""
+        return _summary(run.record.errors.get(kind, {}).get(key) for run in self.runs).mean
+
+    @property
+    def by_pair(self) -> dict[Pair, float]:
+        """(fold, seed) -> AP."""
+        return {run.pair: run.record.ap for run in self.runs if run.record.ap is not None}
 
     @property
     def n(self) -> int:
         """Runs that are ok and have a score."""
-        return len(self._values("ap"))
+        return len(self.by_pair)
+
+    @property
+    def gains(self) -> list[float]:
+        """Differences to the baseline, over folds and seeds that both have."""
+        return [(own.record.ap or 0.0) - (other.record.ap or 0.0) for own, other in self.pairs]
 
     @property
     def gain(self) -> float | None:
-        """Mean difference to the baseline, over folds and seeds that both have."""
-        return _number(pd.Series(self.gains, dtype="float64").mean())
+        """Mean difference to the baseline."""
+        return summarize(self.gains).mean
 
     @property
     def gain_std(self) -> float | None:
         """Sample standard deviation of that difference."""
-        return _number(pd.Series(self.gains, dtype="float64").std(ddof=1))
+        return summarize(self.gains).sd
 
     @property
     def reason(self) -> str:
@@ -178,7 +216,7 @@ class Section:
         return [values[name] for name in sorted(values)]
 
 
-def load_runs(folder: Path) -> tuple[list[Section], list[str]]:
+def load(folder: Path) -> tuple[list[Section], list[str]]:
     """Reads and sorts all records below a folder.
 
     Returns:
@@ -195,10 +233,7 @@ def load_runs(folder: Path) -> tuple[list[Section], list[str]]:
     runs: list[Run] = []
     problems: list[str] = []
     for path in find_records(folder, problems):
-        try:
-            runs.append(Run(read_record(path), path.parent))
-        except UserError as error:
-            problems.append(str(error))
+        runs += _read(path, problems)
     if not runs:
         raise UserError(f"{problems[0] if problems else f'there is no record.json below {folder}'}")
     runs += planned_without_record(folder, runs, problems)
@@ -212,7 +247,7 @@ def load_runs(folder: Path) -> tuple[list[Section], list[str]]:
 
 
 def find_records(folder: Path, problems: list[str] | None = None) -> Iterator[Path]:
-    """Every record.json below a folder; not those of a run's own first stage, which lie inside that run's folder.
+    """Every record.json and records.jsonl below a folder; not a run's own first stage, which lies in that run's folder.
 
     A sentence about each folder that cannot be read goes to `problems`.
     """
@@ -223,9 +258,30 @@ def find_records(folder: Path, problems: list[str] | None = None) -> Iterator[Pa
 
     for parent, folders, files in os.walk(folder, onerror=note):
         folders.sort()
+        if COLLECTED in files:
+            yield Path(parent) / COLLECTED
         if "record.json" in files:
             yield Path(parent) / "record.json"
             folders.clear()
+
+
+def _read(path: Path, problems: list[str]) -> list[Run]:
+    """The runs of a record.json or records.jsonl; sentences about what cannot be used go to `problems`."""
+    runs = []
+    try:
+        if path.name != COLLECTED:
+            return [Run(read_record(path), path.parent, path)]
+        lines = content_of(path, "give a folder with records").splitlines()
+    except UserError as error:
+        problems.append(str(error))
+        return []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = parse_record(path, line)
+            runs.append(Run(record, path.parent / file_name(record.cell or f"line-{number}"), path))
+        except UserError as error:
+            problems.append(f"line {number} of {error}")
+    return runs
 
 
 def planned_without_record(folder: Path, runs: list[Run], problems: list[str]) -> list[Run]:
@@ -324,13 +380,14 @@ def _variable_part(record: RunRecord) -> dict[str, Any]:
     return plain
 
 
-def _name_variants(runs: list[Run]) -> None:
-    """Says for each run of one method what its configuration has that the commonest one has not."""
+def _name_variants(runs: list[Run], steps: int) -> None:
+    """Says for each run of one method what its configuration has that the commonest one of so many steps has not."""
     parts = [_variable_part(run.record) for run in runs]
-    texts = pd.Series([json.dumps(part, sort_keys=True) for part in parts if part], dtype="object")
-    if texts.empty:
+    alike = [part for run, part in zip(runs, parts, strict=True) if run.record.steps == steps] or parts
+    texts = Counter(json.dumps(part, sort_keys=True) for part in alike if part)
+    if not texts:
         return
-    commonest = json.loads(str(texts.mode().iloc[0]))
+    commonest = json.loads(min(texts, key=lambda text: (-texts[text], text)))
     for one, part in zip(runs, parts, strict=True):
         differing = differences(commonest, part) if part else []
         values = [line.split(": ", 1)[0] + "=" + line.rsplit(" -> ", 1)[1] for line in differing]
@@ -347,15 +404,18 @@ def _section(runs: list[Run]) -> Section:
     percents = sorted({run.share for run in runs})
     columns = [percent for percent in percents if percent < ALL_LABELS] or percents
     rows, reference = [], []
+    steps = _usual_steps(runs)
+    for method in methods:
+        _name_variants([run for run in runs if run.record.method == method], steps)
+    baselines = _baselines(runs)
     for method in methods:
         own = [run for run in runs if run.record.method == method]
-        _name_variants(own)
         for variant in sorted({run.variant for run in own}):
             row = Row(method, variant, {})
             extra = Row(method, variant, {})
             for percent in percents:
                 here = [run for run in own if run.variant == variant and run.share == percent]
-                cell = _cell(percent, here, runs)
+                cell = _cell(percent, here, baselines)
                 if percent in columns:
                     row.cells[percent] = cell
                 elif here:
@@ -368,32 +428,32 @@ def _section(runs: list[Run]) -> Section:
     return Section(keys, rows, columns, reference)
 
 
-def _cell(percent: float, here: list[Run], all_runs: list[Run]) -> Cell:
-    fine = sorted(
-        (run for run in here if run.record.status == "ok"), key=lambda run: (run.record.fold, run.record.seed)
-    )
+def _usual_steps(runs: list[Run]) -> int:
+    """The commonest number of steps of the methods, or of the baseline where there is nothing else."""
+    fine = [run.record for run in runs if run.record.status == "ok"]
+    counts = Counter(r.steps for r in fine if r.method != BASELINE) or Counter(r.steps for r in fine) or Counter([0])
+    return min(counts, key=lambda steps: (-counts[steps], steps))
+
+
+def _cell(percent: float, here: list[Run], baselines: dict[tuple[Any, ...], Run]) -> Cell:
+    fine = sorted((run for run in here if run.record.status == "ok"), key=lambda run: run.pair)
     missing = [run for run in here if run.record.status != "ok"]
-    pairs = [(run.record, _baseline_of(run.record, all_runs)) for run in fine if run.record.method != BASELINE]
-    gains = [
-        record.ap - baseline.ap
-        for record, baseline in pairs
-        if baseline is not None and record.ap is not None and baseline.ap is not None
-    ]
-    return Cell(percent, fine, missing, gains)
+    found = [(run, baselines.get(_place_of(run.record))) for run in fine if run.record.method != BASELINE]
+    pairs = [(run, other) for run, other in found if other is not None and run.record.ap is not None]
+    return Cell(percent, fine, missing, pairs)
 
 
-def _baseline_of(record: RunRecord, runs: list[Run]) -> RunRecord | None:
-    """The baseline of the same split and seed with as many student steps."""
-    keys = ("percent", "fold", "seed", "split_sha256", "steps")
+def _baselines(runs: list[Run]) -> dict[tuple[Any, ...], Run]:
+    """The baseline of each split, seed and number of steps; of several variants the first."""
+    known: dict[tuple[Any, ...], Run] = {}
     for run in sorted(runs, key=lambda run: run.variant):
-        other = run.record
-        if (
-            other.method == BASELINE
-            and other.status == "ok"
-            and all(getattr(other, k) == getattr(record, k) for k in keys)
-        ):
-            return other
-    return None
+        if run.record.method == BASELINE and run.record.status == "ok" and run.record.ap is not None:
+            known.setdefault(_place_of(run.record), run)
+    return known
+
+
+def _place_of(record: RunRecord) -> tuple[Any, ...]:
+    return record.percent, record.fold, record.seed, record.split_sha256, record.steps
 
 
 def first_line(text: str | None) -> str:
@@ -402,6 +462,5 @@ def first_line(text: str | None) -> str:
     return line if len(line) <= 200 else line[:197] + "..."
 
 
-def _number(value: Any) -> float | None:
-    """None for pandas' missing value."""
-    return None if pd.isna(value) else float(value)
+def _summary(values: Iterable[float | None]) -> Summary:
+    return summarize([float(value) for value in values if value is not None])

@@ -7,10 +7,16 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from typing import Any
 
 from harness.core.types import RunRecord
+from harness.report.bootstrap import ImageInterval
+from harness.report.comparison import Compared, shown_labels
+from harness.report.costs import Cost
+from harness.report.statistics import Paired
 from harness.report.tables import Cell, Row, Section, borrows_stage_one, method_label
+from harness.report.verdict import Standing, digits_of
 
 
 def number(value: float | None, digits: int = 1) -> str:
@@ -49,16 +55,17 @@ def seconds(value: float | None) -> str:
 
 def cell_text(cell: Cell) -> str:
     """A cell of the main table on one line."""
-    text = spread(cell.mean("ap"), cell.std("ap"), cell.n)
-    return text if cell.gain is None else f"{text} [{signed(cell.gain)}]"
+    text = score(cell)
+    return text if cell.gain is None else f"{text} [{gain(cell)}]"
 
 
 def metric(key: str) -> str:
-    """ap_s -> "APs"."""
-    return key.replace("ap", "AP").replace("_", "")
+    """ap_s -> "APs", voc07_ap50 -> "VOC07 AP50"."""
+    words = {"voc07_ap50": "VOC07 AP50", "voc_ap50": "VOC AP50"}
+    return words.get(key, key.replace("ap", "AP").replace("ar", "AR").replace("_", ""))
 
 
-def shown_score(cell: Cell) -> str:
+def score(cell: Cell) -> str:
     """Mean, spread and n of a cell."""
     return spread(cell.mean("ap"), cell.std("ap"), cell.n)
 
@@ -67,6 +74,60 @@ def gain(cell: Cell) -> str:
     """Difference to the baseline, its spread, and n where it is not the cell's."""
     text = signed(cell.gain) + (f" ± {number(cell.gain_std)}" if cell.gain_std is not None else "")
     return text if len(cell.gains) == cell.n else f"{text} (n={len(cell.gains)})"
+
+
+def is_best(cell: Cell, section: Section) -> bool:
+    """Whether no other cell of its column has a higher mean, and there are others; says nothing about chance."""
+    means = [row.cells[cell.percent].mean("ap") for row in section.rows if cell.percent in row.cells]
+    known = [mean for mean in means if mean is not None]
+    return len(known) > 1 and cell.mean("ap") == max(known)
+
+
+def interval(one: Paired | ImageInterval | None) -> str:
+    """ "+1.1 to +5.3", or why there is none."""
+    if one is None:
+        return "-"
+    if one.low is None or one.high is None:
+        return one.note if isinstance(one, Paired) else "-"
+    digits = digits_of(one.low, one.high)
+    return f"{signed(one.low, digits)} to {signed(one.high, digits)}"
+
+
+def p_value(p: float | None) -> str:
+    """0.0234 -> "0.023"; "< 0.001" below that."""
+    if p is None:
+        return "-"
+    return "< 0.001" if p < 0.001 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
+
+
+def mean_difference(one: Paired | None) -> str:
+    """Mean difference ± its spread (n)."""
+    if one is None or one.mean is None:
+        return "-"
+    return signed(one.mean) + (f" ± {number(one.sd)}" if one.sd is not None else "") + f" (n={one.n})"
+
+
+def says(one: Compared) -> str:
+    """What the runs allow to say about a comparison, in words."""
+    words = {
+        Standing.BETTER: "better",
+        Standing.WORSE: "worse",
+        Standing.OPEN: "open",
+        Standing.UNKNOWN: "no statement",
+    }
+    return words[one.standing] + (", may come from compute alone" if one.by_compute_alone else "")
+
+
+def labels_text(one: Compared | None) -> str:
+    """ "= supervised with 46 (44 to 49)": how many labels the baseline needs; empty where that is unknown."""
+    needed = shown_labels(one) if one is not None else None
+    if one is None or needed is None:
+        return ""
+    text = f"= {one.found.baseline.lower()} with {needed.statement}"
+    over_runs = one.found.labels_needed
+    by_images = over_runs is not None and over_runs.low is None and needed.low is not None
+    measured = needed.labels != 0 and math.isfinite(needed.labels)
+    return text.removesuffix(")") + ", by images)" if by_images and measured else text
 
 
 def labelled(section: Section, at: float) -> str:
@@ -154,12 +215,15 @@ def machine(environment: dict[str, Any]) -> str:
 
 def cost_statement(section: Section) -> str:
     """Whether the comparison is one at equal cost, in student steps."""
-    steps = {method_label(row.method): cell.mean("steps") or 0.0 for row, cell in filled(section)}
-    extra = {method_label(row.method): cell.mean("extra_steps") or 0.0 for row, cell in filled(section)}
-    if len(set(steps.values())) == 1:
-        text = f"Every run took the same number of student steps ({next(iter(steps.values())):,.0f})."
+    steps = {row.label: cell.mean("steps") or 0.0 for row, cell in filled(section)}
+    extra = {row.label: cell.mean("extra_steps") or 0.0 for row, cell in filled(section)}
+    by_count: dict[float, list[str]] = {}
+    for label, count in steps.items():
+        by_count.setdefault(count, []).append(label)
+    if len(by_count) == 1:
+        text = f"Every run took the same number of student steps ({next(iter(by_count)):,.0f})."
     else:
-        text = "Student steps differ: " + ", ".join(f"{name} {count:,.0f}" for name, count in steps.items()) + "."
+        text = "Student steps differ: " + "; ".join(f"{n:,.0f} {', '.join(own)}" for n, own in by_count.items()) + "."
     also = [f"{name} needs a finished run of {count:,.0f} further steps" for name, count in extra.items() if count]
     return text + (f" Beyond that, {' and '.join(also)} for its pseudo labels." if also else "")
 
@@ -171,9 +235,22 @@ def memory(cell: Cell) -> str:
     return text if gpu is None else f"{text} + {gpu / 1024:.1f} GB GPU"
 
 
-def images_seen(cell: Cell) -> str:
-    """Labelled plus unlabelled images that the student saw."""
-    return number((cell.mean("images_labeled") or 0) + (cell.mean("images_unlabeled") or 0), 0)
+def images_seen(cost: Cost | None) -> str:
+    """Labelled plus unlabelled images that the student saw, those of a first stage included."""
+    return number(cost.images if cost is not None else None, 0)
+
+
+def device_time(cost: Cost | None) -> str:
+    """Device hours, shown as a time; "unknown" where a first stage's are."""
+    return "unknown" if cost is None or cost.device_hours is None else seconds(3600 * cost.device_hours)
+
+
+def front(cost: Cost | None) -> str:
+    """On which Pareto fronts a cell is."""
+    if cost is None:
+        return "-"
+    on = [name for name, there in (("images", cost.front_by_images), ("hours", cost.front_by_hours)) if there]
+    return ", ".join(on) or "-"
 
 
 def hash_of(text: str) -> str:
@@ -202,11 +279,16 @@ def published_percent(text: str) -> str:
 def distinct_values(row: dict[str, Any], key: str) -> str:
     """The values of a column over a source's numbers, the full setting named where it differs."""
     values = {name: line[key] for name, line in row["values"].items()}
-    partial = list(dict.fromkeys(value for name, value in values.items() if name != "full"))
+    partial = list(dict.fromkeys(value for name, value in values.items() if name != "full" and value))
     full = values.get("full")
-    if full is not None and full not in partial:
+    if full and full not in partial:
         return "; ".join([*partial, f"full: {full}" if partial else full])
     return "; ".join(partial)
+
+
+def heat(value: float) -> str:
+    """0..100 as a share for a colour."""
+    return f"{value / 100:.2f}"
 
 
 def data_uri(svg: str) -> str:

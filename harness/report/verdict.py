@@ -181,8 +181,13 @@ def _p_value(one: Comparison) -> str:
 
 def _interval(low: float, high: float, level: float) -> str:
     """95 % interval +1.1 to +5.3."""
-    digits = next((d for d in (1, 2, 3) if all(round(end, d) or not end for end in (low, high))), 4)
+    digits = digits_of(low, high)
     return f"{100 * level:g} % interval {_signed(low, digits)} to {_signed(high, digits)}"
+
+
+def digits_of(low: float, high: float) -> int:
+    """How many digits after the point an interval needs, so that neither end looks like 0 and is not."""
+    return next((d for d in (1, 2, 3) if all(round(end, d) or not end for end in (low, high))), 4)
 
 
 def _signed(value: float | None, digits: int = 1) -> str:

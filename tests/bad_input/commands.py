@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
 from tests.bad_input.case import Case
+from tests.bad_input.conftest import make_pets
 
 PREDICT = "predict images={pets}/val device=cpu out={tmp}/out"
 
@@ -38,6 +43,13 @@ ABOUT = {
     "pretraining": "",
     "version": "0.1.0",
 }
+
+
+def _broken_pets(folder: Path) -> None:
+    make_pets(folder / "pets")
+    (folder / "pets" / "train.json").write_text("{")
+
+
 MODEL = f"{PREDICT} model={{tmp}}/net.safetensors"
 
 CASES = [
@@ -60,6 +72,47 @@ CASES = [
         "predict, out is a file",
         "predict run_dir={tmp} images={pets}/val out={pets}/val.json",
         ("out={pets}/val.json", "no folder"),
+    ),
+    Case("export nothing", "export out={tmp}/a.pt", ("run_dir=DIR", "model=FILE")),
+    Case("export without a file", "export run_dir={tmp}", ("out=FILE",)),
+    Case("export of no kind", "export run_dir={tmp} out={tmp}/a.bin", ("out={tmp}/a.bin", ".onnx", "format=KIND")),
+    Case("export of another kind", "export run_dir={tmp} out={tmp}/a format=engine", ("format=engine", "onnx")),
+    Case("export onto a folder", "export run_dir={tmp} out={tmp}", ("out={tmp}", "is a folder")),
+    Case("export, no run", "export run_dir={tmp}/none out={tmp}/a.pt", ("{tmp}/none", "set run_dir")),
+    Case("export, canvas of one side", "export run_dir={tmp} out={tmp}/a.onnx export.size=[64]", ("export.size",)),
+    Case("export, unused key", "export run_dir={tmp} out={tmp}/a.pt split.percent=5", ("split.percent", "it takes")),
+    Case(
+        "export without onnx",
+        "export run_dir={tmp} out={tmp}/a.onnx",
+        ("format=onnx needs onnx", "pip install", "format=pt2"),
+        patch=lambda monkeypatch, _: _hide(monkeypatch, "onnx"),
+    ),
+    Case("evaluate a file and a run", "evaluate run_dir=a model=b", ("run_dir", "model", "not both")),
+    Case("evaluate a file, key of training", "evaluate model={tmp}/a.pt seed=3", ("seed", "leave it out")),
+    Case("evaluate a file that is missing", "evaluate model={tmp}/a.pt", ("model={tmp}/a.pt", "export wrote")),
+    Case("init nothing", "init", ("init DIR",)),
+    Case("init, no folder", "init {tmp}/none", ("{tmp}/none", "No such file")),
+    Case("init a file", "init {pets}/train.json", ("{pets}/train.json", "folder")),
+    Case("init an empty folder", "init {tmp}", ("{tmp}", "COCO", "Pascal VOC", "YOLO")),
+    Case("init pictures alone", "init {pets}/train", ("{pets}/train", "pictures alone")),
+    Case("init two folders", "init {pets} {tmp}", ("{tmp}",)),
+    Case("init, unused key", "init {pets} split.percent=5", ("split.percent", "it takes")),
+    Case(
+        "init over another file",
+        "init {pets} out={tmp}/conf/data/a.yaml",
+        ("out={tmp}/conf/data/a.yaml", "is there already"),
+        lambda folder: [(folder / "conf" / "data").mkdir(parents=True), (folder / "conf/data/a.yaml").write_text("x")],
+    ),
+    Case("init to no YAML", "init {pets} out={tmp}/a.txt", ("out={tmp}/a.txt", "data/NAME.yaml")),
+    Case("init, broken annotations", "init {tmp}/pets", ("train.json", "cannot be read as JSON"), _broken_pets),
+    Case("doctor, unused key", "doctor seed=3", ("seed", "it takes")),
+    Case("doctor onto a folder", "doctor out={tmp}", ("out={tmp}", "is a folder")),
+    Case(
+        "doctor without torchvision",
+        "doctor",
+        ("cannot be imported", "install"),
+        patch=lambda monkeypatch, _: _break(monkeypatch, "harness.engine", "doctor"),
+        code=1,
     ),
     Case("exported file missing", MODEL, ("model={tmp}/net.safetensors", "No such file", "export wrote")),
     Case("exported file a folder", f"{PREDICT} model={{tmp}}", ("model={tmp}", "run_dir={tmp}")),
@@ -97,3 +150,15 @@ CASES = [
 
 def _halve(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
+
+
+def _hide(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    """As if a package were not installed."""
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == module else found(name))
+
+
+def _break(monkeypatch: pytest.MonkeyPatch, package: str, module: str) -> None:
+    """As if importing a module failed, for what it imports itself."""
+    monkeypatch.delattr(importlib.import_module(package), module, raising=False)
+    monkeypatch.setitem(sys.modules, f"{package}.{module}", None)

@@ -206,6 +206,8 @@ def test_report_without_published_numbers(tmp_path: Path, monkeypatch: pytest.Mo
         assert report.published(problems) == []
         assert "published.csv is damaged" in problems[0]
     (tmp_path / "published.csv").unlink()
+    assert "published" not in _report(tmp_path)  # of other data than COCO there is nothing to show them beside
+    write_record(tmp_path / FILES[0], _record("a", "supervised", dataset="coco"))
     assert "published.csv cannot be read" in _report(tmp_path)
 
 
@@ -261,7 +263,7 @@ def test_ids_stand_under_the_share_that_they_are(tmp_path: Path) -> None:
         )
         text = _report(tmp_path)
         assert f"| method | 15.6 % ({protocol}) (20 images) |" in text
-        assert len(tables.load_runs(tmp_path / "runs")[0][0].rows) == 2
+        assert len(tables.load(tmp_path / "runs")[0][0].rows) == 2
         with (tmp_path / "out/report.csv").open() as file:
             assert {row["percent"] for row in csv.DictReader(file)} == {"15.6"}
 
@@ -299,7 +301,7 @@ def test_planned_cell_of_ids_stands_with_the_others(tmp_path: Path) -> None:
         write_record(tmp_path / name, _record(cell, method, **ids))
     plan = (tmp_path / FILES[3]).read_text().replace("soft_teacher", "ids")
     (tmp_path / FILES[3]).write_text(plan)
-    section = tables.load_runs(tmp_path / "runs")[0][0]
+    section = tables.load(tmp_path / "runs")[0][0]
     assert section.percents == [15.6]
     assert [run.record.cell for run in section.missing] == ["c"]
 
@@ -359,6 +361,7 @@ def test_odd_names_in_every_form(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert {row["preset"] for row in rows} == {"'=1+1"}
     tex = page.with_suffix(".tex").read_text()
     assert tex.count(r"\end{table}") == tex.count(r"\begin{table}") == 3
+    assert page.read_text().count("<script") == 1  # its own
     capfd.readouterr()
     assert main(["report", f"runs_dir={tmp_path / 'runs'}", f"out={tmp_path / 'out'}"]) == 0
 

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import statistics
+from urllib.parse import unquote
 
 import pandas as pd
 import pytest
@@ -106,9 +107,15 @@ def test_markdown_table(runs):
     rows = table_rows(read(runs / "report/report.md"))
     assert ["method", "1 % (8 images)", "10 % (80 images)"] in rows
     assert ["Supervised", "22.0 ± 2.0 (n=3)", "62.0 ± 2.6 (n=3)"] in rows
-    assert ["STAC", "28.0 ± 2.6 (n=3) [+6.0]", "67.7 ± 3.8 (n=3) [+5.7]"] in rows
+    # 8 images give 22, 80 give 62: 28 lies 6 / 40 of the way from log 8 to log 80, so 8 * 10 ** 0.15 = 11.3 are needed.
+    stac = next(row for row in rows if row[0].startswith("STAC"))
+    assert stac[0] == "STAC (a)"
+    assert stac[1].startswith("**28.0 ± 2.6 (n=3) [+6.0 ± 3.0]**<br>\\= supervised with 11 (")
+    # Fold 1 alone has all 800 labels: 66 lies 6 / 19.4 of the way from 60 to 79.4, so it is 80 * 10 ** 0.309 = 163.
+    assert stac[2] == "**67.7 ± 3.8 (n=3) [+5.7 ± 1.5]**<br>\\= supervised with 163"
     assert ["Supervised, 100 % of the labels (reference)", "79.4 (n=1)", ""] in rows
-    assert ["STAC", "1 %", "200.0", "3.4 %", "12.6 min", "1,000", "1,000", "16,000", "0", "-"] in rows
+    costs = ["28.0", "32,000", "unknown", "images", "200.0", "3.4 %", "12.6 min", "1,000", "1,000", "16,000", "0", "-"]
+    assert ["STAC", "1 %", *costs] in rows
     assert ["STAC", "10 %", "0.50", "0.25", "0.75"] in rows
     text = read(runs / "report/report.md")
     assert "Every run took the same number of student steps (1,000). Beyond that, STAC needs a finished run" in text
@@ -121,7 +128,7 @@ def test_pairs_only_the_same_fold_and_steps(tmp_path):
     make(tmp_path, "stac", 1, 2, 90.0)
     longer = {"steps": 2000, "config": {"schedule": {"steps": 2000}}, "cell": "longer"}
     make(tmp_path, "soft_teacher", 1, 1, 30.0, **longer)
-    section = report.load_runs(tmp_path)[0][0]
+    section = report.load(tmp_path)[0][0]
     by_method = {row.method: row.cells[1.0] for row in section.rows}
     assert by_method["stac"].gains == [6.0]
     assert by_method["soft_teacher"].gains == []
@@ -146,7 +153,7 @@ def test_pairs_only_the_same_fold_and_steps(tmp_path):
 def test_what_cannot_be_compared_is_never_in_one_table(tmp_path, key, value):
     make(tmp_path, "supervised", 10, 1, 60.0)
     make(tmp_path, "supervised", 10, 2, 10.0, **{key: value, "cell": "other"})
-    sections, _ = tables.load_runs(tmp_path)
+    sections, _ = tables.load(tmp_path)
     assert len(sections) == 2
     assert sorted(section.rows[0].cells[10.0].mean("ap") for section in sections) == [10.0, 60.0]
     assert len({str(section.keys[key]) for section in sections}) == 2
@@ -156,7 +163,7 @@ def test_other_configurations_of_a_method_are_never_averaged(tmp_path):
     for fold in (1, 2):
         make(tmp_path, "supervised", 10, fold, 60.0)
     make(tmp_path, "supervised", 10, 3, 10.0, config={"schedule": {"steps": 5}, "split": {"percent": 10, "fold": 3}})
-    section = tables.load_runs(tmp_path)[0][0]
+    section = tables.load(tmp_path)[0][0]
     assert [(row.label, row.cells[10.0].n) for row in section.rows] == [
         ("Supervised", 2),
         ("Supervised (schedule.steps=5)", 1),
@@ -174,7 +181,7 @@ def test_where_it_ran_does_not_matter(tmp_path):
         62.0,
         config=config | {"runs_dir": "here", "device": "cpu", "data": {"root": "y"}},
     )
-    assert tables.load_runs(tmp_path)[0][0].rows[0].cells[10.0].n == 2
+    assert tables.load(tmp_path)[0][0].rows[0].cells[10.0].n == 2
 
 
 def test_missing_cells_have_their_reason(runs):
@@ -189,29 +196,31 @@ def test_missing_cells_have_their_reason(runs):
     page = read(report.run(runs))
     text = read(runs / "report/report.md")
     assert ["Soft Teacher", "-", "-"] in table_rows(text)
-    assert ["STAC", "28.0 ± 2.6 (n=3) [+6.0]", "68.5 ± 4.9 (n=2) [+5.5]"] in table_rows(text)
+    stac = next(row for row in table_rows(text) if row[0].startswith("STAC"))
+    assert stac[1].startswith("28.0 ± 2.6 (n=3) [+6.0 ± 3.0]") or stac[1].startswith("**28.0 ± 2.6 (n=3) [+6.0 ± 3.0]")
+    assert "68.5 ± 4.9 (n=2) [+5.5 ± 2.1]" in stac[2]
     for reason in ("the loss is not finite", "interrupted by SIGTERM", "its first stage failed"):
         assert reason in text
         assert reason in page
-    assert len(tables.load_runs(runs)[0]) == 1
+    assert len(tables.load(runs)[0]) == 1
 
 
 def test_a_copied_folder_counts_once(runs):
     make(runs, "stac", 1, 1, 26.0, cell="copy", started="2030-01-01")
-    sections, problems = tables.load_runs(runs)
+    sections, problems = tables.load(runs)
     assert {row.method: row.cells[1.0].n for row in sections[0].rows} == {"supervised": 3, "stac": 3}
     assert "is not counted" in problems[0]
 
 
 def test_first_stages_within_a_run_are_not_runs(runs):
     make(runs / "quick/stac-1-1", "supervised", 1, 9, 0.0)
-    assert {run.record.fold for run in tables.load_runs(runs)[0][0].runs} == {1, 2, 3}
+    assert {run.record.fold for run in tables.load(runs)[0][0].runs} == {1, 2, 3}
 
 
 def test_damaged_records_are_named_and_the_rest_is_shown(runs):
     (runs / "quick/stac-1-1/record.json").write_text("{")
     assert "stac-1-1" in read(report.run(runs))
-    assert tables.load_runs(runs)[0][0].rows[1].cells[1.0].n == 2
+    assert tables.load(runs)[0][0].rows[1].cells[1.0].n == 2
 
 
 @pytest.mark.parametrize("content", [None, "{"])
@@ -252,8 +261,10 @@ def test_html_is_one_file_and_well_formed(runs):
     checker = Checker()
     checker.feed(page)
     assert checker.open == []
-    assert all(address.startswith(("data:image/svg+xml;base64,", "#")) for address in checker.addresses)
-    assert "<script>" not in page
+    records = {str(path.relative_to(runs)) for path in runs.rglob("record.json")}
+    links = [address for address in checker.addresses if not address.startswith(("data:image/svg+xml;base64,", "#"))]
+    assert {unquote(link) for link in links} == {f"../{record}" for record in records} | {"report.json"}
+    assert page.count("<script>") == 1  # its own
     assert page.count("data:image/svg+xml") >= 3
 
 
@@ -284,7 +295,7 @@ def test_curves_are_read_from_metrics(tmp_path):
 
 def test_figures_are_the_same_for_the_same_records(runs):
     write_curves(runs / "quick/stac-1-1")
-    section = tables.load_runs(runs)[0][0]
+    section = tables.load(runs)[0][0]
     first = plots.draw(section)
     assert set(first) == {"ap_by_ratio", "learning_curves", "pseudo_labels"}
     assert plots.draw(section) == first
@@ -301,7 +312,8 @@ def test_console_tables(runs):
     console = Console(file=io.StringIO(), width=120)
     report.show(runs, console)
     text = console.file.getvalue()
-    assert "28.0 ± 2.6 (n=3) [+6.0]" in text
+    assert "28.0 ± 2.6 (n=3) [+6.0 ± 3.0]" in text
+    assert "At 1 % labels, " in text
     assert "shapes, split protocol soft_teacher, suite quick" in text
 
 
@@ -315,7 +327,7 @@ def test_latex_has_no_bare_special_characters(runs):
         assert "±" not in line
         assert "_" not in line.replace("\\_", "")
         assert line.lstrip().startswith("%") or not re.search(r"(?<!\\)%", line)
-    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 5  # two sections of two, and the published
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 5  # sections of three and of two
 
 
 def test_published_numbers():
@@ -333,7 +345,9 @@ def test_published_numbers():
             assert row[key], (row["method"], key)
 
 
-def test_published_numbers_are_marked_and_apart(runs):
+def test_published_numbers_are_marked_and_apart(tmp_path):
+    runs = tmp_path
+    make(runs, "supervised", 10, 1, 20.0, dataset="coco", protocol="stac")
     text = read(report.run(runs).with_name("report.md"))
     own, published = text.split("## Published COCO numbers")
     assert "33.78" in published
@@ -341,6 +355,35 @@ def test_published_numbers_are_marked_and_apart(runs):
     assert "| 13.97‡ ± 0.35† |" in published
     assert "| full: 64 (1:1)" not in published
     assert "40 (1:4); full: 64 (1:1)" in published
+
+
+def test_ours_stand_beside_the_published_numbers_of_the_same_method(tmp_path):
+    make(tmp_path, "supervised", 10, 1, 20.0, dataset="coco", protocol="stac", detector="faster_rcnn_r50")
+    make(tmp_path, "soft_teacher", 10, 1, 30.0, dataset="coco", protocol="stac", detector="faster_rcnn_r50")
+    make(tmp_path, "soft_teacher", 7, 1, 30.0, dataset="coco", protocol="stac", detector="faster_rcnn_r50")
+    sections = tables.load(tmp_path)[0]
+    pairs = {
+        (row.method, theirs, ours, alike) for row, theirs, ours, alike in plots.published_pairs(sections, published())
+    }
+    assert ("supervised", 23.86, 20.0, True) in pairs  # STAC's paper
+    assert ("soft_teacher", 33.8, 30.0, True) in pairs  # mmdetection
+    assert ("soft_teacher", 33.78, 30.0, False) in pairs  # the authors'
+    assert {method for method, *_ in pairs} == {"supervised", "soft_teacher"}
+    assert not [theirs for _, theirs, *_ in pairs if theirs in (26.7, 36.06)]  # Supervised Faster R-CNN, PseCo
+    page = read(report.run(tmp_path))
+    assert "Our AP against published AP" in page
+    assert read(tmp_path / "report/published.svg") == plots.published_against_ours(sections, published())
+
+
+def published():
+    return report.published([])
+
+
+def test_published_numbers_are_for_coco_alone(runs):
+    page = read(report.run(runs))
+    assert "Published" not in page
+    assert "33.78" not in read(runs / "report/report.md")
+    assert not (runs / "report/published.svg").exists()
 
 
 @pytest.mark.parametrize(
@@ -371,7 +414,7 @@ def test_stage_one_of_a_suite_is_not_the_papers(tmp_path):
     make(tmp_path / "own", "stac", 1, 1, 14.0, config={"method": own}, suite="mine", preset="paper")
     report.run(tmp_path, tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "| STAC (stage 1: the suite's baseline) | 13.0" in text
+    assert "| STAC (stage 1: the suite's baseline) | **13.0" in text
     assert "- stage 1 of STAC: the supervised baseline of this suite, not the paper's own" in text
     assert "| STAC | 14.0" in text
     assert text.count("baseline of this suite") == 1

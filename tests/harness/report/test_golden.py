@@ -1,0 +1,129 @@
+"""The whole Markdown and JSON of one fixed set of records, so that no change of theirs goes unseen.
+
+After a change that is meant, SSODBENCH_GOLDEN=write writes them anew; read the difference before committing it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.report import report
+from tests.harness.report.test_report import make
+
+GOLDEN = Path(__file__).parents[2] / "data/report"
+REFERENCE = Path(__file__).parents[3] / "results/reference"
+CLASSES = ("cross", "ellipse")
+
+
+def _records(folder: Path) -> None:
+    """Three methods, two ratios, three folds; a cell that failed; the baseline on all labels and with equal compute."""
+    base = {("supervised", 5): 40.0, ("supervised", 10): 50.0, ("stac", 5): 41.0, ("stac", 10): 50.5}
+    base |= {("mean_teacher", 5): 46.0, ("mean_teacher", 10): 54.0, ("supervised", 100): 70.0}
+    for number, ((method, percent), ap) in enumerate(base.items()):
+        for fold in (1, 2, 3):
+            value = ap + fold + (number + 3) * fold * fold % 7 / 10
+            semi = method != "supervised"
+            changes: dict[str, Any] = {
+                "batch_labeled": 16,
+                "batch_unlabeled": 16 if semi else 0,
+                "images_unlabeled": 16000 if semi else 0,
+                "extra_steps": 1000 if method == "stac" else 0,
+                "train_seconds": 600.0 + 300 * semi,
+                "augment": "small",
+                "pipeline": "dali",
+                "ap50": value + 20,
+                "scores": {
+                    "student": {"ap": value - 1},
+                    "teacher": {"ap": value, "ar": value + 10, "voc07_ap50": value + 18, "voc_ap50": value + 21},
+                },
+                "per_class": {name: {"ap": value + k, "ar": value + 9 + k} for k, name in enumerate(CLASSES)},
+                "errors": {
+                    kind: {"count": 10.0 * k + fold, "lost_ap50": k + fold / 10}
+                    for k, kind in enumerate(("class", "place", "both", "duplicate", "background", "missed"))
+                },
+                "environment": {"cpu": "a processor", "cores": 2, "threads": 1, "gpus": [], "packages": {"torch": "2"}},
+                "commit": "0123456789abcdef",
+            }
+            if semi:
+                changes |= {"pseudo_precision": 0.8, "pseudo_recall": 0.5, "pseudo_iou": 0.75}
+            if (method, percent, fold) == ("mean_teacher", 10, 3):
+                changes |= {"status": "failed", "error": "RunError: the loss is not finite"}
+            make(folder, method, percent, fold, value, **changes)
+    for fold in (1, 2, 3):
+        config = {"schedule": {"steps": 2000}, "split": {"percent": 5, "fold": fold}, "seed": fold}
+        equal = {"steps": 2000, "images_labeled": 32000, "batch_labeled": 16, "cell": f"longer-{fold}"}
+        make(folder, "supervised", 5, fold, 44.0 + fold + fold % 2 / 5, **equal, train_seconds=1200.0, config=config)
+
+
+@pytest.mark.parametrize("name", ["bccd-2cores", "shapes-2cores"])
+def test_the_records_that_we_measured_have_a_report(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "records.jsonl").write_bytes((REFERENCE / name / "records.jsonl").read_bytes())
+    text = report.run(folder).with_suffix(".md").read_text()
+    assert not [line for line in text.splitlines() if line.startswith("> ")]  # no record that could not be used
+    assert text.count("\n## ") == 1
+    dataset = name.removesuffix("-2cores")
+    records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    (table,) = json.loads((folder / "report/report.json").read_text())["tables"]
+    assert table["keys"]["dataset"] == dataset
+    assert sum(cell["n"] for row in table["rows"] for cell in row["cells"]) == len(records)
+    best = max(record["ap"] for record in records)
+    assert best in {run["ap"] for row in table["rows"] for cell in row["cells"] for run in cell["runs"]}
+
+
+def _document(folder: Path) -> Path:
+    (folder / "document.tex").write_text(
+        "\\documentclass{article}\\usepackage{booktabs}\\usepackage{graphicx}\\begin{document}\\input{report}\\end{document}"
+    )
+    return folder / "document.tex"
+
+
+def test_latex_compiles_or_is_balanced(tmp_path: Path) -> None:
+    _records(tmp_path)
+    odd = {"dataset": "a_b & {c} 50 % #1 $x^2$ ~ \\end{table}", "suite": "[*]", "cell": "odd", "pretraining": "<i>|`"}
+    make(tmp_path, "supervised", 5, 1, 40.0, **odd)
+    make(tmp_path, "my_method", 5, 1, 44.0, **{**odd, "cell": "other", "error": "\\frac"})
+    make(tmp_path, "supervised", 5, 1, 40.0, dataset="coco", cell="coco")
+    folder = report.run(tmp_path, tmp_path / "report").parent
+    text = (folder / "report.tex").read_text()
+    assert text.count("\\begin{") == text.count("\\end{")
+    bare = re.sub(r"\\\\|\\[{}%]", "", re.sub(r"(?m)^%.*$", "", text))
+    assert bare.count("{") == bare.count("}")
+    compiler = shutil.which("tectonic") or shutil.which("pdflatex")
+    if compiler is not None:
+        options = [] if compiler.endswith("tectonic") else ["-interaction=nonstopmode", "-halt-on-error"]
+        done = subprocess.run(
+            [compiler, *options, _document(folder).name], cwd=folder, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stdout[-3000:]
+        assert (folder / "document.pdf").stat().st_size > 10_000
+
+
+def _same(found: Any, golden: Any) -> bool:
+    """Equal, but for the last digits of numbers."""
+    if isinstance(found, dict) and isinstance(golden, dict):
+        return found.keys() == golden.keys() and all(_same(found[key], golden[key]) for key in golden)
+    if isinstance(found, list) and isinstance(golden, list):
+        return len(found) == len(golden) and all(map(_same, found, golden))
+    return bool(found == (pytest.approx(golden, rel=1e-6) if isinstance(golden, float) else golden))
+
+
+def test_markdown_and_json_are_the_golden_ones(tmp_path: Path) -> None:
+    _records(tmp_path)
+    page = report.run(tmp_path, tmp_path / "report")
+    if os.environ.get("SSODBENCH_GOLDEN") == "write":
+        GOLDEN.mkdir(exist_ok=True)
+        for suffix in (".md", ".json"):
+            (GOLDEN / f"report{suffix}").write_bytes(page.with_suffix(suffix).read_bytes())
+    assert page.with_suffix(".md").read_text() == (GOLDEN / "report.md").read_text()
+    found, golden = (json.loads((folder / "report.json").read_text()) for folder in (page.parent, GOLDEN))
+    assert _same(found, golden)
