@@ -133,7 +133,7 @@ def _named(index: CocoIndex, counts: np.ndarray) -> dict[str, int]:
 
 
 def _split(dataset: Dataset, options: SplitOptions, checks: Checks) -> dict[str, Any]:
-    """What one split holds, or why there is none."""
+    """Counts of one split, or the error that says why there is none."""
     row: dict[str, Any] = {"protocol": options.protocol, "percent": options.percent, "fold": options.fold}
     try:
         split = prepare.resolve_split(dataset, options)

@@ -1,4 +1,4 @@
-"""What a configuration must hold, before anything is opened: known keys, kinds, ranges, and what fits together."""
+"""Checks of a configuration before anything is opened: known keys, kinds and ranges of values, and combinations."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ def _check_constructor(name: str, values: dict[str, Any], key: str | None = None
 
 
 def find_target(name: str, values: dict[str, Any], key: str | None = None) -> Callable[..., Any]:
-    """What a group's `_target_` names.
+    """The class or function that a group's `_target_` names.
 
     Raises:
         UserError: there is no such thing, or it is not for this group.

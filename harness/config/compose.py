@@ -88,7 +88,7 @@ def _know_old_options() -> None:
 
 
 def _composed(overrides: Sequence[str]) -> DictConfig:
-    """What Hydra makes of the files and the command line; with the method's policy where none is chosen."""
+    """The files and the command line composed by Hydra, with the method's policy where none is chosen."""
     GlobalHydra.instance().clear()
     _know_old_options()
     with initialize_config_dir(str(checks.CONF_DIR), version_base="1.3"):

@@ -156,7 +156,7 @@ class SuiteOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class SmallOptions:
-    """What the CPU preset takes from a dataset."""
+    """The keys of `data.small`: image and anchor sizes of a dataset for the CPU preset."""
 
     short_side: Pixels
     max_side: Pixels | None = None

@@ -130,7 +130,7 @@ def damaged(path: Path, reason: str, remedy: str) -> UserError:
 
 
 def reason(error: Exception) -> str:
-    """What does not fit, the key first: "cells[3].seed: Expected `int`, got `str`"."""
+    """msgspec's message with the key first: "cells[3].seed: Expected `int`, got `str`"."""
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     match = re.fullmatch(r"(.*) - at `(?:key in )?\$\.?(.*)`", str(error), re.DOTALL)

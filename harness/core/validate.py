@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Limits:
-    """What `Annotated` adds to a type: bounds of a number, lengths of a list or text, and how to say it."""
+    """Bounds of a number, lengths of a list or text, and words for them: put beside a type by `Annotated`."""
 
     ge: float | None = None
     gt: float | None = None

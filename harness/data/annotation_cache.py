@@ -131,7 +131,7 @@ def code_sha256() -> str:
 
 
 def _state(paths: list[str]) -> dict[str, Any]:
-    """What the file system says about the files: a digest, and the newest time in it."""
+    """A digest of the files' names, sizes and times, and the newest of these times."""
     stats = [require_regular(path) for path in paths]
     rows = [(s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns) for s in stats]
     newest = max(max(row[2:]) for row in rows)

@@ -63,7 +63,7 @@ def coco_index(annotations: Path, image_dir: Path, cache_dir: Path, *, labeled: 
         annotations: the JSON file.
         image_dir: folder that its file names are relative to.
         cache_dir: root of the cache.
-        labeled: whether it must hold annotations and categories.
+        labeled: whether it is refused without annotations and categories.
     """
     origin = str(annotations)
     parsed, sha256 = annotation_cache.load_annotations(

@@ -1,4 +1,4 @@
-"""What a run needs of its data: the split that the configuration names, its images, and whether they can be used."""
+"""The split that a configuration names, the images of its parts, and checks that a training can use them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _no_box(train: CocoIndex) -> str:
 
 
 def _dropped(index: CocoIndex) -> str:
-    """What happened to the boxes of an index, in brackets; nothing if nothing did."""
+    """The counts of dropped boxes in brackets; an empty text if none was dropped."""
     reasons = [str(finding) for finding in index.findings if finding.what.endswith("dropped")]
     return f" ({'; '.join(reasons)})" if reasons else ""
 
@@ -131,7 +131,7 @@ def bad_files(dataset: Dataset, checks: Checks) -> dict[str, str]:
 
 @dataclass
 class Checks:
-    """What was found in a dataset."""
+    """The result of looking at all pictures of a dataset."""
 
     pictures: dict[str, ImageCheck]  # by part: train, val, and unlabeled where the protocol needs it
     findings: list[Finding]  # about the parts together
@@ -195,7 +195,7 @@ def found_in_files(indices: Mapping[str, CocoIndex], checks: Checks) -> list[str
 
 
 def about_split(dataset: Dataset, split: Split, options: SplitOptions, labeled: ImageSource) -> list[str]:
-    """What a user should know of a split before training: images without any box, classes without a labelled one.
+    """Warnings about a split before training: images without any box, classes without a labelled one.
 
     Args:
         dataset: what was split.

@@ -60,7 +60,7 @@ def export_all(dataset: Dataset, splits: Sequence[Split], folder: Path) -> list[
 
 
 def _parts(dataset: Dataset, split: Split) -> dict[str, tuple[CocoIndex, np.ndarray]]:
-    """What each file of a split holds, by its name."""
+    """File name -> the images that it lists: their index and their ids."""
     labeled, unlabeled = PROTOCOLS[split.protocol].exported_names(dataset.train.name, split)
     return {
         labeled: (dataset.train, split.labeled_ids),

@@ -30,7 +30,7 @@ _BEYOND = 1.01  # a share above this is no share: the coordinates are pixels
 
 @dataclass(frozen=True)
 class _Description:
-    """What a `data.yaml` says."""
+    """The content of a `data.yaml`."""
 
     file: Path
     base: Path  # what its paths are relative to

@@ -1,4 +1,4 @@
-"""What a suite consists of: its cells, each with its checked configuration, and how each stands."""
+"""The plan of a suite: its cells, each with its checked configuration and its state."""
 
 from __future__ import annotations
 

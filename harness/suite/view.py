@@ -1,4 +1,4 @@
-"""What a person sees of a running suite."""
+"""The display of a running suite: a line per cell, or a table on a terminal."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class CellStatus:
 
 
 def status_of(cell: SuiteCell, claims: Claims) -> CellStatus:
-    """What a cell's folder says: running with its progress where a live process holds it, otherwise its record."""
+    """The status of a cell: its progress while a live process holds its folder, otherwise that of its record."""
     progress = read_progress(cell.run_dir)
     steps = f"{progress.step}/{progress.steps}" if progress is not None else "-"
     if (holder := claims.holder(cell.name, cell.run_dir)) is not None:
