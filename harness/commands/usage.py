@@ -1,4 +1,4 @@
-"""What each command takes and how it is called: for its help, for completion, and to refuse what it would ignore."""
+"""The keys of each command and how it is called: for help, completion, and to refuse keys that would be ignored."""
 
 from __future__ import annotations
 
