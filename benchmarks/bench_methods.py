@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra.utils import get_method, instantiate
+from hydra.utils import get_method
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
@@ -24,6 +24,7 @@ import harness
 from detectors.faster_rcnn import FasterRcnn
 from detectors.methods.method import Method
 from harness.config.checks import GROUPS
+from harness.config.make import make
 from harness.core.draws import image_keys
 from harness.core.types import Batch, Target, View
 
@@ -74,7 +75,7 @@ def make_batch(seed: int) -> Batch:
 def make_detector() -> FasterRcnn:
     torch.manual_seed(0)
     config = OmegaConf.merge(OmegaConf.load(CONF / "detector" / "small.yaml"), {"weights": "scratch", "cache_dir": "."})
-    detector = instantiate(config, num_classes=CLASSES, _convert_="all")
+    detector = make("detector", config, num_classes=CLASSES)
     return detector.to(memory_format=torch.channels_last)
 
 

@@ -81,11 +81,18 @@ def _run(given: list[str], places: dict[str, str]) -> int:
         raise UserError(f"the command {known.command} is not known{hint}")
     from harness.config import compose, paths
 
-    cfg = compose.load(known.overrides, known.config_dir)
+    cfg = compose.load(keyed(known.command, known.overrides), known.config_dir)
     places.update(paths.places(cfg))
     code: int = importlib.import_module(f"harness.commands.{known.command}").run(cfg)
     _flush_output()
     return code
+
+
+def keyed(command: str, given: list[str]) -> list[str]:
+    """The command line with the key put before the one value that may stand alone."""
+    key = COMMANDS[command].positional
+    alone = next((word for word in given if key and "=" not in word and not word.startswith("~")), None)
+    return [f"{key}={word}" if word is alone else word for word in given]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ class Command:
     example: str  # keys of its line in the general help
     takes: tuple[str, ...]  # keys and groups; a group or section stands for its keys; empty: everything
     examples: tuple[tuple[str, str], tuple[str, str]]  # what a line does, and the keys after the command's name
-    positional: str = ""  # what it takes beside keys
+    positional: str = ""  # the key of a value that stands alone
 
 
 _RUN = ("data", "method", "detector", "detector_style", "augment", "pipeline", "schedule", "preset", "split", "batch")
@@ -99,6 +99,25 @@ COMMANDS = {
         (
             ("three pipelines on generated pictures", "out=speed.json"),
             ("two of them on COCO's pictures", "data=coco data.root=D profile.pipelines=[dali,torchvision]"),
+        ),
+    ),
+    "init": Command(
+        "write the YAML of a folder of your own",
+        "DIR",
+        ("init", "out", "cache_dir"),
+        (
+            ("a folder in the format of COCO, Pascal VOC or YOLO", "photos"),
+            ("under a name and at a place of your own", "photos out=conf/data/tools.yaml"),
+        ),
+        positional="init.dir",
+    ),
+    "doctor": Command(
+        "whether a training could work on this machine",
+        "out=FILE.json",
+        ("device", "pipeline", "launcher", "cache_dir", "runs_dir", "run_dir", "out"),
+        (
+            ("what works, what does not, and the remedy", ""),
+            ("a network mount too, with a file for a bug report", "run_dir=/mount/runs/a out=doctor.json"),
         ),
     ),
     "config": Command(

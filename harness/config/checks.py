@@ -35,7 +35,11 @@ class Group:
 # What has a `_target_`, by its place in the configuration. `logging.loggers` is a list of such.
 GROUPS = {
     "data": Group("harness.data.datasets:Dataset", ("cache_dir",), ("small",)),
-    "detector": Group("detectors.detector:Detector", ("num_classes", "generated")),
+    "detector": Group(
+        "detectors.detector:Detector",
+        ("num_classes", "generated"),
+        ("backbone_lr_scale", "start", "start_sha256"),
+    ),
     "method": Group(
         "detectors.methods.method:Method", ("detector", "steps"), ("name", "augment", "unlabeled", "offline")
     ),
@@ -102,6 +106,7 @@ def check_values(plain: dict[str, Any]) -> None:
     for group in _NAMED:
         validate.check(schema.Name, plain[group].get("name"), f"{group}.name")
     _check_method(plain["method"])
+    validate.check(schema.DetectorKeys, _own("detector", plain["detector"]), "detector")
     _check_optimizer(plain["schedule"]["optimizer"])
     for name in (*_NAMED, "schedule.optimizer"):
         if not _as_shipped(name, plain["cli"]["overrides"], plain["cli"]["config_dirs"]):
@@ -171,8 +176,12 @@ def _at(plain: dict[str, Any], place: str) -> dict[str, Any]:
 def _check_optimizer(options: dict[str, Any]) -> None:
     if "name" in options:
         moved.override(f"schedule.optimizer.name={options['name']}")  # says which names there are
-    own = {key: options[key] for key in GROUPS["schedule.optimizer"].own if key in options}
-    validate.check(schema.Optimizer, own, "schedule.optimizer")
+    validate.check(schema.Optimizer, _own("schedule.optimizer", options), "schedule.optimizer")
+
+
+def _own(name: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Of a group's values those that its constructor does not take."""
+    return {key: values[key] for key in GROUPS[name].own if key in values}
 
 
 def check_method(cfg: DictConfig) -> None:
@@ -187,7 +196,7 @@ def check_method(cfg: DictConfig) -> None:
 
 
 def _check_method(method: dict[str, Any]) -> None:
-    own = {key: method[key] for key in GROUPS["method"].own if key in method}
+    own = _own("method", method)
     validate.check(schema.MethodKeys, own, "method")
     options = own.get("offline")
     if options and options["stage1"] == own["name"]:

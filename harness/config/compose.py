@@ -60,6 +60,8 @@ def _load(overrides: Sequence[str], config_dirs: Sequence[str | Path]) -> DictCo
         raise UserError(yaml_files.located(str(error), own)) from error
     _fill_defaults(cfg)
     paths.expand_home(cfg)
+    if cfg.detector.get("start"):
+        cfg.detector.start_sha256 = _start_sha256(Path(cfg.detector.start))
     OmegaConf.set_struct(cfg, True)
     return cfg
 
@@ -159,3 +161,25 @@ def _fill_defaults(cfg: DictConfig) -> None:
         cfg.cache_dir = str(paths.default_cache_dir())
     if cfg.run_dir is None:
         cfg.run_dir = str(Path(cfg.runs_dir) / "train" / names.cell_name(cfg))
+
+
+def _start_sha256(run_dir: Path) -> str:
+    """`weights_sha256` of the network that a finished run reports; by it the run that starts there is known.
+
+    Raises:
+        UserError: there is no finished run.
+    """
+    from harness.core.record import read_record  # it imports torch
+
+    path = run_dir / "record.json"
+    if why := files.trouble(path):
+        raise UserError(
+            f"detector.start={run_dir} holds no run (record.json: {why}): name the folder of a finished one"
+        )
+    record = read_record(path)
+    if record.status != "ok" or not record.weights_sha256:
+        raise UserError(
+            f"detector.start={run_dir} is not finished (status {record.status}): finish it first, by the command that "
+            "started it, or name another run"
+        )
+    return record.weights_sha256

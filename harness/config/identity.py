@@ -28,6 +28,7 @@ _CIRCUMSTANCES = (
     "method.offline.checkpoint",
     "method.unlabeled",  # what its class is like anyway
     "detector.cache_dir",
+    "detector.start",  # start_sha256 says which weights they are
     "data.cache_dir",
     "out",
     "model",
@@ -36,6 +37,7 @@ _CIRCUMSTANCES = (
     "predict",
     "format",
     "export",
+    "init",
     "cli",
     "profile",
     "report",
@@ -44,7 +46,14 @@ _CIRCUMSTANCES = (
     "export_dir",
 )
 # Keys that came after runs had been made: null is what those did, so that such runs keep their identity.
-_ADDED = ("batch.group_by_aspect", "method.rise", "method.ema.gamma", "method.ema.interval")
+_ADDED = (
+    "batch.group_by_aspect",
+    "method.rise",
+    "method.ema.gamma",
+    "method.ema.interval",
+    "detector.backbone_lr_scale",
+    "detector.start_sha256",
+)
 # The same in torchvision's style of detectors alone; in the others null now means something else than it did.
 _ADDED_IN_TORCHVISION_STYLE = (
     "detector.rpn.low_quality_iou",

@@ -106,6 +106,13 @@ class Export:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Init:
+    """The keys of `init`."""
+
+    dir: File | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Optimizer:
     """The keys of `schedule.optimizer` that the program reads; its `_target_` takes the others."""
 
@@ -216,10 +223,20 @@ class Config:
     predict: Predict
     format: Literal["safetensors", "pt", "onnx", "pt2"] | None
     export: Export
+    init: Init
     cache_dir: File | None
     preset_name: Name | None
     cli: Cli
     suite: Suite | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorKeys:
+    """Of a detector's keys those that its constructor does not take."""
+
+    backbone_lr_scale: Positive | None = None
+    start: File | None = None
+    start_sha256: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,9 @@ def detector(cfg: DictConfig, num_classes: int) -> Detector:
         recipe = pretrain.Recipe(channels=tuple(cfg.detector.channels))
         state = pretrain.backbone_weights(Path(cfg.cache_dir), recipe)
         made["generated"] = Generated(state, pretrain.description(recipe))
-    return make("detector", cfg.detector, num_classes=num_classes, **made)
+    network: Detector = make("detector", cfg.detector, num_classes=num_classes, **made)
+    network.backbone_lr_scale = float(cfg.detector.get("backbone_lr_scale") or 1.0)
+    return network
 
 
 def method(cfg: DictConfig, network: Detector) -> Method:
@@ -159,6 +161,37 @@ class Data:
     warnings: tuple[str, ...] = ()  # what was found that does not keep a run from being trained
 
 
+@dataclass(frozen=True)
+class Start:
+    """Weights of a trained network that a detector starts from."""
+
+    state: dict[str, torch.Tensor]
+    words: str  # for records
+    place: str  # the file that they are from
+    sha256: str  # of the network with these weights
+
+    def load_into(self, network: Detector) -> None:
+        """Gives a detector the weights.
+
+        Raises:
+            UserError: they do not fit, or are not those that the record of their run tells of.
+        """
+        try:
+            network.load_state_dict(self.state)
+        except RuntimeError as error:
+            what = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"detector.start: the weights in {self.place} do not fit this detector ({what}): give this run the "
+                "detector and the number of classes of that one, or start from another run"
+            ) from error
+        if weights_sha256(network) != self.sha256:
+            raise UserError(
+                f"detector.start: the weights in {self.place} are not those of the run's record.json: put the files "
+                "back as one run wrote them, or start from another run"
+            )
+        network.pretraining = self.words
+
+
 @dataclass
 class Experiment:
     """Everything that a run is made of."""
@@ -199,10 +232,12 @@ def data(cfg: DictConfig) -> Data:
     return Data(opened, split, options.policy, labeled, unlabeled, hidden, val, bad, tuple(warnings))
 
 
-def experiment(cfg: DictConfig, world: World, data: Data) -> Experiment:
-    """Builds what a run is made of; weights and draws depend on the seed alone."""
+def experiment(cfg: DictConfig, world: World, data: Data, start: Start | None = None) -> Experiment:
+    """Builds what a run is made of; weights and draws depend on the seed, and on `start`, alone."""
     torch.manual_seed(int(cfg.seed))
     network = detector(cfg, len(data.dataset.train.category_ids))
+    if start is not None:
+        start.load_into(network)
     trained = method(cfg, network).to(world.device)
     if cfg.channels_last:
         trained = trained.to(memory_format=torch.channels_last)

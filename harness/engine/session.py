@@ -32,7 +32,7 @@ from harness.core.record import environment, read_record, write_record
 from harness.core.stopping import Interrupted, StopRequest
 from harness.core.types import RunRecord, UserError
 from harness.data.ground_truth import from_index
-from harness.engine import build, checkpoint, offline
+from harness.engine import build, checkpoint, offline, start
 from harness.engine.analysis import MATCHES, analyse, errors_by_kind
 from harness.engine.build import Experiment
 from harness.engine.evaluate import METRICS, evaluate, write_predictions
@@ -62,11 +62,12 @@ def train_to_record(cfg: DictConfig, world: World, stop: StopRequest) -> int:
             return 0
         with stop.at_once():
             opened = distributed.on_every_rank(world, lambda: build.data(cfg))
+            begin = distributed.on_every_rank(world, lambda: start.read(cfg, opened.dataset.train.category_names))
         for warning in opened.warnings:
             say(world, f"warning: {warning}")
         data, extra = offline.label(cfg, opened, world, stop, train_to_record)
         with stop.at_once():
-            experiment = distributed.on_every_rank(world, lambda: build.experiment(cfg, world, data))
+            experiment = distributed.on_every_rank(world, lambda: build.experiment(cfg, world, data, begin))
         begun = True
         try:
             return _Session(experiment, extra, stop).run()

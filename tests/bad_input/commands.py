@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.bad_input.case import Case
+from tests.bad_input.conftest import make_pets
 
 PREDICT = "predict images={pets}/val device=cpu out={tmp}/out"
 
@@ -40,6 +43,13 @@ ABOUT = {
     "pretraining": "",
     "version": "0.1.0",
 }
+
+
+def _broken_pets(folder: Path) -> None:
+    make_pets(folder / "pets")
+    (folder / "pets" / "train.json").write_text("{")
+
+
 MODEL = f"{PREDICT} model={{tmp}}/net.safetensors"
 
 CASES = [
@@ -80,6 +90,30 @@ CASES = [
     Case("evaluate a file and a run", "evaluate run_dir=a model=b", ("run_dir", "model", "not both")),
     Case("evaluate a file, key of training", "evaluate model={tmp}/a.pt seed=3", ("seed", "leave it out")),
     Case("evaluate a file that is missing", "evaluate model={tmp}/a.pt", ("model={tmp}/a.pt", "export wrote")),
+    Case("init nothing", "init", ("init DIR",)),
+    Case("init, no folder", "init {tmp}/none", ("{tmp}/none", "No such file")),
+    Case("init a file", "init {pets}/train.json", ("{pets}/train.json", "folder")),
+    Case("init an empty folder", "init {tmp}", ("{tmp}", "COCO", "Pascal VOC", "YOLO")),
+    Case("init pictures alone", "init {pets}/train", ("{pets}/train", "pictures alone")),
+    Case("init two folders", "init {pets} {tmp}", ("{tmp}",)),
+    Case("init, unused key", "init {pets} split.percent=5", ("split.percent", "it takes")),
+    Case(
+        "init over another file",
+        "init {pets} out={tmp}/conf/data/a.yaml",
+        ("out={tmp}/conf/data/a.yaml", "is there already"),
+        lambda folder: [(folder / "conf" / "data").mkdir(parents=True), (folder / "conf/data/a.yaml").write_text("x")],
+    ),
+    Case("init to no YAML", "init {pets} out={tmp}/a.txt", ("out={tmp}/a.txt", "data/NAME.yaml")),
+    Case("init, broken annotations", "init {tmp}/pets", ("train.json", "cannot be read as JSON"), _broken_pets),
+    Case("doctor, unused key", "doctor seed=3", ("seed", "it takes")),
+    Case("doctor onto a folder", "doctor out={tmp}", ("out={tmp}", "is a folder")),
+    Case(
+        "doctor without torchvision",
+        "doctor",
+        ("cannot be imported", "install"),
+        patch=lambda monkeypatch, _: _break(monkeypatch, "harness.engine", "doctor"),
+        code=1,
+    ),
     Case("exported file missing", MODEL, ("model={tmp}/net.safetensors", "No such file", "export wrote")),
     Case("exported file a folder", f"{PREDICT} model={{tmp}}", ("model={tmp}", "run_dir={tmp}")),
     Case("run_dir an exported file", f"{PREDICT} run_dir={{tmp}}/net.safetensors", ("model={tmp}",), _weights(ABOUT)),
@@ -122,3 +156,9 @@ def _hide(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
     """As if a package were not installed."""
     found = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == module else found(name))
+
+
+def _break(monkeypatch: pytest.MonkeyPatch, package: str, module: str) -> None:
+    """As if importing a module failed, for what it imports itself."""
+    monkeypatch.delattr(importlib.import_module(package), module, raising=False)
+    monkeypatch.setitem(sys.modules, f"{package}.{module}", None)

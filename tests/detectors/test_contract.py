@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra.utils import get_method, instantiate
+from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
 import harness
 from detectors.detector import Detector
 from detectors.methods.method import Method
 from harness.config.checks import GROUPS
+from harness.config.make import make
 from harness.core.types import UserError
 
 CONF = Path(harness.__file__).parent / "conf"
@@ -51,7 +52,7 @@ def built_detector(name: str) -> Detector:
     if "anchor_sizes" in load("detector", name) and name != "small":
         options |= {"anchor_sizes": [8, 16, 32, 64, 128]}
     root = OmegaConf.create({"cache_dir": ".", "detector": OmegaConf.merge(load("detector", name), options)})
-    detector = instantiate(root.detector, num_classes=3, _convert_="all")
+    detector = make("detector", root.detector, num_classes=3)
     for key, parameter in detector.named_parameters():  # scores above the thresholds, so that labels exist
         if key.endswith(("head.classes.weight", "cls_logits.weight")):
             torch.nn.init.normal_(parameter, std=1.0)
