@@ -44,6 +44,8 @@ Train = Callable[[DictConfig, distributed.World, StopRequest], int]
 
 _STAGE_ONE = ("stage1", "stage1_overrides", "checkpoint")  # keys of `offline` that say who labels, not how
 
+LABELS = "pseudo_labels.npz"  # in the run's folder
+
 
 @dataclass
 class Extra:
@@ -70,7 +72,7 @@ def label(cfg: DictConfig, data: Data, world: distributed.World, stop: StopReque
     options = cfg.method.get("offline")
     if options is None or data.unlabeled is None:
         return data, Extra()
-    path = Path(cfg.run_dir) / "pseudo_labels.npz"
+    path = Path(cfg.run_dir) / LABELS
     stage_one = compose.stage_one(cfg)
     made_by = _made_by(cfg, stage_one, data)
     if not distributed.from_main(world, lambda: _are_there(path, made_by)):
@@ -245,6 +247,27 @@ def _write(path: Path, source: ImageSource, made_by: dict[str, str | None], step
         steps=steps,
     )
     write_atomically(path, checksum.sealed(content.getvalue()))
+
+
+def kept_labels(run_dir: Path, category_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The pseudo labels that a run was trained on.
+
+    Args:
+        run_dir: its folder.
+        category_ids: (C,) of the dataset.
+
+    Returns:
+        (K,) int64 image ids, and (N, 7) float64 boxes as from `harness.engine.evaluate.predictions`.
+
+    Raises:
+        UserError: they are missing, damaged, or of other classes.
+    """
+    found = _decode(run_dir / LABELS)
+    if len(found.labels) and not 1 <= found.labels.min() <= found.labels.max() <= len(category_ids):
+        raise UserError(f"{run_dir / LABELS} has labels of classes that the data has not: give the run's own data")
+    images = np.repeat(found.ids, np.diff(found.offsets))
+    xywh = np.column_stack([found.boxes[:, :2], found.boxes[:, 2:] - found.boxes[:, :2]])
+    return found.ids, np.column_stack([images, xywh, found.scores, category_ids[found.labels - 1]]).astype(np.float64)
 
 
 class _Labels(msgspec.Struct):

@@ -47,7 +47,8 @@ def costs(section: Section) -> dict[tuple[str, float], Cost]:
     found = {}
     for percent in {percent for _, percent in known}:
         column = {key: pair for key, pair in known.items() if key[1] == percent}
-        ap = [cell.mean("ap") for cell, _ in column.values()]
+        alone = len(column) == 1  # a front of one says nothing
+        ap = [None if alone else cell.mean("ap") for cell, _ in column.values()]
         by_images = pareto_front([cost.images for _, cost in column.values()], ap)
         by_hours = pareto_front([cost.device_hours for _, cost in column.values()], ap)
         for (key, (_, cost)), images, hours in zip(column.items(), by_images, by_hours, strict=True):

@@ -123,8 +123,36 @@ def footnotes(section: Section) -> list[Footnote]:
         listed = "; ".join(f"{value}: {', '.join(labels)}" for value, labels in by_value.items())
         first = next(iter(by_value))
         found.append((f"{words}: {listed}.", tuple(label for v, ls in by_value.items() if v != first for label in ls)))
-    found += _deviations(section)
+    found += [*_labelled_views(section), *_deviations(section)]
     return [Footnote(_mark(number), text, labels) for number, (text, labels) in enumerate(found)]
+
+
+def _labelled_views(section: Section) -> list[tuple[str, tuple[str, ...]]]:
+    """Which operations on labelled images the rows have otherwise than the first row: there the methods could be alike."""
+    views = {row.label: _labelled_view(row) for row in section.rows}
+    known = {label: view for label, view in views.items() if view}
+    if not known:
+        return []
+    first, own = next(iter(known.items()))
+    by_keys: dict[str, list[str]] = {}
+    for label, view in known.items():
+        keys = sorted(key for key in own.keys() | view.keys() if own.get(key) != view.get(key))
+        if keys:
+            by_keys.setdefault(", ".join(keys), []).append(label)
+    listed = "; ".join(f"{', '.join(labels)} in {keys}" for keys, labels in by_keys.items())
+    rows = tuple(label for labels in by_keys.values() for label in labels)
+    return [(f"Labelled images are augmented otherwise than with {first}: {listed}.", rows)] if rows else []
+
+
+def _labelled_view(row: Row) -> dict[str, Any]:
+    """Operation -> its values, of the first run's view of labelled images."""
+    for record in _records(row):
+        augment = record.config.get("augment")
+        views = augment.get("views") if isinstance(augment, dict) else None
+        view = views.get("labeled") if isinstance(views, dict) else None
+        if isinstance(view, dict):
+            return view
+    return {}
 
 
 def _deviations(section: Section) -> list[tuple[str, tuple[str, ...]]]:

@@ -10,7 +10,7 @@ import base64
 import hashlib
 import io
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,11 +27,13 @@ from harness.report.tables import Row, Run, Section
 
 if TYPE_CHECKING:
     from harness.data.datasets import Dataset
+    from harness.data.index import CocoIndex
 
 PREDICTIONS = "predictions.json"
 SHOWN_SCORE = 0.5
 _SIDE = 256  # px, the longer side of a picture
 _QUALITY = 70
+_MOST_NAMED = 8  # boxes of a picture; names on more hide it
 _TRUTH, _RIGHT, _WRONG, _DARK = "#ffffff", "#4cc9f0", "#ff9f1c", "#000000"
 
 
@@ -58,6 +60,8 @@ class Gallery:
 
     caption: str
     lines: list[Line]
+    pseudo_caption: str = ""
+    pseudo_lines: list[Line] = field(default_factory=list)
 
 
 class _Box(msgspec.Struct):
@@ -87,7 +91,8 @@ def show(section: Section, count: int) -> tuple[Gallery | None, str]:
         truth = from_index(opened.val)
         images = _chosen(truth.image_ids, count)
         boxes = {label: _boxes(run, images) for label, run in runs.items()}
-        lines = [_line(opened, truth, image, boxes) for image in images.tolist()]
+        lines = [_line(opened.val, truth, image, boxes) for image in images.tolist()]
+        pseudo = _pseudo_lines(opened, runs, count)
     except (UserError, RunError, OSError, ValueError, Image.DecompressionBombError) as error:
         return None, f"the evaluation images cannot be shown ({error})."
     caption = (
@@ -95,7 +100,12 @@ def show(section: Section, count: int) -> tuple[Gallery | None, str]:
         f"fold {pair[0]}, seed {pair[1]}. White: the truth. Blue: right (same class, IoU of at least 0.5); orange: "
         f"wrong. Boxes with a score of at least {SHOWN_SCORE:g}."
     )
-    return Gallery(caption, lines), ""
+    pseudo_caption = (
+        f"Pseudo labels that were made once, before training, on the first {len(pseudo)} unlabelled images by a hash "
+        "of their ids, beside the truth that training does not see. Those of a teacher change with every step and are "
+        "not kept."
+    )
+    return Gallery(caption, lines, pseudo_caption, pseudo), ""
 
 
 def _runs(section: Section) -> tuple[float, Pair, dict[str, Run]]:
@@ -149,8 +159,27 @@ def _boxes(run: Run, images: np.ndarray) -> np.ndarray:
     return np.array(rows, np.float64).reshape(-1, 7)
 
 
-def _line(opened: Dataset, truth: GroundTruth, image: int, boxes: dict[str, np.ndarray]) -> Line:
-    source = opened.val.source([image])
+def _pseudo_lines(opened: Dataset, runs: dict[str, Run], count: int) -> list[Line]:
+    """Unlabelled training images with the truth and the pseudo labels of the runs that keep them."""
+    from harness.engine.offline import LABELS, kept_labels
+
+    folders = {label: run.folder for label, run in runs.items() if run.folder is not None}
+    kept = {
+        label: kept_labels(folder, opened.train.category_ids)
+        for label, folder in folders.items()
+        if (folder / LABELS).is_file()
+    }
+    if not kept:
+        return []
+    truth = from_index(opened.train)
+    shared = set(truth.image_ids.tolist()).intersection(*(ids.tolist() for ids, _ in kept.values()))
+    images = _chosen(np.array(sorted(shared), np.int64), count)
+    boxes = {f"{label}'s pseudo labels": rows[np.isin(rows[:, 0], images)] for label, (_, rows) in kept.items()}
+    return [_line(opened.train, truth, image, boxes) for image in images.tolist()]
+
+
+def _line(index: CocoIndex, truth: GroundTruth, image: int, boxes: dict[str, np.ndarray]) -> Line:
+    source = index.source([image])
     with Image.open(Path(source.paths[0])) as file:
         picture = file.convert("RGB")
     scale = _SIDE / max(picture.size)
@@ -186,7 +215,7 @@ def _drawn(small: Image.Image, xywh: np.ndarray, names: list[str], colours: list
         corners = [x, y, max(x + w, x + 1), max(y + h, y + 1)]
         draw.rectangle([corners[0] - 1, corners[1] - 1, corners[2] + 1, corners[3] + 1], outline=_DARK)
         draw.rectangle(corners, outline=colour, width=2)
-        if h > 24:
+        if h > 24 and len(names) <= _MOST_NAMED:
             draw.rectangle(draw.textbbox((x + 4, y + 3), name, font=font), fill=_DARK)
             draw.text((x + 4, y + 3), name, fill=colour, font=font)
     buffer = io.BytesIO()

@@ -199,6 +199,8 @@ def ap_by_compute(section: Section, found: dict[tuple[str, float], Cost]) -> str
                     panel.set_title(f"{figure_label(section.column(percent))} labels")
                 panel.set_xlabel(f"{name}, stage 1 included")
                 _compute_panel(panel, section, percent, found, _COMPUTE[name])
+                if name == "images seen":
+                    panel.xaxis.set_major_formatter(EngFormatter(sep=""))
         _legend(figure, axes.flat)
         return _svg(figure)
 
@@ -223,7 +225,6 @@ def _compute_panel(
         panel.plot(values, aps, color=_EDGE, lw=1.2, ls=(0, (4, 3)), zorder=1, label="Pareto front")
     panel.margins(x=0.15, y=0.15)
     panel.set_xlim(left=0)
-    panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     panel.xaxis.set_major_locator(MaxNLocator(4))
 
 

@@ -274,6 +274,23 @@ def test_conditions_that_differ_are_footnotes_of_the_rows_that_differ(tmp_path: 
     assert "- (a) The networks reported differ: teacher: Supervised, Mean Teacher; student: STAC." in text
 
 
+def test_operations_on_labelled_images_that_differ_are_listed(tmp_path: Path) -> None:
+    views = {
+        "supervised": {"labeled": {"resize": {"short": 64}, "flip": 0.5}},
+        "stac": {"labeled": {"resize": {"short": 64}, "flip": 0.5, "cutout": {}}, "strong": {"flip": 1}},
+        "mean_teacher": {"labeled": {"resize": {"short": 64}, "flip": 0.5}, "weak": {}},
+        "soft_teacher": {"labeled": {"resize": {"short": 32}}},
+        "mine": "damaged",
+    }
+    for method, view in views.items():
+        config = {"split": {"percent": 1, "fold": 1}, "seed": 1, "augment": {"views": view}}
+        make(tmp_path, method, 1, 1, 20.0, config=config)
+    part = part_of(1, _section(tmp_path), 0, 0, [], draw=False)
+    (note,) = (note for note in part.footnotes if note.text.startswith("Labelled images are augmented"))
+    assert note.text.endswith("otherwise than with Supervised: STAC in cutout; Soft Teacher in flip, resize.")
+    assert note.rows == ("STAC", "Soft Teacher")
+
+
 def test_a_record_of_its_time_has_neither_classes_nor_errors(tmp_path: Path) -> None:
     _suite(tmp_path)
     part = part_of(1, _section(tmp_path), 0, 6, [], draw=False)

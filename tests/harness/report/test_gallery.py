@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from harness.config import compose
+from harness.config.saved import read_config
 from harness.core.record import read_record, write_record
 from harness.engine import build
 from harness.report import report, tables
@@ -73,6 +74,38 @@ def test_the_same_images_every_time_and_the_first_of_more(suite: Path) -> None:
     assert few.lines == many.lines[:2]
     ids = [line.image_id for line in many.lines]
     assert ids != sorted(ids)
+
+
+def test_pseudo_labels_are_shown_beside_the_hidden_truth(suite: Path, tmp_path: Path) -> None:
+    for path in sorted(suite.glob("quick/*/*")):
+        (tmp_path / path.relative_to(suite)).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path.relative_to(suite)).write_bytes(path.read_bytes())
+    run_dir = tmp_path / "quick/stac-10-1"
+    train = build.dataset(read_config(run_dir)).train
+    unlabelled = train.source(train.image_ids[2:7])
+    offsets = np.array([0, *np.minimum(np.arange(1, 6), len(unlabelled.boxes))], np.int64)
+    first = [int(unlabelled.offsets[row]) for row in range(5)]  # the first object of each image
+    labels = {
+        "ids": unlabelled.ids,
+        "boxes": unlabelled.boxes[first],
+        "labels": unlabelled.labels[first],
+        "scores": np.full(5, 0.95, np.float32),
+        "offsets": offsets,
+        "made_by": np.array(json.dumps({"stage 1": None})),
+        "steps": np.int64(3),
+    }
+    np.savez(run_dir / "pseudo_labels.npz", **labels)
+    gallery, why = show(_section(tmp_path), 3)
+    assert gallery is not None, why
+    assert len(gallery.pseudo_lines) == 3
+    for line in gallery.pseudo_lines:
+        assert line.image_id in unlabelled.ids
+        truth, made = line.panels
+        objects = int(truth.alt.split(": ")[1].split()[0])
+        assert made.alt == f"STAC's pseudo labels: 1 of {objects} found, 0 wrong"
+    assert "Those of a teacher change" in report.run(tmp_path, tmp_path / "out", gallery=3).read_text()
+    (run_dir / "pseudo_labels.npz").write_bytes(b"PK")
+    assert "pseudo_labels.npz is damaged" in show(_section(tmp_path), 3)[1]
 
 
 def test_the_page_holds_the_pictures(suite: Path, tmp_path: Path) -> None:
