@@ -133,7 +133,7 @@ def test_sources_name_the_file_that_wins(tmp_path: Path) -> None:
     (tmp_path / "data" / "tools.yaml").write_text("defaults: [coco]\nname: tools\nroot: /data/tools\n")
     found = sources.of(
         compose.load(
-            ["data=tools", "preset=paper", "method=soft_teacher", "batch.labeled=16", "augment=stac"], [tmp_path]
+            ["data=tools", "preset=paper", "method=soft_teacher", "batch.labeled=13", "augment=stac"], [tmp_path]
         )
     )
     assert found["batch.labeled"] == "the command line"
