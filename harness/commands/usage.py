@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from omegaconf import DictConfig
+from typing import TYPE_CHECKING
 
 from harness.core.types import UserError
 from harness.core.validate import near
+
+if TYPE_CHECKING:  # help needs no configuration, and is quick without
+    from omegaconf import DictConfig
 
 
 @dataclass(frozen=True)
