@@ -213,7 +213,7 @@ class Pipeline(Protocol):
 
 @dataclass
 class RunRecord:
-    """The settings, costs and results of one run: flat numbers and strings, never formatted. One record.json per run."""
+    """The settings, costs and results of one run: numbers and strings, never formatted. One record.json per run."""
 
     schema_version: int = 2
     status: str = "running"  # running, ok, failed, interrupted

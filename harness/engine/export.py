@@ -168,7 +168,7 @@ def _quiet() -> Iterator[None]:
 
 
 def output_differences(first: Sequence[Any], second: Sequence[Any]) -> tuple[float, float]:
-    """How far two results of an `ExportedGraph` on one picture are apart: the largest difference of a side and of a score.
+    """The largest difference of a side and of a score between two results of an `ExportedGraph` on one picture.
 
     Raises:
         ValueError: they have other boxes or classes.
