@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: bench test test-all lint format benchmarks
+.PHONY: bench test test-all lint format benchmarks reference
 bench: $(STAMP)            ## generate the dataset, run the quick suite, print the table
 	$(BIN)/ssodbench suite suite=quick
 
@@ -26,6 +26,10 @@ format: $(STAMP)
 
 benchmarks: $(STAMP)       ## speed, never part of the tests
 	$(BIN)/python -m pytest benchmarks --benchmark-only --timeout 3000
+
+reference: $(STAMP)        ## docs/reference/keys.md, out of the comments in harness/conf
+	mkdir -p docs/reference
+	$(BIN)/python -c 'from harness.config import reference; print(reference.page(), end="")' > docs/reference/keys.md
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { echo "Python 3.11 to 3.13 is needed: make PYTHON=python3.12 ..." >&2; exit 2; }

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detectors.padded import PaddedTargets, gather
+from detectors.padded import PaddedTargets, gather_rows
 from harness.core import boxes as box_ops
 from harness.core.draws import torch_uniform
 
@@ -16,7 +16,7 @@ _LARGEST_TABLE = 2**28  # overlaps at once; 1 GiB, of which a few are alive at t
 
 
 @dataclass
-class Matches:
+class AnchorMatches:
     """Candidates A of B images against the boxes of their images."""
 
     target: Tensor  # (B, A) int64, index of the best box
@@ -39,7 +39,7 @@ class Samples:
         return Samples(self.index[:, :room], self.valid[:, :room], self.positive[:, :room], self.room)
 
 
-def match(
+def match_anchors(
     candidates: Tensor,
     targets: PaddedTargets,
     positive_iou: float,
@@ -48,7 +48,7 @@ def match(
     low_quality_iou: float = 0.0,
     low_quality_of: str = "box",
     usable: Tensor | None = None,
-) -> Matches:
+) -> AnchorMatches:
     """Faster R-CNN's assignment by IoU.
 
     Args:
@@ -73,7 +73,7 @@ def match(
             "low_quality_of": low_quality_of,
         }
         parts = [
-            match(
+            match_anchors(
                 candidates if candidates.dim() == 2 else candidates[rows],
                 targets[rows],
                 usable=None if usable is None else usable[rows],
@@ -81,7 +81,7 @@ def match(
             )
             for rows in (slice(0, images // 2), slice(images // 2, images))
         ]
-        return Matches(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Matches)))
+        return AnchorMatches(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(AnchorMatches)))
     overlap = box_ops.iou(targets.boxes, candidates).masked_fill_(~targets.valid[:, :, None], -1.0)  # (B, N, A)
     if usable is not None:
         overlap.masked_fill_(~usable[:, None], -1.0)
@@ -94,10 +94,10 @@ def match(
         if low_quality_of == "anchor":
             forced &= best >= low_quality_iou
         positive, negative = positive | forced, negative & ~forced
-    return Matches(target, positive, negative if usable is None else negative & usable)
+    return AnchorMatches(target, positive, negative if usable is None else negative & usable)
 
 
-def sample(matches: Matches, count: int, positive_fraction: float, keys: Tensor, stream: str) -> Samples:
+def sample(matches: AnchorMatches, count: int, positive_fraction: float, keys: Tensor, stream: str) -> Samples:
     """Draws `count` candidates per image: at most `positive_fraction` of them positive, the rest negative.
 
     Args:
@@ -118,10 +118,10 @@ def sample(matches: Matches, count: int, positive_fraction: float, keys: Tensor,
     return Samples(index, value >= 0, value >= 2, room)
 
 
-def matched_boxes(samples: Samples, matches: Matches, targets: PaddedTargets, candidates: Tensor) -> Tensor:
+def matched_boxes(samples: Samples, matches: AnchorMatches, targets: PaddedTargets, candidates: Tensor) -> Tensor:
     """(B, S, 4): the box each sampled positive should learn; the candidate itself elsewhere, so that nothing is NaN.
 
     `candidates` (B, S, 4) are the sampled ones.
     """
-    boxes = gather(targets.boxes, gather(matches.target, samples.index))
+    boxes = gather_rows(targets.boxes, gather_rows(matches.target, samples.index))
     return torch.where(samples.positive[..., None], boxes, candidates)

@@ -18,8 +18,8 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from detectors import losses
 from detectors.backbones import Depth, Norm, Pyramid, Stages, build_resnet, pyramid_norm
 from detectors.detector import Detector
-from detectors.matching import match
-from detectors.padded import PaddedTargets, gather, scatter_by_image
+from detectors.matching import match_anchors
+from detectors.padded import PaddedTargets, gather_rows, scatter_by_image
 from detectors.rpn import Anchors
 from harness.core import boxes as box_ops
 from harness.core.types import Normalize, UserError, View
@@ -149,12 +149,12 @@ class RetinaNet(OneStage):
     def losses(self, features: list[Tensor], view: View, targets: PaddedTargets, keys: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 - nothing is drawn
         """`class` and `box`."""
         output = self.output(features, view)
-        matches = match(output.anchors, targets, 0.5, 0.4, low_quality=True)
+        matches = match_anchors(output.anchors, targets, 0.5, 0.4, low_quality=True)
         positive = matches.positive
-        labels = gather(targets.labels, matches.target)
+        labels = gather_rows(targets.labels, matches.target)
         per_anchor = _focal(output.logits, labels, positive) * (positive | matches.negative)
         anchors = output.anchors.expand(len(positive), -1, -1)
-        boxes = torch.where(positive[..., None], gather(targets.boxes, matches.target), anchors)
+        boxes = torch.where(positive[..., None], gather_rows(targets.boxes, matches.target), anchors)
         wanted = box_ops.encode(boxes, anchors, _CODER)
         if self.per_image_normalizer:
             weights = 1.0 / (positive.sum(1, keepdim=True).clamp(min=1) * len(positive))
@@ -221,10 +221,10 @@ class Fcos(OneStage):
         assert output.centerness is not None
         index, positive = self.assign(output.anchors, output.level_sizes, targets)
         count = positive.sum().clamp(min=1)
-        labels = gather(targets.labels, index)
+        labels = gather_rows(targets.labels, index)
         center, size = self._center_and_size(output.anchors)
         cell = torch.cat([center - size, center + size], -1)
-        boxes = torch.where(positive[..., None], gather(targets.boxes, index), cell)
+        boxes = torch.where(positive[..., None], gather_rows(targets.boxes, index), cell)
         predicted = self.decode(output.deltas, output.anchors)
         overlap = generalized_box_iou_loss(predicted, boxes) * positive
         left_top, right_bottom = center - boxes[..., :2], boxes[..., 2:] - center

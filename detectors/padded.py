@@ -84,7 +84,7 @@ def concatenate(parts: Sequence[PaddedTargets]) -> PaddedTargets:
     )
 
 
-def gather(values: Tensor, index: Tensor) -> Tensor:
+def gather_rows(values: Tensor, index: Tensor) -> Tensor:
     """Rows `index` (B, S) of `values` (B, N) or (B, N, D), image by image."""
     if values.dim() == 2:
         return values.gather(1, index)

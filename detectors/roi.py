@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from detectors import losses
-from detectors.matching import match, matched_boxes, sample
-from detectors.padded import PaddedTargets, gather, scatter_by_image
+from detectors.matching import match_anchors, matched_boxes, sample
+from detectors.padded import PaddedTargets, gather_rows, scatter_by_image
 from detectors.roi_align import PyramidRoiAlign
 from detectors.rpn import Proposals
 from harness.core import boxes as box_ops
@@ -138,15 +138,15 @@ class RoiStage(nn.Module):
         s = self.settings
         candidates = torch.cat([proposals.boxes, targets.boxes], 1)
         usable = torch.cat([proposals.valid, targets.valid], 1)
-        matches = match(candidates, targets, s.iou, s.iou)
+        matches = match_anchors(candidates, targets, s.iou, s.iou)
         matches.positive &= usable
         matches.negative &= usable
         samples = sample(matches, s.batch, s.positive_fraction, keys, stream)
         count = samples.valid.sum().clamp(min=1).float()
         if positives_only:
             samples = samples.head()
-        boxes = gather(candidates, samples.index)
-        labels = gather(targets.labels, gather(matches.target, samples.index)) * samples.positive
+        boxes = gather_rows(candidates, samples.index)
+        labels = gather_rows(targets.labels, gather_rows(matches.target, samples.index)) * samples.positive
         wanted = matched_boxes(samples, matches, targets, boxes)
         images = torch.arange(len(boxes), device=boxes.device)[:, None].expand_as(labels)
         used = samples.positive if positives_only else samples.valid

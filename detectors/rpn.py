@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torchvision.models.detection.rpn import RPNHead
 
 from detectors import losses
-from detectors.matching import match, matched_boxes, sample
-from detectors.padded import PaddedTargets, gather, scatter_by_image
+from detectors.matching import match_anchors, matched_boxes, sample
+from detectors.padded import PaddedTargets, gather_rows, scatter_by_image
 from harness.core import boxes as box_ops
 from harness.core.types import UserError
 from harness.core.validate import Limits, NotNegative, Share
@@ -203,7 +203,7 @@ class Rpn(nn.Module):
         """
         s = self.settings
         within = CANDIDATES[s.candidates]
-        matches = match(
+        matches = match_anchors(
             output.anchors,
             targets,
             s.positive_iou,
@@ -225,7 +225,7 @@ class Rpn(nn.Module):
             head = samples.head()
             anchors = output.anchors[head.index]
             wanted = box_ops.encode(matched_boxes(head, matches, targets, anchors), anchors, _CODER)
-            deltas = gather(output.deltas, head.index)
+            deltas = gather_rows(output.deltas, head.index)
             result["rpn_box"] = losses.box_regression(deltas, wanted, head.positive, s.beta) / count
         return result
 
@@ -247,7 +247,7 @@ class Rpn(nn.Module):
             levels.append(index.new_full((index.shape[1],), level))
             start += size
         score, index = torch.cat(scores, 1), torch.cat(picked, 1)
-        boxes = box_ops.decode(gather(output.deltas, index), output.anchors[index], _CODER)
+        boxes = box_ops.decode(gather_rows(output.deltas, index), output.anchors[index], _CODER)
         boxes = box_ops.clip_boxes(boxes, sizes)
         score = score.masked_fill(~box_ops.is_large_enough(boxes, _SMALLEST_PROPOSAL), -torch.inf)
         batch, count = score.shape

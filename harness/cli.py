@@ -11,33 +11,13 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from harness.commands import help
 from harness.commands.usage import COMMANDS
 from harness.core.console import STDERR, settle
 from harness.core.escape import plain
 from harness.core.files import open_closed_streams, refusal, require_working_folder
 from harness.core.types import RunError, UserError
-
-_HELP = """\
-ssodbench COMMAND [--config-dir DIR] [key=value | group=option ...]
-
-Which semi-supervised detector gives how much mAP, at which label ratio, for how much compute.
-
-commands
-  prepare    open, check and describe a dataset and its split   data=coco data.root=DIR
-  train      train one method on one split and score it         method=soft_teacher split.percent=5
-  suite      methods x label ratios x folds, then the report    suite=quick
-  report     records to tables and plots                        runs_dir=runs out=DIR
-  evaluate   score a run again                                  run_dir=DIR evaluation.score_threshold=0.001
-  profile    throughput of the pipelines, alternating           profile.pipelines=[dali,torchvision]
-  config     print the configuration a command would use        method=stac preset=paper
-
-groups    data, method, detector, augment, pipeline, schedule, preset, suite
-keys      split.percent split.fold split.protocol  batch.labeled batch.unlabeled  schedule.steps  seed
-          devices device threads  runs_dir run_dir cache_dir  evaluation.every checkpointing.every  ...
-          `ssodbench config` lists them all with their values.
-          ssodbench --version says which one this is.
-exit code 0 ok, 1 failed, 2 a mistake in what was given, 129, 130 and 143 interrupted (start again to continue)
-"""
+from harness.core.validate import near
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,9 +25,6 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}: see ssodbench --help")
-
-
-_COMMANDS = tuple(COMMANDS)
 
 
 def _run(given: list[str], places: dict[str, str]) -> int:
@@ -61,29 +38,35 @@ def _run(given: list[str], places: dict[str, str]) -> int:
     parser.add_argument("--config-dir", action="append", default=[])
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--version", action="store_true")
+    parser.add_argument("--completion")
+    parser.add_argument("--sources", action="store_true")
     parser.add_argument("overrides", nargs="*")
     known, unknown = parser.parse_known_intermixed_args(given)
     if known.version:
         print(f"ssodbench {importlib.metadata.version('ssodbench')}")
         return 0
-    if known.help or not (known.command or unknown):
-        print(_HELP, end="")
+    if known.completion is not None:
+        print(help.completion(known.completion), end="")
+        return 0
+    if not unknown and (known.help or not known.command) and known.command in (None, *COMMANDS):
+        print(help.of(known.command) if known.command else help.general(), end="")
         return 0 if known.help else 2
-    from harness.core.validate import near
-
     if unknown:
-        hint = near(unknown[0].split("=")[0], ("--config-dir", "--help", "--version"))
+        hint = near(unknown[0].split("=")[0], ("--config-dir", "--help", "--version", "--completion"))
         raise UserError(
             f"the option {unknown[0]} is not known{hint}: settings are given as key=value, see ssodbench --help"
         )
-    if known.command not in _COMMANDS:
-        hint = near(known.command, _COMMANDS) or f": choose one of {', '.join(_COMMANDS)}"
+    if known.command not in COMMANDS:
+        hint = near(known.command, COMMANDS) or f": choose one of {', '.join(COMMANDS)}"
         raise UserError(f"the command {known.command} is not known{hint}")
     from harness.config import compose, paths
 
     cfg = compose.load(keyed(known.command, known.overrides), known.config_dir)
     places.update(paths.places(cfg))
-    code: int = importlib.import_module(f"harness.commands.{known.command}").run(cfg)
+    module = importlib.import_module(f"harness.commands.{known.command}")
+    if known.sources and known.command != "config":
+        raise UserError("--sources belongs to `ssodbench config`: leave it out")
+    code: int = module.run_with_sources(cfg) if known.sources else module.run(cfg)
     _flush_output()
     return code
 

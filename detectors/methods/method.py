@@ -96,7 +96,7 @@ class Method(nn.Module, ABC):
         self.student = detector
         self.steps = steps
         self.reported = reported
-        self.ema = validate.make(Ema, ema, "method.ema").of(detector) if ema is not None else None
+        self.ema = validate.make_checked(Ema, ema, "method.ema").of(detector) if ema is not None else None
         self.teacher_from = teacher_from
         self.teacher: Detector | None = None
         if self.ema is not None:

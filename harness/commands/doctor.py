@@ -19,7 +19,7 @@ from harness.core.record import environment
 from harness.core.types import RunError
 
 if TYPE_CHECKING:
-    from harness.engine.doctor import Finding
+    from harness.engine.doctor import Outcome
 
 _WORDS = {"ok": ("ok", "green"), "note": ("note", "yellow"), "fails": ("FAILS", "red")}
 
@@ -68,5 +68,5 @@ def _literal_lines(text: str, encoding: str) -> Any:
     return first
 
 
-def _content(findings: Sequence[Finding]) -> dict[str, Any]:
+def _content(findings: Sequence[Outcome]) -> dict[str, Any]:
     return {"findings": [dataclasses.asdict(found) for found in findings], "environment": environment()}

@@ -29,7 +29,7 @@ from harness.engine import build, checkpoint, trained
 from harness.engine.analysis import MATCHES, Analysis, analyse
 from harness.engine.evaluate import METRICS, evaluate
 from harness.engine.matches import write_matches
-from harness.engine.trained import refuse_foreign
+from harness.engine.trained import refuse_other_run
 
 # What `evaluate` takes beside the keys that find the run; a group stands for its keys too.
 _USED = (
@@ -64,7 +64,7 @@ def run(cfg: DictConfig) -> int:
     file = checkpoint.find(run_dir)
     world = distributed.join(distributed.resolve_device(cfg.device, 1))
     state = checkpoint.read(file, world.device)
-    refuse_foreign(run_dir, file, state["identity"], own)
+    refuse_other_run(run_dir, file, state["identity"], own)
     torch.set_num_threads(int(cfg.threads))
     opened, classes = _open(cfg, own, other, state)
     recorded_threshold = float(own.evaluation.score_threshold)

@@ -62,7 +62,7 @@ def describe(cfg: Any) -> dict[str, Any]:
     unlabeled = options.chosen.takes_unlabeled_part
     indices = prepare.parts(dataset, unlabeled)
     with _progress(console, sum(map(len, indices.values())), level) as advance:
-        checks = prepare.inspect(dataset, level, len(os.sched_getaffinity(0)), advance, unlabeled)
+        checks = prepare.inspect_dataset(dataset, level, len(os.sched_getaffinity(0)), advance, unlabeled)
     keys = _rows(cfg)
     found: dict[str, Any] = {
         "dataset": dataset.name,
@@ -133,7 +133,7 @@ def _named(index: CocoIndex, counts: np.ndarray) -> dict[str, int]:
 
 
 def _split(dataset: Dataset, options: SplitOptions, checks: Checks) -> dict[str, Any]:
-    """What one split holds, or why there is none."""
+    """Counts of one split, or the error that says why there is none."""
     row: dict[str, Any] = {"protocol": options.protocol, "percent": options.percent, "fold": options.fold}
     try:
         split = prepare.resolve_split(dataset, options)

@@ -21,13 +21,13 @@ from rich.table import Table
 from harness.config import checks
 from harness.core.console import STDERR, Console
 from harness.core.files import refusal
-from harness.core.stopping import collecting_stops
+from harness.core.stopping import StopRequest
 from harness.core.types import RunError, UserError
 from harness.report import report
 from harness.suite.cells import Suite, default_jobs, environments
-from harness.suite.claims import Claims, remove_if_empty, require_writable
-from harness.suite.plan import Cell, first_state, plan, write_plan
-from harness.suite.view import View, standing_of
+from harness.suite.claims import Claims, remove_if_empty, require_suite_folder
+from harness.suite.plan import SuiteCell, first_state, plan, write_plan
+from harness.suite.view import SuiteView, status_of
 
 HELD = 3  # exit code: what is missing is being run by other processes, and nothing has failed
 
@@ -54,14 +54,14 @@ def run(cfg: DictConfig) -> int:
     claims = Claims(suite_dir)
     if cfg.suite.get("status"):
         return status(cells, suite_dir, claims, console)
-    require_writable(claims, suite_dir)
+    require_suite_folder(claims, suite_dir)
     try:
         return _run(cfg, cells, suite_dir, claims, console)
     finally:
         remove_if_empty(claims, suite_dir)
 
 
-def _run(cfg: DictConfig, cells: list[Cell], suite_dir: Path, claims: Claims, console: Console) -> int:
+def _run(cfg: DictConfig, cells: list[SuiteCell], suite_dir: Path, claims: Claims, console: Console) -> int:
     for cell in cells:
         cell.state, cell.reason = first_state(cell, bool(cfg.suite.get("retry_failed", True)))
     missing = [cell for cell in cells if cell.state == "waiting"]
@@ -76,24 +76,25 @@ def _run(cfg: DictConfig, cells: list[Cell], suite_dir: Path, claims: Claims, co
         prepare(missing, console)
         write_plan(suite_dir, cfg, cells)
     wait = cfg.suite.get("wait") is not False
-    with collecting_stops() as stop:
+    stop = StopRequest(second_ends=False)
+    with stop.installed():
         if missing:
-            Suite(cells, suite_dir, environments(cfg, jobs), stop, View(cells, console), claims, wait).execute()
-    told = conclude(suite_dir, cfg, cells, console, quickly=bool(stop.number))
-    if stop.number:
-        return 128 + stop.number
+            Suite(cells, suite_dir, environments(cfg, jobs), stop, SuiteView(cells, console), claims, wait).execute()
+    told = conclude(suite_dir, cfg, cells, console, quickly=bool(stop.signal_number))
+    if stop.signal_number:
+        return 128 + stop.signal_number
     states = {cell.state for cell in cells}
     if not told or states & {"failed", "skipped", "interrupted"}:
         return 1
     return HELD if states != {"ok"} else 0
 
 
-def status(cells: list[Cell], suite_dir: Path, claims: Claims, console: Console) -> int:
+def status(cells: list[SuiteCell], suite_dir: Path, claims: Claims, console: Console) -> int:
     """Prints how the cells of a folder stand, also while other processes run them; runs and writes nothing."""
     table = Table("cell", "state", "AP", "steps", "ETA", "", box=None, pad_edge=False)
     counts: Counter[str] = Counter()
     for cell in cells:
-        stands = standing_of(cell, claims)
+        stands = status_of(cell, claims)
         counts[stands.state] += 1
         table.add_row(*map(escape, (cell.name, stands.state, stands.score, stands.steps, stands.eta, stands.note)))
     console.print(table)
@@ -102,7 +103,7 @@ def status(cells: list[Cell], suite_dir: Path, claims: Claims, console: Console)
     return 0
 
 
-def conclude(suite_dir: Path, cfg: DictConfig, cells: list[Cell], console: Console, quickly: bool = False) -> bool:
+def conclude(suite_dir: Path, cfg: DictConfig, cells: list[SuiteCell], console: Console, quickly: bool = False) -> bool:
     """Writes how every cell ended and the report, and prints the table; an error of one stops none of the others.
 
     Args:
@@ -139,12 +140,12 @@ def _done(step: Callable[[], Any], suite_dir: Path) -> bool:
     return True
 
 
-def _no_record(cells: list[Cell]) -> str:
+def _no_record(cells: list[SuiteCell]) -> str:
     reasons = [cell.reason for cell in cells if cell.reason]
     return f"there is nothing to report, no cell has left a record{f': {reasons[0]}' if reasons else ''}"
 
 
-def prepare(cells: list[Cell], console: Console) -> None:
+def prepare(cells: list[SuiteCell], console: Console) -> None:
     """Makes what the cells share, once, instead of letting the first ones wait for each other, and looks at their data.
 
     Raises:

@@ -1,13 +1,15 @@
-"""What each command takes and how it is called: for its help, for completion, and to refuse what it would ignore."""
+"""The keys of each command and how it is called: for help, completion, and to refuse keys that would be ignored."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from omegaconf import DictConfig
+from typing import TYPE_CHECKING
 
 from harness.core.types import UserError
 from harness.core.validate import near
+
+if TYPE_CHECKING:  # help needs no configuration, and is quick without
+    from omegaconf import DictConfig
 
 
 @dataclass(frozen=True)

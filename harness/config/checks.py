@@ -1,4 +1,4 @@
-"""What a configuration must hold, before anything is opened: known keys, kinds, ranges, and what fits together."""
+"""Checks of a configuration before anything is opened: known keys, kinds and ranges of values, and combinations."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ _EXTRAS = {
 }
 
 
-def check(cfg: DictConfig) -> None:
+def check_config(cfg: DictConfig) -> None:
     """Checks keys, values and combinations before any data is opened.
 
     Raises:
@@ -117,7 +117,7 @@ def check_values(plain: dict[str, Any]) -> None:
         if isinstance(chosen, dict):
             _check_constructor("logging.loggers", chosen, f"logging.loggers[{place}]")
     if "small" in plain["data"]:  # after the keys of `data`, which it may refer to
-        validate.check(schema.Small, plain["data"]["small"], "data.small")
+        validate.check(schema.SmallOptions, plain["data"]["small"], "data.small")
     _check_policy(plain)
 
 
@@ -176,7 +176,7 @@ def _at(plain: dict[str, Any], place: str) -> dict[str, Any]:
 def _check_optimizer(options: dict[str, Any]) -> None:
     if "name" in options:
         moved.override(f"schedule.optimizer.name={options['name']}")  # says which names there are
-    validate.check(schema.Optimizer, _own("schedule.optimizer", options), "schedule.optimizer")
+    validate.check(schema.OptimizerOptions, _own("schedule.optimizer", options), "schedule.optimizer")
 
 
 def _own(name: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -236,7 +236,7 @@ def _check_constructor(name: str, values: dict[str, Any], key: str | None = None
 
 
 def find_target(name: str, values: dict[str, Any], key: str | None = None) -> Callable[..., Any]:
-    """What a group's `_target_` names.
+    """The class or function that a group's `_target_` names.
 
     Raises:
         UserError: there is no such thing, or it is not for this group.

@@ -56,7 +56,7 @@ def _load(overrides: Sequence[str], config_dirs: Sequence[str | Path]) -> DictCo
         checks.check_together(cfg)
     except UserError as error:
         own = yaml_files.chosen(given, config_dirs)
-        yaml_files.check(own)  # what cannot be read explains more
+        yaml_files.check_files(own)  # what cannot be read explains more
         raise UserError(yaml_files.located(str(error), own)) from error
     _fill_defaults(cfg)
     paths.expand_home(cfg)
@@ -88,7 +88,7 @@ def _know_old_options() -> None:
 
 
 def _composed(overrides: Sequence[str]) -> DictConfig:
-    """What Hydra makes of the files and the command line; with the method's policy where none is chosen."""
+    """The files and the command line composed by Hydra, with the method's policy where none is chosen."""
     GlobalHydra.instance().clear()
     _know_old_options()
     with initialize_config_dir(str(checks.CONF_DIR), version_base="1.3"):
@@ -108,7 +108,7 @@ def _composed(overrides: Sequence[str]) -> DictConfig:
 
 def _cap_intervals(cfg: DictConfig) -> None:
     """A preset's interval is at most the schedule's length, unless the command line gives it."""
-    given = any(explain.key_of(override) in ("evaluation", "evaluation.every") for override in cfg.cli.overrides)
+    given = any(explain.override_key(override) in ("evaluation", "evaluation.every") for override in cfg.cli.overrides)
     if not given and cfg.evaluation.every is not None:
         cfg.evaluation.every = min(cfg.evaluation.every, cfg.schedule.steps)
 
@@ -137,9 +137,9 @@ def stage_one(cfg: DictConfig) -> DictConfig:
 
 def _stage_one_arguments(cfg: DictConfig) -> tuple[list[str], list[str]]:
     kept = [o for o in cfg.cli.overrides if not re.match(r"[+~]*(method[=./@]|method$|run_dir=)", o)]
-    said = {explain.key_of(override) for override in kept}
+    said = {explain.override_key(override) for override in kept}
     options = cfg.method.offline
-    own = [str(o) for o in options.get("stage1_overrides") or [] if explain.key_of(str(o)) not in said]
+    own = [str(o) for o in options.get("stage1_overrides") or [] if explain.override_key(str(o)) not in said]
     place = [f"split.protocol={cfg.split.protocol}", f"run_dir={Path(cfg.run_dir) / 'stage1'}"]
     return [*kept, f"method={options.stage1}", *own, *place], list(cfg.cli.config_dirs)
 

@@ -25,7 +25,7 @@ _SUITE_AXES = {
 }
 
 
-def key_of(override: str) -> str:
+def override_key(override: str) -> str:
     """The dotted key that an override gives, without the signs before it."""
     return override.split("=", 1)[0].lstrip("+~")
 
@@ -43,7 +43,7 @@ def _several(overrides: Sequence[str]) -> str | None:
         except HydraException:
             continue
         if parsed.is_sweep_override():
-            key, value = key_of(override), override.split("=", 1)[1]
+            key, value = override_key(override), override.split("=", 1)[1]
             axis = _SUITE_AXES.get(key)
             remedy = (
                 f"for several, say `ssodbench suite suite=quick {axis}=[{value}]`"

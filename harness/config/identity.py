@@ -1,4 +1,4 @@
-"""What a run is: the part of its configuration that decides its result, the hash of it, and how two of them differ."""
+"""The identity of a run: the part of its configuration that decides its result, its hash, and differences of two."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _CIRCUMSTANCES = (
     "pipeline.threads",
     "pipeline.prefetch",
     "method.offline.checkpoint",
-    "method.unlabeled",  # what its class is like anyway
+    "method.unlabeled",  # says what its class does in any case
     "detector.cache_dir",
     "detector.start",  # start_sha256 says which weights they are
     "data.cache_dir",
@@ -63,7 +63,7 @@ _ADDED_IN_TORCHVISION_STYLE = (
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
-    """What decides a run's result: the configuration without the circumstances it is carried out under."""
+    """The configuration without the circumstances under which it is carried out: what decides a run's result."""
     plain = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(plain, dict)
     return without_circumstances({str(key): value for key, value in plain.items()})

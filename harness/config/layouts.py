@@ -1,4 +1,4 @@
-"""What a folder of data seems to hold, and the settings that read it: for messages to those who gave a path."""
+"""Guesses the format of a folder of data: for messages that say which settings read it."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _at(root: Path) -> str:
 
 
 def suggestion(root: Path, but: str = "", tried: str = "") -> str | None:
-    """What reads a folder, told by what lies in it; None if that cannot be told.
+    """The settings that read a folder, guessed from the files in it; None if nothing is recognised.
 
     Args:
         root: the folder.

@@ -1,4 +1,4 @@
-"""What runs and the options that they chose are called."""
+"""Names of runs, and of the options that they chose."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class _Pipeline(_Group):
 
 
 class _RunConfig(Struct):
-    """What every config.yaml of a run has; the rest is the groups' own."""
+    """The keys that every config.yaml of a run has; others depend on the chosen options."""
 
     data: _Data
     detector: _Group

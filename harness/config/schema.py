@@ -24,7 +24,7 @@ _TWO = "a list of two, height and width in pixels: [800,1344]"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class BatchOptions:
     """The keys of `batch`: how a student step is made up."""
 
     labeled: Images
@@ -36,7 +36,7 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepare:
+class PrepareOptions:
     """The keys of `prepare`: the splits that it describes."""
 
     percents: Annotated[list[Percent], Limits(least=1)] | None
@@ -44,7 +44,7 @@ class Prepare:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class EvaluationOptions:
     """The keys of `evaluation`: when and how networks are scored."""
 
     every: Annotated[float, Limits(gt=0, le=1e9)] | None
@@ -54,7 +54,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpointing:
+class CheckpointingOptions:
     """The keys of `checkpointing`: when states are saved, and which stay."""
 
     every: Steps
@@ -63,7 +63,7 @@ class Checkpointing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Logging:
+class LoggingOptions:
     """The keys of `logging`: how often lines are written, and where else scalars go."""
 
     every: Steps
@@ -71,7 +71,7 @@ class Logging:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Profile:
+class ProfileOptions:
     """The keys of `profile`."""
 
     pipelines: Annotated[list[Name], Limits(least=1)]
@@ -83,14 +83,14 @@ class Profile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Predict:
+class PredictOptions:
     """The keys of `predict`."""
 
     score: Share
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class ReportOptions:
     """The keys of `report`: what a report takes time for."""
 
     resamples: Annotated[int, Limits(ge=0, le=100_000)]
@@ -98,7 +98,7 @@ class Report:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export:
+class ExportOptions:
     """The keys of `export`."""
 
     size: Annotated[list[Annotated[int, Limits(ge=1, le=16_384)]], Limits(least=2, most=2, words=_TWO)] | None
@@ -106,14 +106,14 @@ class Export:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Init:
+class InitOptions:
     """The keys of `init`."""
 
     dir: File | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optimizer:
+class OptimizerOptions:
     """The keys of `schedule.optimizer` that the program reads; its `_target_` takes the others."""
 
     lr: Annotated[float, Limits(gt=0, le=1000)]
@@ -122,7 +122,7 @@ class Optimizer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule:
+class ScheduleOptions:
     """The keys of `schedule`."""
 
     steps: Steps
@@ -137,7 +137,7 @@ class Schedule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Suite:
+class SuiteOptions:
     """The keys of `suite`."""
 
     name: Name
@@ -155,8 +155,8 @@ class Suite:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Small:
-    """What the CPU preset takes from a dataset."""
+class SmallOptions:
+    """The keys of `data.small`: image and anchor sizes of a dataset for the CPU preset."""
 
     short_side: Pixels
     max_side: Pixels | None = None
@@ -164,7 +164,7 @@ class Small:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Offline:
+class OfflineOptions:
     """Pseudo labels made before training."""
 
     stage1: Name
@@ -178,7 +178,7 @@ class Offline:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cli:
+class CliOptions:
     """The keys of `cli`."""
 
     overrides: list[str]
@@ -194,40 +194,40 @@ class Config:
     method: dict[str, Any]
     pipeline: dict[str, Any]
     launcher: dict[str, Any]
-    schedule: Schedule
+    schedule: ScheduleOptions
     augment: dict[str, Any]
     split: SplitOptions
     detector_style: Literal["torchvision", "detectron", "mmdetection", "tensorpack"]
     seed: Seed | None
-    batch: Batch
+    batch: BatchOptions
     check: Literal["quick", "headers", "full"]
     export_dir: File | None
-    prepare: Prepare
-    evaluation: Evaluation
+    prepare: PrepareOptions
+    evaluation: EvaluationOptions
     precision: Literal["fp32", "bf16"]
     channels_last: bool
     compile: bool
     device: Literal["auto", "cpu", "cuda"]
     devices: Annotated[int, Limits(ge=1, le=256)]
     threads: Annotated[int, Limits(ge=1, le=1024)]
-    checkpointing: Checkpointing
-    logging: Logging
+    checkpointing: CheckpointingOptions
+    logging: LoggingOptions
     runs_dir: File
     run_dir: File | None
-    profile: Profile
-    report: Report
+    profile: ProfileOptions
+    report: ReportOptions
     out: File | None
     model: File | None
     network: Literal["student", "teacher"] | None
     images: File | Annotated[list[File], Limits(least=1)] | None
-    predict: Predict
+    predict: PredictOptions
     format: Literal["safetensors", "pt", "onnx", "pt2"] | None
-    export: Export
-    init: Init
+    export: ExportOptions
+    init: InitOptions
     cache_dir: File | None
     preset_name: Name | None
-    cli: Cli
-    suite: Suite | None = None
+    cli: CliOptions
+    suite: SuiteOptions | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,4 +246,4 @@ class MethodKeys:
     name: Name
     augment: Name
     unlabeled: bool | None = None  # whether it draws unlabelled images; None: its class's views say so
-    offline: Offline | None = None
+    offline: OfflineOptions | None = None

@@ -25,7 +25,7 @@ def _section(kind: type[T], cfg: DictConfig, key: str) -> T:
     """
     plain = OmegaConf.to_container(cfg[key], resolve=True)
     assert isinstance(plain, dict)
-    return validate.make(kind, {str(name): value for name, value in plain.items()}, key)
+    return validate.make_checked(kind, {str(name): value for name, value in plain.items()}, key)
 
 
 def evaluation_interval(cfg: DictConfig) -> int | None:

@@ -60,7 +60,7 @@ def _neighbours(file: Path, config_dirs: Sequence[str | Path]) -> list[Path]:
     return [other for other in _files(config_dirs) if other.stem in names]
 
 
-def check(files: Sequence[Path]) -> None:
+def check_files(files: Sequence[Path]) -> None:
     """Reads files one by one.
 
     Raises:

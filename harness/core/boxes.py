@@ -89,7 +89,7 @@ def between_views(source: Tensor, destination: Tensor) -> Tensor:
 
 
 def encode(boxes: Tensor, anchors: Tensor, weights: tuple[float, float, float, float]) -> Tensor:
-    """What a network regresses: (dx, dy, dw, dh) from anchors to boxes, times `weights` (Fast R-CNN, appendix C).
+    """Regression targets: (dx, dy, dw, dh) from anchors to boxes, times `weights` (Fast R-CNN, appendix C).
 
     Both (..., 4) with positive sides.
     """

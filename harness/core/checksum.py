@@ -29,7 +29,7 @@ class Damaged(ValueError):  # noqa: N818  a state of a file
 
 
 class _Sealed:
-    """What `torch.save` takes for a file; a second thread sums while this one writes."""
+    """A file for `torch.save` whose checksum a second thread computes while this one writes."""
 
     def __init__(self, file: BinaryIO, pool: ThreadPoolExecutor) -> None:
         self._file, self._pool, self.crc32 = file, pool, 0

@@ -8,7 +8,7 @@ class UserError(Exception):
 
 
 class RunError(Exception):
-    """What a command cannot go on from, though nothing was wrong with what was given; exit code 1, no traceback."""
+    """A failure that is not the user's mistake, such as a loss that is not finite; exit code 1, no traceback."""
 
 
 class UnusableImages(UserError):  # noqa: N818  told like any other mistake

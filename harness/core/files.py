@@ -74,7 +74,7 @@ _OTHERWISE = "give another, or mend what the system names"
 def refusal(
     error: OSError, places: Mapping[str, str | Path | None] | None = None, remedy: str | None = None
 ) -> UserError | RunError:
-    """What the system refused, as an error that a person can act on: path, cause and remedy.
+    """An OSError as an error that a person can act on: path, cause and remedy.
 
     Args:
         error: as the system raised it.

@@ -130,7 +130,7 @@ def damaged(path: Path, reason: str, remedy: str) -> UserError:
 
 
 def reason(error: Exception) -> str:
-    """What does not fit, the key first: "cells[3].seed: Expected `int`, got `str`"."""
+    """msgspec's message with the key first: "cells[3].seed: Expected `int`, got `str`"."""
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     match = re.fullmatch(r"(.*) - at `(?:key in )?\$\.?(.*)`", str(error), re.DOTALL)
@@ -149,7 +149,7 @@ def content_of(path: Path, remedy: str) -> bytes:
         raise UserError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
 
 
-def decode(path: Path, content: bytes, kind: type[T], remedy: str) -> T:
+def decode_json(path: Path, content: bytes, kind: type[T], remedy: str) -> T:
     """JSON by schema.
 
     Raises:
@@ -221,7 +221,7 @@ def read_plan(path: Path) -> Plan:
         UserError: it cannot be read, or does not fit.
     """
     remedy = "the cells that left no record are not listed; start the suite again to write it anew"
-    return decode(path, content_of(path, remedy), Plan, remedy)
+    return decode_json(path, content_of(path, remedy), Plan, remedy)
 
 
 def metrics_line(line: bytes) -> Line:

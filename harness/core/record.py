@@ -51,7 +51,7 @@ _MOST = dict.fromkeys(("percent", *_METRICS), 100) | dict.fromkeys(
 
 
 class _Environment(msgspec.Struct):
-    """What a report reads of a record's environment."""
+    """The keys of a record's environment that reports read."""
 
     packages: dict[str, str] = {}
     cpu: str | None = None
@@ -82,7 +82,7 @@ def parse_record(path: Path, content: bytes) -> RunRecord:
         UserError: it is damaged, not a record, or was written by a newer ssodbench.
     """
     remedy = "delete it (or its folder) and run the cell again"
-    raw: Any = readback.decode(path, content, Any, remedy)
+    raw: Any = readback.decode_json(path, content, Any, remedy)
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if not isinstance(raw, dict) or type(version) is not int or version < 1:
         raise UserError(f"{path} is not a run record, it has no schema_version: {remedy}.")
@@ -120,7 +120,7 @@ def _of_schema_1(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _misfit(raw: dict[str, Any], record: RunRecord) -> str | None:
-    """What no run could have written although its type is right."""
+    """The first value of the right type that no run could have written, as a sentence; None if there is none."""
     if record.status not in STATUSES:
         return f"status is {record.status!r}, not one of {', '.join(STATUSES)}"
     if missing := [key for key in _NEEDED if key not in raw]:
@@ -139,7 +139,7 @@ def _misfit(raw: dict[str, Any], record: RunRecord) -> str | None:
 
 
 def environment() -> dict[str, Any]:
-    """What the numbers depend on besides the code: versions, processor, cores, memory, GPUs."""
+    """The machine and the packages that a run's numbers depend on."""
     names = (
         [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     )

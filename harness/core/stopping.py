@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import FrameType
 
 REPEAT_SECONDS = 2.0  # within which a launcher passes on a signal that its workers may have got as well
@@ -32,14 +31,19 @@ def stop_signals() -> list[int]:
 
 
 class StopRequest:
-    """A signal asks the loop to finish its step and save; a second one ends the process at once.
+    """The signals that asked to stop: the first lets what is under way end in order, a second ends the process at once.
 
     Ctrl-C reaches a launcher and its workers, and the launcher passes it on: to a worker that is one signal. A terminal
     that closes sends SIGHUP, and so does its shell, and a machine that shuts down does after SIGTERM: none is a second.
+
+    Args:
+        second_ends: whether a second signal ends the process; otherwise they are counted.
     """
 
-    def __init__(self) -> None:
-        self.signal_number = 0
+    def __init__(self, second_ends: bool = True) -> None:
+        self.signal_number = 0  # of the last one
+        self.count = 0
+        self._second_ends = second_ends
         self._received = 0.0
         self._raises = False
 
@@ -47,6 +51,20 @@ class StopRequest:
         """Takes over the signals that ask this process to stop, by default those of `stop_signals`."""
         for number in stop_signals() if numbers is None else numbers:
             signal.signal(number, self._receive)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """`install` for the block alone; in a thread, which gets no signals, nothing is done."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in stop_signals()}
+        self.install()
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
@@ -66,37 +84,9 @@ class StopRequest:
         passed_on = "LOCAL_RANK" in os.environ and number == self.signal_number
         if passed_on and now - self._received < REPEAT_SECONDS:
             return
-        if self.signal_number:
+        if self.signal_number and self._second_ends:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.signal_number, self._received = number, now
+        self.signal_number, self._received, self.count = number, now, self.count + 1
         if self._raises:
             raise Interrupted(number)
-
-
-@dataclass
-class StopSignal:
-    """Which signal asked to stop, and how often."""
-
-    number: int = 0
-    count: int = 0
-
-
-@contextmanager
-def collecting_stops() -> Iterator[StopSignal]:
-    """Collects the signals that ask to stop while inside, so that the cells can be stopped in order."""
-    stop = StopSignal()
-
-    def receive(number: int, _frame: FrameType | None) -> None:
-        if number != signal.SIGHUP or not stop.number:  # a terminal that closes sends it, and so does its shell
-            stop.number, stop.count = number, stop.count + 1
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.signal(number, receive) for number in stop_signals()}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

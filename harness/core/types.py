@@ -202,7 +202,7 @@ class Pipeline(Protocol):
         """(View, image ids), every image of `source` exactly once over all ranks."""
 
     def state(self) -> dict[str, Any]:
-        """What resuming needs beside the step number: plain values and tensors."""
+        """The state that resuming needs beside the step number: plain values and tensors."""
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Takes up what `state` gave."""
@@ -213,7 +213,7 @@ class Pipeline(Protocol):
 
 @dataclass
 class RunRecord:
-    """What one run was and gave: flat numbers and strings, never formatted. One record.json per run."""
+    """Settings, costs and results of one run: plain numbers and strings, never formatted. One record.json per run."""
 
     schema_version: int = 2
     status: str = "running"  # running, ok, failed, interrupted

@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Limits:
-    """What `Annotated` adds to a type: bounds of a number, lengths of a list or text, and how to say it."""
+    """Bounds of a number, lengths of a list or text, and words for them: put beside a type by `Annotated`."""
 
     ge: float | None = None
     gt: float | None = None
@@ -100,7 +100,7 @@ def check(kind: Any, value: Any, key: str = "") -> None:
         raise _error(kind, value, key)
 
 
-def make(kind: type[T], values: Mapping[str, Any], key: str) -> T:
+def make_checked(kind: type[T], values: Mapping[str, Any], key: str) -> T:
     """A dataclass from checked keys.
 
     Raises:

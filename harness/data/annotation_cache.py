@@ -35,7 +35,7 @@ Content = bytes | bytearray
 Parse = Callable[[list[Content]], CleanAnnotations]
 
 
-def load(
+def load_annotations(
     files: Sequence[Path], parameters: dict[str, Any], cache_dir: Path, parse: Parse
 ) -> tuple[CleanAnnotations, str]:
     """Opens annotations, parsed now or earlier.
@@ -62,7 +62,7 @@ def load(
             contents, hashes = map(list, zip(*map(_read_and_hash, paths), strict=True))
         sha256 = _joint(hashes)
         with _no_collection():
-            folder = build_once(root, _parameters(sha256, parameters), lambda to: save(to, parse(contents)))
+            folder = build_once(root, _parameters(sha256, parameters), lambda to: save_annotations(to, parse(contents)))
         with _readable():
             unchanged = _state(paths) == state
         if unchanged:
@@ -71,7 +71,7 @@ def load(
                 write_atomically(stamp, json.dumps(content).encode(), durable=False)
     else:
         folder = cached_folder(root, _parameters(sha256, parameters))
-    return read(folder), sha256
+    return read_annotations(folder), sha256
 
 
 @contextmanager
@@ -131,7 +131,7 @@ def code_sha256() -> str:
 
 
 def _state(paths: list[str]) -> dict[str, Any]:
-    """What the file system says about the files: a digest, and the newest time in it."""
+    """A digest of the files' names, sizes and times, and the newest of these times."""
     stats = [require_regular(path) for path in paths]
     rows = [(s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns) for s in stats]
     newest = max(max(row[2:]) for row in rows)
@@ -149,7 +149,7 @@ def _trusted(stamp: Path, state: dict[str, Any]) -> str | None:
     return None
 
 
-def save(folder: Path, annotations: CleanAnnotations) -> None:
+def save_annotations(folder: Path, annotations: CleanAnnotations) -> None:
     """Writes annotations into an empty folder."""
     values = {field.name: getattr(annotations, field.name) for field in fields(annotations)}
     strings = {name: values.pop(name) for name in _STRINGS}
@@ -158,7 +158,7 @@ def save(folder: Path, annotations: CleanAnnotations) -> None:
     (folder / "strings.json").write_text(json.dumps(strings))
 
 
-def read(folder: Path) -> CleanAnnotations:
+def read_annotations(folder: Path) -> CleanAnnotations:
     """Annotations that `save` wrote."""
     strings = json.loads((folder / "strings.json").read_text())
     findings = tuple(Finding(f["what"], f["count"], tuple(f["examples"])) for f in strings.pop("findings"))

@@ -35,7 +35,7 @@ class Finding:
 
 @dataclass
 class RawAnnotations:
-    """What a file says, unchecked. N images, M boxes."""
+    """Annotations as a file has them, unchecked. N images, M boxes."""
 
     origin: str  # the file, for messages
     image_ids: np.ndarray  # (N,) int64

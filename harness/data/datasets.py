@@ -63,10 +63,10 @@ def coco_index(annotations: Path, image_dir: Path, cache_dir: Path, *, labeled: 
         annotations: the JSON file.
         image_dir: folder that its file names are relative to.
         cache_dir: root of the cache.
-        labeled: whether it must hold annotations and categories.
+        labeled: whether it is refused without annotations and categories.
     """
     origin = str(annotations)
-    parsed, sha256 = annotation_cache.load(
+    parsed, sha256 = annotation_cache.load_annotations(
         [annotations],
         {"form": "coco", "labeled": labeled},
         cache_dir,
@@ -96,12 +96,12 @@ def folder_index(folder: Path, cache_dir: Path, threads: int = 8) -> CocoIndex:
         annotations.findings += tuple(
             finding("pictures that cannot be read, left out", bad, lambda row: f"{names[row]} {seen[row]}")
         )
-        annotation_cache.save(to, annotations)
+        annotation_cache.save_annotations(to, annotations)
 
     path = build_once(
         cache_dir / "annotations", {"form": "folder", "state": state, "code": annotation_cache.code_sha256()}, build
     )
-    annotations = annotation_cache.read(path)
+    annotations = annotation_cache.read_annotations(path)
     size_of = {name: s.st_size for name, s in listed}
     described = [
         [n, size_of[n], *size] for n, size in zip(annotations.file_names, annotations.sizes.tolist(), strict=True)

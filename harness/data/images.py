@@ -46,7 +46,7 @@ class BadImage(Exception):  # noqa: N818  a finding, not an error of the program
 
 @dataclass(frozen=True)
 class Header:
-    """What the first bytes of a picture say."""
+    """Size, kind of pixels and rotation of a picture, read from the beginning of its file."""
 
     width: int
     height: int
@@ -56,7 +56,7 @@ class Header:
 
 @dataclass
 class ImageCheck:
-    """What was found in a set of pictures."""
+    """The result of looking at a set of pictures: bad ones, and oddities that a run copes with."""
 
     checked: int = 0  # headers read or pictures decoded, as the level says
     bad: dict[int, str] = field(default_factory=dict)  # image id -> reason

@@ -1,4 +1,4 @@
-"""What a run needs of its data: the split that the configuration names, its images, and whether they can be used."""
+"""The split that a configuration names, the images of its parts, and checks that a training can use them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _no_box(train: CocoIndex) -> str:
 
 
 def _dropped(index: CocoIndex) -> str:
-    """What happened to the boxes of an index, in brackets; nothing if nothing did."""
+    """The counts of dropped boxes in brackets; an empty text if none was dropped."""
     reasons = [str(finding) for finding in index.findings if finding.what.endswith("dropped")]
     return f" ({'; '.join(reasons)})" if reasons else ""
 
@@ -85,7 +85,7 @@ def sources(
         dataset: what was split.
         split: from `resolve_split`.
         options: for its policy.
-        checks: from `check`, to leave pictures out that were found bad; a training draws from whole lists instead.
+        checks: from `require_usable`, to leave out pictures that were found bad; a training draws from whole lists.
 
     Returns:
         Labelled images with boxes; unlabelled images without, or None where there is none.
@@ -131,7 +131,7 @@ def bad_files(dataset: Dataset, checks: Checks) -> dict[str, str]:
 
 @dataclass
 class Checks:
-    """What was found in a dataset."""
+    """The result of looking at all pictures of a dataset."""
 
     pictures: dict[str, ImageCheck]  # by part: train, val, and unlabeled where the protocol needs it
     findings: list[Finding]  # about the parts together
@@ -149,7 +149,7 @@ def parts(dataset: Dataset, unlabeled: bool = False) -> dict[str, CocoIndex]:
     return {name: index for name, index in found.items() if index is not None}
 
 
-def inspect(
+def inspect_dataset(
     dataset: Dataset,
     level: str = "quick",
     threads: int = 1,
@@ -174,14 +174,14 @@ def inspect(
     return Checks(pictures, findings, _fatal(indices, pictures))
 
 
-def check(dataset: Dataset, level: str = "quick", threads: int = 1, unlabeled: bool = False) -> Checks:
-    """`inspect`, before a training; with the unlabelled part only where the run needs it.
+def require_usable(dataset: Dataset, level: str = "quick", threads: int = 1, unlabeled: bool = False) -> Checks:
+    """`inspect_dataset`, before a training; with the unlabelled part only where the run needs it.
 
     Raises:
         UserError: if an evaluation picture cannot be used, more than a tenth of the training pictures cannot, or the
             evaluation part has no box.
     """
-    checks = inspect(dataset, level, threads, unlabeled=unlabeled)
+    checks = inspect_dataset(dataset, level, threads, unlabeled=unlabeled)
     if checks.fatal:
         raise UserError(checks.fatal)
     return checks
@@ -195,7 +195,7 @@ def found_in_files(indices: Mapping[str, CocoIndex], checks: Checks) -> list[str
 
 
 def about_split(dataset: Dataset, split: Split, options: SplitOptions, labeled: ImageSource) -> list[str]:
-    """What a user should know of a split before training: images without any box, classes without a labelled one.
+    """Warnings about a split before training: images without any box, classes without a labelled one.
 
     Args:
         dataset: what was split.

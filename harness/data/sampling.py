@@ -78,7 +78,7 @@ class _Walk:
 
 @dataclass(frozen=True)
 class _Part:
-    """What the micro-batches of a chunk of steps draw from one list, micro-batch after micro-batch."""
+    """The draws of a chunk of steps from one list, micro-batch after micro-batch."""
 
     counts: np.ndarray  # (CHUNK * K,) int64 images
     groups: np.ndarray  # (CHUNK * K,) int64 group of the list that they come from
@@ -202,7 +202,7 @@ class BatchSampler:
         return [self._chosen(chunk, (n,), names[n]) if n in drawn else nothing for n in range(2)]
 
     def _count(self, chunk: int) -> tuple[_Part, _Part]:
-        """What a chunk draws from either list; counts the draws of the chunk after it too."""
+        """The draws of a chunk from either list; also counts those of the chunk after it."""
         labeled = self._labeled_counts(chunk)
         active = np.arange(chunk * self._CHUNK, (chunk + 1) * self._CHUNK) >= self.unlabeled_from
         unlabeled = np.where(active[:, None], self.micro - labeled, 0)

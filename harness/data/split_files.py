@@ -18,7 +18,7 @@ _MARK = "split exported by ssodbench"
 _BEGIN = f'{{"info":{{"description":"{_MARK}"'.encode()  # an earlier export is known by it without reading all of it
 
 
-def export(dataset: Dataset, split: Split, folder: Path) -> tuple[Path, Path]:
+def export_split(dataset: Dataset, split: Split, folder: Path) -> tuple[Path, Path]:
     """Writes a split as two COCO annotation files, without polygons.
 
     The unlabelled file holds the annotations that the dataset has, as the original scripts write it; what reads it for
@@ -35,7 +35,7 @@ def export(dataset: Dataset, split: Split, folder: Path) -> tuple[Path, Path]:
 
 
 def export_all(dataset: Dataset, splits: Sequence[Split], folder: Path) -> list[Path]:
-    """`export` of several splits: every file of them, or none."""
+    """`export_split` of several splits: every file of them, or none."""
     check_folder(folder)
     parts = {folder / name: part for split in splits for name, part in _parts(dataset, split).items()}
     partials = {path: path.with_name(f"{path.name}.partial") for path in parts}
@@ -60,7 +60,7 @@ def export_all(dataset: Dataset, splits: Sequence[Split], folder: Path) -> list[
 
 
 def _parts(dataset: Dataset, split: Split) -> dict[str, tuple[CocoIndex, np.ndarray]]:
-    """What each file of a split holds, by its name."""
+    """File name -> the images that it lists: their index and their ids."""
     labeled, unlabeled = PROTOCOLS[split.protocol].exported_names(dataset.train.name, split)
     return {
         labeled: (dataset.train, split.labeled_ids),

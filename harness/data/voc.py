@@ -130,7 +130,7 @@ def voc_index(
             f"{origin} lists {len(absent)} picture(s) whose annotation is not there, first {absent[0]}: add it, "
             "or take the name off the list"
         )
-    parsed, sha256 = annotation_cache.load(files, parameters, cache_dir, parse)
+    parsed, sha256 = annotation_cache.load_annotations(files, parameters, cache_dir, parse)
     return make_index(Path(lists[0]).stem, root, parsed, sha256)
 
 

@@ -30,7 +30,7 @@ _BEYOND = 1.01  # a share above this is no share: the coordinates are pixels
 
 @dataclass(frozen=True)
 class _Description:
-    """What a `data.yaml` says."""
+    """The content of a `data.yaml`."""
 
     file: Path
     base: Path  # what its paths are relative to
@@ -167,11 +167,11 @@ def yolo_index(said: _Description, part: str, cache_dir: Path, threads: int = 8)
             finding("pictures that cannot be read, left out", bad, lambda row: f"{files[row]} {sizes[row]}")
             + finding("pictures without a label file, taken for pictures without an object", bare, files.__getitem__)
         )
-        annotation_cache.save(to, annotations)
+        annotation_cache.save_annotations(to, annotations)
 
     parameters["code"] = annotation_cache.code_sha256()
     folder = build_once(cache_dir / "annotations", parameters, build)
-    annotations = annotation_cache.read(folder)
+    annotations = annotation_cache.read_annotations(folder)
     content = [
         annotations.file_names,
         annotations.sizes.tolist(),

@@ -70,7 +70,7 @@ def upright(boxes: np.ndarray, size: tuple[int, int], orientation: int) -> np.nd
     return np.stack(corners, 1)
 
 
-def draw(
+def draw_detections(
     image: Image.Image,
     boxes: np.ndarray,
     labels: Sequence[int],

@@ -216,7 +216,7 @@ def data(cfg: DictConfig) -> Data:
     options = sections.split_options(cfg)
     split = prepare.resolve_split(opened, options)
     needs_unlabeled = options.chosen.takes_unlabeled_part
-    checks = prepare.check(opened, unlabeled=needs_unlabeled)
+    checks = prepare.require_usable(opened, unlabeled=needs_unlabeled)
     bad = prepare.bad_files(opened, checks)
     if bad and cfg.pipeline.on_bad_image == "error":
         path, reason = next(iter(bad.items()))
@@ -265,7 +265,7 @@ def prepare_caches(cfgs: Sequence[DictConfig]) -> None:
         check_split(cfg, opened[key])
     unlabeled = any(sections.split_options(cfg).chosen.takes_unlabeled_part for cfg in cfgs)
     for one in opened.values():
-        prepare.check(one, unlabeled=unlabeled)
+        prepare.require_usable(one, unlabeled=unlabeled)
     detector(cfgs[0], len(next(iter(opened.values())).train.category_ids))
 
 

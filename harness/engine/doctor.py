@@ -48,7 +48,7 @@ os.rmdir(os.path.dirname(path))
 
 
 @dataclass(frozen=True)
-class Finding:
+class Outcome:
     """What one check found."""
 
     what: str
@@ -57,14 +57,14 @@ class Finding:
     remedy: str = ""
 
 
-def examine(cfg: DictConfig, run_dir: Path | None = None) -> Iterator[Finding]:
+def examine(cfg: DictConfig, run_dir: Path | None = None) -> Iterator[Outcome]:
     """Every check, one after the other; nothing is changed, and what is written for a try is removed.
 
     Args:
         cfg: the configuration whose training is meant: `device`, `pipeline`, `launcher`, `cache_dir`, `runs_dir`.
         run_dir: a folder on a mount that is tried too.
     """
-    checks: list[Callable[[], Finding]] = [
+    checks: list[Callable[[], Outcome]] = [
         _python,
         _packages,
         _torch,
@@ -87,18 +87,18 @@ def examine(cfg: DictConfig, run_dir: Path | None = None) -> Iterator[Finding]:
         yield check()
 
 
-def _python() -> Finding:
+def _python() -> Outcome:
     version = platform.python_version()
     said = f"{version} at {sys.executable}, {platform.platform()}"
     if _PYTHONS[0] <= sys.version_info[:2] < _PYTHONS[1]:
-        return Finding("Python", "ok", said)
-    return Finding("Python", "fails", said, "install ssodbench under Python 3.11, 3.12 or 3.13")
+        return Outcome("Python", "ok", said)
+    return Outcome("Python", "fails", said, "install ssodbench under Python 3.11, 3.12 or 3.13")
 
 
-def _packages() -> Finding:
+def _packages() -> Outcome:
     names = ("ssodbench", "torch", "torchvision", "numpy", "pillow", "pycocotools", "hydra-core")
     said = ", ".join(f"{name} {_version(name)}" for name in names)
-    return Finding("packages", "ok", said)
+    return Outcome("packages", "ok", said)
 
 
 def _version(name: str) -> str:
@@ -108,20 +108,20 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _torch() -> Finding:
+def _torch() -> Outcome:
     boxes = torch.tensor([[0.0, 0.0, 4.0, 4.0], [0.0, 0.0, 4.0, 4.1], [9.0, 9.0, 12.0, 12.0]])
     try:
         kept = torchvision.ops.nms(boxes, torch.tensor([0.9, 0.8, 0.7]), 0.5).tolist()
         torch.nn.functional.conv2d(torch.ones(1, 3, 8, 8, requires_grad=True), torch.ones(4, 3, 3, 3)).sum().backward()
     except (RuntimeError, AttributeError, NotImplementedError) as error:
         remedy = "install torch and torchvision of the same release and for the same CUDA version"
-        return Finding("torch", "fails", f"an operator does not work ({_line(error)})", remedy)
+        return Outcome("torch", "fails", f"an operator does not work ({_line(error)})", remedy)
     if kept != [0, 2]:
-        return Finding("torch", "fails", f"torchvision's NMS kept boxes {kept} instead of 0 and 2", "install both anew")
-    return Finding("torch", "ok", f"operators of torch and torchvision work, {torch.get_num_threads()} threads")
+        return Outcome("torch", "fails", f"torchvision's NMS kept boxes {kept} instead of 0 and 2", "install both anew")
+    return Outcome("torch", "ok", f"operators of torch and torchvision work, {torch.get_num_threads()} threads")
 
 
-def _gpu(device: str) -> Finding:
+def _gpu(device: str) -> Outcome:
     driver = _driver()
     if torch.cuda.is_available():
         found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
@@ -130,15 +130,15 @@ def _gpu(device: str) -> Finding:
         try:
             torch.ones(64, 64, device="cuda").square().sum().item()
         except RuntimeError as error:
-            return Finding("GPU", "fails", f"{said}: {_line(error)}", "device=cpu, or a torch built for this GPU")
-        return Finding("GPU", "ok", said)
+            return Outcome("GPU", "fails", f"{said}: {_line(error)}", "device=cpu, or a torch built for this GPU")
+        return Outcome("GPU", "ok", said)
     if driver:
         said = f"there is driver {driver}, but torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use it"
         remedy = "update the driver, or install a torch for its CUDA version; until then device=cpu"
-        return Finding("GPU", "fails" if device == "cuda" else "note", said, remedy)
+        return Outcome("GPU", "fails" if device == "cuda" else "note", said, remedy)
     if device == "cuda":
-        return Finding("GPU", "fails", "device=cuda, but there is none", "device=cpu")
-    return Finding("GPU", "note", "none: the CPU trains, for which preset=small is made")
+        return Outcome("GPU", "fails", "device=cuda, but there is none", "device=cpu")
+    return Outcome("GPU", "note", "none: the CPU trains, for which preset=small is made")
 
 
 def _driver() -> str | None:
@@ -149,12 +149,12 @@ def _driver() -> str | None:
         return None
 
 
-def _dali(cfg: DictConfig, device: str) -> Finding:
+def _dali(cfg: DictConfig, device: str) -> Outcome:
     what, needed = f"DALI on the {'GPU' if device == 'cuda' else 'CPU'}", cfg.pipeline.name == "dali"
     state: State = "fails" if needed else "note"
     other = "pipeline=torchvision does without"
     if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
-        return Finding(what, state, "not installed", f"pip install 'ssodbench[cu13]' (or [cu12]); {other}")
+        return Outcome(what, state, "not installed", f"pip install 'ssodbench[cu13]' (or [cu12]); {other}")
     version = next((v for n in ("130", "120") if (v := _version(f"nvidia-dali-cuda{n}")) != "not installed"), "unknown")
     begin = time.perf_counter()
     try:
@@ -162,36 +162,36 @@ def _dali(cfg: DictConfig, device: str) -> Finding:
             [sys.executable, "-c", _JPEG, device], check=True, capture_output=True, text=True, timeout=_PATIENCE
         )
     except subprocess.TimeoutExpired:
-        return Finding(what, state, f"version {version}: no picture decoded within {_PATIENCE} s", other)
+        return Outcome(what, state, f"version {version}: no picture decoded within {_PATIENCE} s", other)
     except subprocess.CalledProcessError as error:
         why = next(
             (line for line in reversed(error.stderr.splitlines()) if line.strip()), f"ended by {error.returncode}"
         )
-        return Finding(what, state, f"version {version}: decoding a picture fails ({why[:200]})", other)
-    return Finding(
+        return Outcome(what, state, f"version {version}: decoding a picture fails ({why[:200]})", other)
+    return Outcome(
         what, "ok", f"version {version}, decoded a picture ({time.perf_counter() - begin:.1f} s with its start)"
     )
 
 
-def _numba() -> Finding:
+def _numba() -> Outcome:
     folder = os.environ.get("NUMBA_CACHE_DIR")
     place = Path(folder) if folder else Path(importlib.util.find_spec("pipelines").submodule_search_locations[0])  # type: ignore[union-attr,index]
     if os.access(place if place.exists() else place.parent, os.W_OK):
-        return Finding("numba cache", "ok", f"compiled code is kept ({place})")
+        return Outcome("numba cache", "ok", f"compiled code is kept ({place})")
     home = files.home_path("~/.cache", "HOME")
     if not folder and os.access(home if os.path.exists(home) else os.path.dirname(home), os.W_OK):
-        return Finding("numba cache", "ok", f"compiled code is kept below {home}")
+        return Outcome("numba cache", "ok", f"compiled code is kept below {home}")
     remedy = "set NUMBA_CACHE_DIR to a folder that can be written"
-    return Finding("numba cache", "note", f"{place} cannot be written: code is compiled anew in every process", remedy)
+    return Outcome("numba cache", "note", f"{place} cannot be written: code is compiled anew in every process", remedy)
 
 
-def _cores() -> Finding:
+def _cores() -> Outcome:
     usable, total = len(os.sched_getaffinity(0)), os.cpu_count()
     quota = _quota()
     if quota is not None and quota < usable:
         remedy = f"set threads and pipeline.threads so that processes together use {quota:.1f} cores"
-        return Finding("cores", "note", f"{usable} of {total}, of whose time a container may use {quota:.1f}", remedy)
-    return Finding("cores", "ok", f"{usable} of {total} usable, load {os.getloadavg()[0]:.1f}")
+        return Outcome("cores", "note", f"{usable} of {total}, of whose time a container may use {quota:.1f}", remedy)
+    return Outcome("cores", "ok", f"{usable} of {total} usable, load {os.getloadavg()[0]:.1f}")
 
 
 def _quota() -> float | None:
@@ -203,7 +203,7 @@ def _quota() -> float | None:
         return None
 
 
-def _memory() -> Finding:
+def _memory() -> Outcome:
     memory = psutil.virtual_memory()
     free, said = memory.available, f"{_size(memory.available)} of {_size(memory.total)} free"
     try:
@@ -216,56 +216,56 @@ def _memory() -> Finding:
     except (OSError, ValueError):
         pass
     if free < _LITTLE_MEMORY:
-        return Finding("memory", "note", said, "preset=small needs about 2 GiB for each run: run fewer side by side")
-    return Finding("memory", "ok", said)
+        return Outcome("memory", "note", said, "preset=small needs about 2 GiB for each run: run fewer side by side")
+    return Outcome("memory", "ok", said)
 
 
-def _shared_memory() -> Finding:
+def _shared_memory() -> Outcome:
     try:
         files.require_shared_memory(64 * 2**20, "the torchvision pipeline", "pipeline.threads=0 does without")
     except UserError as error:
         said, _, remedy = str(error).partition(": ")
-        return Finding("shared memory", "note", said, remedy)
+        return Outcome("shared memory", "note", said, remedy)
     free = shutil.disk_usage(files.SHARED_MEMORY).free if files.SHARED_MEMORY.is_dir() else 0
-    return Finding("shared memory", "ok", f"{files.SHARED_MEMORY} has {_size(free)} free")
+    return Outcome("shared memory", "ok", f"{files.SHARED_MEMORY} has {_size(free)} free")
 
 
-def _open_files() -> Finding:
+def _open_files() -> Outcome:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     said = f"{soft:,} at once (at most {hard:,})"
     if 0 <= soft < _FEW_FILES:
-        return Finding("open files", "note", said, f"ulimit -n {min(hard, 4096) if hard > 0 else 4096} before training")
-    return Finding("open files", "ok", said)
+        return Outcome("open files", "note", said, f"ulimit -n {min(hard, 4096) if hard > 0 else 4096} before training")
+    return Outcome("open files", "ok", said)
 
 
-def _folder(key: str, path: Path) -> Finding:
+def _folder(key: str, path: Path) -> Outcome:
     """Whether a folder can be written, without making it, and how much room there is."""
     existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        return Finding(key, "fails", f"{path}: {existing} cannot be written", f"give another folder by {key}=DIR")
+        return Outcome(key, "fails", f"{path}: {existing} cannot be written", f"give another folder by {key}=DIR")
     free = shutil.disk_usage(existing).free
     said = f"{path}, {_size(free)} free"
     if free < _NO_DISK:
-        return Finding(key, "fails", said, f"free space there, or give another folder by {key}=DIR")
+        return Outcome(key, "fails", said, f"free space there, or give another folder by {key}=DIR")
     if free < _LITTLE_DISK:
-        return Finding(key, "note", said, "checkpoints of preset=paper are 1 GB each: free space, or keep fewer")
-    return Finding(key, "ok", said)
+        return Outcome(key, "note", said, "checkpoints of preset=paper are 1 GB each: free space, or keep fewer")
+    return Outcome(key, "ok", said)
 
 
-def _slurm(launcher: str) -> Finding:
+def _slurm(launcher: str) -> Outcome:
     commands = [name for name in ("sbatch", "squeue", "srun") if shutil.which(name)]
     job = os.environ.get("SLURM_JOB_ID")
     if not commands:
         state: State = "fails" if launcher == "slurm" else "ok"
-        return Finding("Slurm", state, "not here", "launcher=local" if state == "fails" else "")
+        return Outcome("Slurm", state, "not here", "launcher=local" if state == "fails" else "")
     said = f"{', '.join(commands)} found{f', this is job {job}' if job else ''}"
     if importlib.util.find_spec("submitit") is None:
         state = "fails" if launcher == "slurm" else "note"
-        return Finding("Slurm", state, f"{said}, submitit is not installed", "pip install 'ssodbench[slurm]'")
-    return Finding("Slurm", "ok", said)
+        return Outcome("Slurm", state, f"{said}, submitit is not installed", "pip install 'ssodbench[slurm]'")
+    return Outcome("Slurm", "ok", said)
 
 
-def mount(run_dir: Path) -> Finding:
+def mount(run_dir: Path) -> Outcome:
     """Whether a run could live in a folder: its file system has locks, replaces files in one move, and keeps them.
 
     Whatever is made for it is removed.
@@ -290,9 +290,9 @@ def mount(run_dir: Path) -> Finding:
             finally:
                 os.close(descriptor)
     except OSError as error:
-        return Finding(what, "fails", f"{existing}: {step} does not work ({error.strerror or error})", remedy)
+        return Outcome(what, "fails", f"{existing}: {step} does not work ({error.strerror or error})", remedy)
     took = 1000 * (time.perf_counter() - begin)
-    return Finding(what, "ok", f"{existing}: locks, replacing files and fsync work ({took:.0f} ms together)")
+    return Outcome(what, "ok", f"{existing}: locks, replacing files and fsync work ({took:.0f} ms together)")
 
 
 def _try_lock(path: Path) -> None:

@@ -25,7 +25,7 @@ FORMATS = ("safetensors", "pt", "onnx", "pt2")
 INPUTS, OUTPUTS = ("image", "size"), ("boxes", "labels", "scores")
 
 
-class Graph(nn.Module):
+class ExportedGraph(nn.Module):
     """A detector with everything between a picture and its boxes, for one picture of at most the canvas's size.
 
     Args:
@@ -80,7 +80,7 @@ def program(about: Description, size: Sequence[int] | None, score: float) -> Pro
     Args:
         about: the network.
         size: (height, width) of the canvas; None: a square with room for every picture that the policy resizes.
-        score: see `Graph`.
+        score: see `ExportedGraph`.
 
     Raises:
         UserError: the policy does not bound the size of pictures.
@@ -114,7 +114,7 @@ def export(network: Trained, kind: str, size: Sequence[int] | None = None, score
     Args:
         network: on the CPU.
         kind: one of `FORMATS`: weights as `safetensors` or `pt`, a graph as `onnx` or `pt2` (`torch.export`).
-        size, score: of a graph, see `program` and `Graph`.
+        size, score: of a graph, see `program` and `ExportedGraph`.
 
     Raises:
         UserError: the network has operations that a graph cannot hold.
@@ -132,7 +132,7 @@ def export(network: Trained, kind: str, size: Sequence[int] | None = None, score
         onnx = torch.onnx.export(graph, input_names=INPUTS, output_names=OUTPUTS, dynamo=True, verbose=False)
     assert onnx is not None
     onnx.model.metadata_props["ssodbench"] = said
-    onnx.model.doc_string = (Graph.forward.__doc__ or "").strip()
+    onnx.model.doc_string = (ExportedGraph.forward.__doc__ or "").strip()
     return Export(onnx.model_proto.SerializeToString(), about)
 
 
@@ -146,7 +146,7 @@ def capture(detector: Detector, about: Program) -> torch.export.ExportedProgram:
     example = (torch.zeros(3, height, width), torch.tensor([height, width]))
     try:
         with _quiet():
-            return torch.export.export(Graph(detector, about.score), example)
+            return torch.export.export(ExportedGraph(detector, about.score), example)
     except Exception as error:  # of many kinds
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
@@ -167,8 +167,8 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def differences(first: Sequence[Any], second: Sequence[Any]) -> tuple[float, float]:
-    """How far two results of a `Graph` on one picture are apart: the largest difference of a box's side and of a score.
+def output_differences(first: Sequence[Any], second: Sequence[Any]) -> tuple[float, float]:
+    """The largest difference of a side, and of a score, between two results of an `ExportedGraph` on one picture.
 
     Raises:
         ValueError: they have other boxes or classes.

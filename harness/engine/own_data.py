@@ -174,6 +174,6 @@ def as_yaml(found: Recognized, small: Small) -> str:
         f"{counted(len(train.category_names), 'class')}.\n"
         f"# Written by `ssodbench init`; change what does not suit.\n{body}"
         "small: # what the CPU preset takes from a dataset: px, and one anchor size for each level of the pyramid\n"
-        f"  short_side: {small.short_side} # then two thirds of the boxes have {low} to {high} px, classes alike\n"
+        f"  short_side: {small.short_side} # {low} to {high} px are two thirds of the boxes then, every class alike\n"
         f"  max_side: {small.max_side}\n  anchor_sizes: {small.anchor_sizes}\n"
     )

@@ -220,7 +220,7 @@ def _draw(picture: Picture, target: Target, classes: Sequence[str], to: Path, sm
     labels = target.labels.numpy()[order].tolist()
     scores = target.scores.numpy()[order].tolist()
     captions = [f"{plain(classes[label - 1])} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
-    annotate.draw(image, boxes, labels, captions)
+    annotate.draw_detections(image, boxes, labels, captions)
     buffer = io.BytesIO()
     if kind in ("JPEG", "MPO"):
         image.save(buffer, "JPEG", quality=_QUALITY)

@@ -102,7 +102,7 @@ def _build(folder: Path, recipe: Recipe, progress: bool) -> None:
         images, boxes, labels = make_patches(recipe, lambda: bar.advance(task))
         bar.update(task, visible=False)
         task = bar.add_task("pre-training the backbone", total=_steps(recipe))
-        weights, accuracy = train(images, boxes, labels, recipe, lambda: bar.advance(task))
+        weights, accuracy = train_classifier(images, boxes, labels, recipe, lambda: bar.advance(task))
     seconds = time.process_time() - start
     torch.save(weights, folder / "weights.pt")
     (folder / "info.json").write_text(json.dumps({"accuracy": accuracy, "cpu_seconds": seconds}))
@@ -133,7 +133,7 @@ def make_patches(recipe: Recipe, advance: Callable[[], object] = lambda: None) -
     return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(boxes), torch.from_numpy(labels)
 
 
-def train(
+def train_classifier(
     images: Tensor, boxes: Tensor, labels: Tensor, recipe: Recipe, advance: Callable[[], object] = lambda: None
 ) -> tuple[dict[str, Tensor], float]:
     """Class and box of each patch from the pooled features of all stages.

@@ -118,7 +118,7 @@ def of_run(run_dir: Path, network: str | None, cache_dir: str) -> Trained:
     cfg = saved.read_config(run_dir)
     file = checkpoint.find(run_dir)
     state = checkpoint.read(file)
-    refuse_foreign(run_dir, file, state["identity"], cfg)
+    refuse_other_run(run_dir, file, state["identity"], cfg)
     cfg.cache_dir = cache_dir
     classes, ids = _classes(cfg, state)
     pretraining = _pretraining(run_dir)
@@ -150,7 +150,7 @@ def of_run(run_dir: Path, network: str | None, cache_dir: str) -> Trained:
     return Trained(detector, about, cfg.pipeline)
 
 
-def refuse_foreign(run_dir: Path, file: Path, identity: Mapping[str, str], trained: DictConfig) -> None:
+def refuse_other_run(run_dir: Path, file: Path, identity: Mapping[str, str], trained: DictConfig) -> None:
     """Refuses a checkpoint, or a record, that another run has written.
 
     Raises:

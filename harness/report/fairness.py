@@ -128,7 +128,7 @@ def footnotes(section: Section) -> list[Footnote]:
 
 
 def _labelled_views(section: Section) -> list[tuple[str, tuple[str, ...]]]:
-    """Which operations on labelled images, which could be alike, the rows have otherwise than the first row."""
+    """Operations on labelled images that differ from those of the first row: there the methods could be alike."""
     views = {row.label: _labelled_view(row) for row in section.rows}
     known = {label: view for label, view in views.items() if view}
     if not known:

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from harness.config.saved import read_config
-from harness.core.readback import content_of, decode
+from harness.core.readback import content_of, decode_json
 from harness.core.types import RunError, UserError
 from harness.data.ground_truth import GroundTruth, from_index
 from harness.report.statistics import Pair
@@ -150,7 +150,7 @@ def _boxes(run: Run, images: np.ndarray) -> np.ndarray:
     path = run.folder / PREDICTIONS
     remedy = "evaluate the run again"
     wanted = set(images.tolist())
-    found = decode(path, content_of(path, remedy), list[_Box], remedy)
+    found = decode_json(path, content_of(path, remedy), list[_Box], remedy)
     rows = [
         (box.image_id, *box.bbox, box.score, box.category_id)
         for box in found

@@ -19,7 +19,7 @@ T = TypeVar("T")
 _SPLIT_NAME = re.compile(r"\.(\d+)@([\d.]+?)(-unlabeled)?$")  # of Soft Teacher's files: FOLD@PERCENT
 
 
-def path_of(pattern: str, percent: float, fold: int) -> Path:
+def index_path(pattern: str, percent: float, fold: int) -> Path:
     """The named file: {percent} and {fold} stand for the split's values, other braces for themselves."""
     return Path(pattern.replace("{percent}", f"{percent:g}").replace("{fold}", str(fold))).expanduser()
 

@@ -240,7 +240,7 @@ class _Seeded(_DrawnByPercent):
         return options.fold
 
 
-class Stac(_Seeded):
+class StacSplit(_Seeded):
     """STAC's and mmdetection's scripts. STAC leaves out labelled images without a box that is not a crowd."""
 
     name = "stac"
@@ -248,7 +248,7 @@ class Stac(_Seeded):
     replace = True
 
 
-class SoftTeacher(_Seeded):
+class SoftTeacherSplit(_Seeded):
     """Soft Teacher's script. Through mmdetection it leaves out tiny images, and those without even a crowd."""
 
     name = "soft_teacher"
@@ -265,7 +265,7 @@ class SoftTeacher(_Seeded):
         return seed
 
 
-class UnbiasedTeacher(_DrawnByPercent):
+class UnbiasedTeacherSplit(_DrawnByPercent):
     """Unbiased Teacher's index file, whose list has no image without a box in the first place."""
 
     name = "unbiased_teacher"
@@ -275,7 +275,7 @@ class UnbiasedTeacher(_DrawnByPercent):
     def read(self, options: SplitOptions) -> Any:
         if not options.index_file:
             return None
-        return index_files.read_positions(index_files.path_of(options.index_file, options.percent, options.fold))
+        return index_files.read_positions(index_files.index_path(options.index_file, options.percent, options.fold))
 
     def _pool(self, images: Candidates) -> np.ndarray:
         return np.sort(images.ids[images.boxed])
@@ -299,7 +299,7 @@ class UnbiasedTeacher(_DrawnByPercent):
         return f": split.protocol={self.name} takes none of them, neither labelled nor unlabelled; {_ANNOTATED}"
 
 
-class Ids(SplitProtocol):
+class ListedSplit(SplitProtocol):
     """A list of ids, which means what it says, as annotations do."""
 
     name = "ids"
@@ -309,7 +309,7 @@ class Ids(SplitProtocol):
     def read(self, options: SplitOptions) -> Any:
         if not options.index_file:
             return None
-        path = index_files.path_of(options.index_file, options.percent, options.fold)
+        path = index_files.index_path(options.index_file, options.percent, options.fold)
         return index_files.read_ids(path, options.percent, options.fold)
 
     def _choose(self, images: Candidates, options: SplitOptions, listed: Any) -> tuple[np.ndarray, np.ndarray, float]:
@@ -326,10 +326,10 @@ class Ids(SplitProtocol):
         file = str(options.index_file or "")
         if index_files.names_percent(file):
             return f"{self.name}-{options.percent:g}pct-fold{options.fold}"
-        return f"{self.name}-{index_files.path_of(file, options.percent, options.fold).stem}"
+        return f"{self.name}-{index_files.index_path(file, options.percent, options.fold).stem}"
 
 
-class AnnotatedImages(SplitProtocol):
+class AnnotatedSplit(SplitProtocol):
     """The images with an annotation are labelled."""
 
     name = "annotated"
@@ -346,11 +346,11 @@ class AnnotatedImages(SplitProtocol):
         return f" and are the unlabelled part, the other {labeled:,} the labelled one"
 
 
-class Full(SplitProtocol):
+class FullSplit(SplitProtocol):
     """All of the training part is labelled, as in Soft Teacher, whose policy it has."""
 
     name = "full"
-    policy = SoftTeacher.policy
+    policy = SoftTeacherSplit.policy
     takes_unlabeled_part = True
 
     def _choose(self, images: Candidates, options: SplitOptions, listed: Any) -> tuple[np.ndarray, np.ndarray, float]:  # noqa: ARG002
@@ -362,7 +362,15 @@ class Full(SplitProtocol):
 
 
 PROTOCOLS: dict[str, SplitProtocol] = {
-    protocol.name: protocol for protocol in (Stac(), SoftTeacher(), UnbiasedTeacher(), Ids(), AnnotatedImages(), Full())
+    protocol.name: protocol
+    for protocol in (
+        StacSplit(),
+        SoftTeacherSplit(),
+        UnbiasedTeacherSplit(),
+        ListedSplit(),
+        AnnotatedSplit(),
+        FullSplit(),
+    )
 }
 
 

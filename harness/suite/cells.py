@@ -19,13 +19,13 @@ from omegaconf import DictConfig
 
 from harness.core.files import open_to_append, refusal
 from harness.core.record import available_cores, read_record, write_record
-from harness.core.stopping import StopSignal
+from harness.core.stopping import StopRequest
 from harness.core.types import RunRecord, UserError
 from harness.suite.claims import Claims
-from harness.suite.plan import Cell, standing, tail
+from harness.suite.plan import SuiteCell, state_of, tail
 
 if TYPE_CHECKING:
-    from harness.suite.view import View
+    from harness.suite.view import SuiteView
 
 GIB_PER_RUN = 1.5  # what one run of the small preset may take, for the number side by side
 _POLL_SECONDS = 0.2
@@ -83,17 +83,17 @@ class Suite:
 
     def __init__(
         self,
-        cells: list[Cell],
+        cells: list[SuiteCell],
         suite_dir: Path,
         slots: list[dict[str, str]],
-        stop: StopSignal,
-        view: View,
+        stop: StopRequest,
+        view: SuiteView,
         claims: Claims,
         wait: bool = True,
     ) -> None:
         self.cells, self.suite_dir, self.slots = cells, suite_dir, slots
         self.stop, self.view, self.claims, self.wait = stop, view, claims, wait
-        self._running: dict[int, tuple[Cell, subprocess.Popen[bytes], float]] = {}
+        self._running: dict[int, tuple[SuiteCell, subprocess.Popen[bytes], float]] = {}
         self._told = 0
         self._looked = time.monotonic()
 
@@ -124,7 +124,7 @@ class Suite:
 
     def _fill_slots(self) -> None:
         for slot in range(len(self.slots)):
-            while slot not in self._running and not self.stop.number:
+            while slot not in self._running and not self.stop.signal_number:
                 cell = next_cell(self.cells)
                 if cell is None:
                     return
@@ -132,7 +132,7 @@ class Suite:
                     self._running[slot] = (cell, process, time.monotonic())
                     self.view.started(cell)
 
-    def _begin(self, cell: Cell, environment: dict[str, str]) -> subprocess.Popen[bytes] | None:
+    def _begin(self, cell: SuiteCell, environment: dict[str, str]) -> subprocess.Popen[bytes] | None:
         """Takes and starts a cell; None where it cannot be had, cannot be started, or is finished by now."""
         try:
             if not self.claims.take(cell.name, cell.run_dir):
@@ -149,7 +149,7 @@ class Suite:
             self.view.finished(cell, 0.0, self.suite_dir)
         return process
 
-    def _leave_to_others(self, cell: Cell) -> None:
+    def _leave_to_others(self, cell: SuiteCell) -> None:
         holder = self.claims.holder(cell.name, cell.run_dir) or "another process"
         cell.state, cell.reason = "held", f"run by {holder}"
         self.view.held(cell)
@@ -173,17 +173,17 @@ class Suite:
                 if cell.state != "waiting":
                     self.view.finished(cell, 0.0, self.suite_dir)
 
-    def _refresh(self, cell: Cell) -> None:
+    def _refresh(self, cell: SuiteCell) -> None:
         """Sets the state of a cell that other processes may have run: what has failed there is not tried again."""
         try:
-            cell.state, cell.reason = standing(cell), self.claims.failure(cell.name)
+            cell.state, cell.reason = state_of(cell), self.claims.failure(cell.name)
         except UserError as error:
             cell.state, cell.reason = "failed", str(error)
         if cell.state == "waiting" and cell.reason is not None:
             cell.state = "failed"
 
     def _is_over(self) -> bool:
-        if self.stop.number:
+        if self.stop.signal_number:
             return True
         return next_cell(self.cells) is None and not (self.wait and any(cell.state == "held" for cell in self.cells))
 
@@ -195,7 +195,7 @@ def kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def next_cell(cells: list[Cell]) -> Cell | None:
+def next_cell(cells: list[SuiteCell]) -> SuiteCell | None:
     """The most urgent cell that can start now; marks those as skipped that never can."""
     for cell in cells:
         if cell.state == "waiting" and cell.needs is not None and cell.needs.state in ("failed", "skipped"):
@@ -204,7 +204,7 @@ def next_cell(cells: list[Cell]) -> Cell | None:
     return max(ready, key=lambda cell: cell.urgency, default=None)
 
 
-def try_to_start(cell: Cell, suite_dir: Path, environment: dict[str, str]) -> subprocess.Popen[bytes] | None:
+def try_to_start(cell: SuiteCell, suite_dir: Path, environment: dict[str, str]) -> subprocess.Popen[bytes] | None:
     """`start`; where the system refuses it, the cell has failed (None), and those that run go on."""
     try:
         process = start(cell, suite_dir, environment)
@@ -215,7 +215,7 @@ def try_to_start(cell: Cell, suite_dir: Path, environment: dict[str, str]) -> su
     return process
 
 
-def start(cell: Cell, suite_dir: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+def start(cell: SuiteCell, suite_dir: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     """Starts a cell's process; what it prints goes to logs/CELL.log."""
     overrides = list(cell.overrides)
     if cell.needs is not None:
@@ -253,7 +253,7 @@ def train_command() -> list[str]:
     return [sys.executable, "-P", "-m", "harness.cli", "train"]
 
 
-def finish(cell: Cell, code: int, suite_dir: Path, stop: StopSignal) -> None:
+def finish(cell: SuiteCell, code: int, suite_dir: Path, stop: StopRequest) -> None:
     """Sets a cell's state from its exit code and its record, and mends a record that a killed process left behind."""
     path = cell.run_dir / "record.json"
     try:
@@ -263,7 +263,7 @@ def finish(cell: Cell, code: int, suite_dir: Path, stop: StopSignal) -> None:
         return
     if code == 0 and record is not None and record.status == "ok":
         cell.state, cell.reason = "ok", None
-    elif stop.number:
+    elif stop.signal_number:
         cell.state, cell.reason = "interrupted", "interrupted; the same command continues it"
     else:
         cell.state, cell.reason = "failed", explain(code, record, suite_dir / "logs" / f"{cell.name}.log")

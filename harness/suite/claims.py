@@ -108,7 +108,7 @@ def _is_held(path: Path) -> bool:
     return False
 
 
-def require_writable(claims: Claims, suite_dir: Path) -> None:
+def require_suite_folder(claims: Claims, suite_dir: Path) -> None:
     """Raises UserError where the suite's folder cannot be written."""
     try:
         claims.make_folder()

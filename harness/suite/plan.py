@@ -1,4 +1,4 @@
-"""What a suite consists of: its cells, each with its checked configuration, and how each stands."""
+"""The plan of a suite: its cells, each with its checked configuration and its state."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from harness.core.types import UserError
 
 
 @dataclass
-class Cell:
+class SuiteCell:
     """One run of a suite, and how it stands."""
 
     name: str
@@ -34,7 +34,7 @@ class Cell:
     run_dir: Path
     overrides: list[str]
     cfg: DictConfig
-    needs: Cell | None = None  # the cell whose checkpoint this one starts from
+    needs: SuiteCell | None = None  # the cell whose checkpoint this one starts from
     cost: float = 1.0  # relative time
     urgency: float = 0.0  # its cost and that of what waits for it
     # waiting, running, held (another process runs it), ok, failed, skipped (its first stage failed), interrupted
@@ -59,7 +59,7 @@ _OWN_KEYS = {
 }
 
 
-def plan(cfg: DictConfig) -> list[Cell]:
+def plan(cfg: DictConfig) -> list[SuiteCell]:
     """The cells of a suite, each with its checked configuration, before anything is run or written.
 
     Raises:
@@ -101,7 +101,7 @@ def plan(cfg: DictConfig) -> list[Cell]:
         run_dir = suite_dir / name
         cost = float((suite.get("cost") or {}).get(method, 1.0))
         given = [*extra[method], *own, f"run_dir={run_dir}"]
-        cells.append(Cell(name, method, percent, fold, number, run_dir, given, cell_cfg, cost=cost))
+        cells.append(SuiteCell(name, method, percent, fold, number, run_dir, given, cell_cfg, cost=cost))
     _check_apart(cells)
     _link(cells)
     return cells
@@ -119,7 +119,7 @@ def _check_named(suite: DictConfig, config_dirs: list[str]) -> None:
                 raise UserError(f"suite.{key}.{method} names no method: {hint}")
 
 
-def _check_apart(cells: list[Cell]) -> None:
+def _check_apart(cells: list[SuiteCell]) -> None:
     """Raises UserError where a split does not read what tells two cells apart."""
     names = [cell.name for cell in cells]
     for row, name in enumerate(names):
@@ -135,7 +135,7 @@ def _with_place(composed: DictConfig, percent: float, fold: int, seed: int) -> D
     """A cell's configuration, as its own process will compose it, without composing it anew."""
     cfg = copy.deepcopy(composed)
     cfg.split.percent, cfg.split.fold, cfg.seed = percent, fold, seed
-    checks.check(cfg)
+    checks.check_config(cfg)
     return cfg
 
 
@@ -150,7 +150,7 @@ def _axis(suite: DictConfig, key: str, kind: Callable[[Any], Any]) -> list[Any]:
         raise UserError(f"suite.{key}={values} holds a value that is not of the right kind ({error})") from error
 
 
-def _link(cells: list[Cell]) -> None:
+def _link(cells: list[SuiteCell]) -> None:
     """Connects each cell to the one it starts from, and says how urgent each is."""
     by_place = {(cell.method, cell.percent, cell.fold, cell.seed): cell for cell in cells}
     for cell in cells:
@@ -162,7 +162,7 @@ def _link(cells: list[Cell]) -> None:
         cell.urgency = cell.cost + max((c.cost for c in cells if c.needs is cell), default=0.0)
 
 
-def standing(cell: Cell) -> str:
+def state_of(cell: SuiteCell) -> str:
     """ "ok" for a cell that is finished, "waiting" for one that is to be run.
 
     Raises:
@@ -184,9 +184,9 @@ def standing(cell: Cell) -> str:
     return "ok"
 
 
-def first_state(cell: Cell, retry_failed: bool) -> tuple[str, str | None]:
+def first_state(cell: SuiteCell, retry_failed: bool) -> tuple[str, str | None]:
     """A cell's state and its reason before anything is run: `standing`, or failed where that is not tried again."""
-    state = standing(cell)
+    state = state_of(cell)
     if state == "waiting" and not retry_failed and (cell.run_dir / "record.json").exists():
         record = read_record(cell.run_dir / "record.json")
         if record.status == "failed":
@@ -194,7 +194,7 @@ def first_state(cell: Cell, retry_failed: bool) -> tuple[str, str | None]:
     return state, None
 
 
-def write_plan(suite_dir: Path, cfg: DictConfig, cells: list[Cell]) -> None:
+def write_plan(suite_dir: Path, cfg: DictConfig, cells: list[SuiteCell]) -> None:
     """suite.json: every cell with its state, so that a report can say why one is missing."""
     keys = ("name", "method", "percent", "fold", "seed", "state", "reason")
     rows = [

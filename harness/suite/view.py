@@ -1,4 +1,4 @@
-"""What a person sees of a running suite."""
+"""The display of a running suite: a line per cell, or a table on a terminal."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from harness.core.record import read_record
 from harness.core.types import UserError
 from harness.engine.log import EtaColumn, duration
 from harness.suite.claims import Claims
-from harness.suite.plan import Cell, standing, tail
+from harness.suite.plan import SuiteCell, state_of, tail
 
 UNFINISHED = ("waiting", "running", "held")
 
 
 @dataclass(frozen=True)
-class Standing:
+class CellStatus:
     """How a cell stands on the disk, as texts."""
 
     state: str
@@ -32,31 +32,31 @@ class Standing:
     note: str = ""
 
 
-def standing_of(cell: Cell, claims: Claims) -> Standing:
-    """What a cell's folder says: running with its progress where a live process holds it, otherwise its record."""
+def status_of(cell: SuiteCell, claims: Claims) -> CellStatus:
+    """The status of a cell: its progress while a live process holds its folder, otherwise that of its record."""
     progress = read_progress(cell.run_dir)
     steps = f"{progress.step}/{progress.steps}" if progress is not None else "-"
     if (holder := claims.holder(cell.name, cell.run_dir)) is not None:
-        return Standing("running", steps=steps, eta=duration(progress.eta if progress else None), note=holder)
+        return CellStatus("running", steps=steps, eta=duration(progress.eta if progress else None), note=holder)
     path = cell.run_dir / "record.json"
     if not path.exists():
-        return Standing("waiting")
+        return CellStatus("waiting")
     try:
-        if standing(cell) == "ok":
+        if state_of(cell) == "ok":
             ap = read_record(path).ap
-            return Standing("ok", "-" if ap is None else f"{ap:.1f}", steps)
+            return CellStatus("ok", "-" if ap is None else f"{ap:.1f}", steps)
         record = read_record(path)
     except UserError as error:
-        return Standing("unusable", note=str(error))
+        return CellStatus("unusable", note=str(error))
     if record.status == "running":  # and nobody holds it
-        return Standing("interrupted", steps=steps, note="its process has gone; the same command continues it")
-    return Standing(record.status, steps=steps, note=record.error or "")
+        return CellStatus("interrupted", steps=steps, note="its process has gone; the same command continues it")
+    return CellStatus(record.status, steps=steps, note=record.error or "")
 
 
-class View:
+class SuiteView:
     """Bars of the suite and of each running cell on a terminal, otherwise one line when a cell starts or ends."""
 
-    def __init__(self, cells: list[Cell], console: Console) -> None:
+    def __init__(self, cells: list[SuiteCell], console: Console) -> None:
         self.cells, self.console = cells, console
         self.begin = time.monotonic()
         self.done_before = self._done()
@@ -67,7 +67,7 @@ class View:
         self.tasks: dict[str, Any] = {}
         self.live = self.bars if console.is_terminal else None
 
-    def __enter__(self) -> View:
+    def __enter__(self) -> SuiteView:
         if self.live is not None:
             self.live.start()
         return self
@@ -80,18 +80,18 @@ class View:
         """One line, above the bars where there are any."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def started(self, cell: Cell) -> None:
+    def started(self, cell: SuiteCell) -> None:
         """A cell has been started."""
         if self.live is not None:
             self.tasks[cell.name] = self.bars.add_task(cell.name, total=1.0, note="starting", eta=None)
         else:
             self.say(f"start   {cell.name}")
 
-    def held(self, cell: Cell) -> None:
+    def held(self, cell: SuiteCell) -> None:
         """A cell is left to the process that runs it."""
         self.say(f"held    {cell.name}  {cell.reason}")
 
-    def finished(self, cell: Cell, seconds: float, suite_dir: Path) -> None:
+    def finished(self, cell: SuiteCell, seconds: float, suite_dir: Path) -> None:
         """A cell has ended: its score, or the end of what it printed."""
         if cell.name in self.tasks:
             self.bars.remove_task(self.tasks.pop(cell.name))

@@ -6,7 +6,7 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
 from detectors import matching
-from detectors.matching import match, matched_boxes, sample
+from detectors.matching import match_anchors, matched_boxes, sample
 from detectors.padded import pad
 from harness.core.draws import image_keys, torch_uniform
 from harness.core.types import Target
@@ -31,7 +31,7 @@ def test_match_agrees_with_torchvision_image_by_image(low_quality, seed):
     generator = torch.Generator().manual_seed(seed)
     anchors = some_boxes(generator, 120)
     targets = make_targets(generator, (3, 1, 6))
-    found = match(anchors, pad(targets), 0.6, 0.3, low_quality)
+    found = match_anchors(anchors, pad(targets), 0.6, 0.3, low_quality)
     matcher = Matcher(0.6, 0.3, allow_low_quality_matches=low_quality)
     for image, target in enumerate(targets):
         expected = matcher(box_iou(target.boxes, anchors))
@@ -46,12 +46,12 @@ def test_large_tables_are_split_by_image(monkeypatch):
     anchors, targets = some_boxes(generator, 50), pad(make_targets(generator, (3, 0, 6, 2, 1)))
     usable = torch.rand(5, 50, generator=generator) < 0.7
     rules = {"low_quality": True, "low_quality_iou": 0.2, "low_quality_of": "anchor", "usable": usable}
-    whole = match(anchors, targets, 0.5, 0.3, **rules)
-    own = match(anchors.expand(5, -1, -1), targets, 0.5, 0.3)
+    whole = match_anchors(anchors, targets, 0.5, 0.3, **rules)
+    own = match_anchors(anchors.expand(5, -1, -1), targets, 0.5, 0.3)
     monkeypatch.setattr(matching, "_LARGEST_TABLE", 400)
     for expected, found in (
-        (whole, match(anchors, targets, 0.5, 0.3, **rules)),
-        (own, match(anchors.expand(5, -1, -1), targets, 0.5, 0.3)),
+        (whole, match_anchors(anchors, targets, 0.5, 0.3, **rules)),
+        (own, match_anchors(anchors.expand(5, -1, -1), targets, 0.5, 0.3)),
     ):
         assert torch.equal(expected.target, found.target)
         assert torch.equal(expected.positive, found.positive)
@@ -65,7 +65,7 @@ def test_low_quality_matches_need_some_overlap(of):
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
         anchors, (target,) = some_boxes(generator, 40), make_targets(generator, (6,))
-        found = match(anchors, pad([target]), 0.7, 0.3, True, 0.3, of)
+        found = match_anchors(anchors, pad([target]), 0.7, 0.3, True, 0.3, of)
         overlap = box_iou(target.boxes, anchors)
         label = torch.full((40,), -1)
         forced = [torch.nonzero(row == row.max())[:, 0] for row in overlap]
@@ -81,7 +81,7 @@ def test_low_quality_matches_need_some_overlap(of):
             label[overlap.max(0).values < 0.3] = 0
         assert torch.equal(found.positive[0], label == 1)
         assert torch.equal(found.negative[0], label == 0)
-        any_overlap = match(anchors, pad([target]), 0.7, 0.3, True)
+        any_overlap = match_anchors(anchors, pad([target]), 0.7, 0.3, True)
         seen.add(torch.equal(found.positive, any_overlap.positive))
     assert False in seen
 
@@ -90,14 +90,14 @@ def test_a_box_claims_among_the_usable_candidates():
     anchors = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 8], [0, 0, 10, 6], [50, 50, 60, 60]])
     box = pad([Target(torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([1]), torch.ones(1))] * 2)
     usable = torch.tensor([[False, True, True, False], [True, False, True, True]])
-    found = match(anchors, box, 0.9, 0.3, low_quality=True, low_quality_iou=0.3, usable=usable)
+    found = match_anchors(anchors, box, 0.9, 0.3, low_quality=True, low_quality_iou=0.3, usable=usable)
     assert found.positive.tolist() == [[False, True, False, False], [True, False, False, False]]
     assert found.negative.tolist() == [[False] * 4, [False, False, False, True]]
 
 
 def test_image_without_boxes_has_only_negatives():
     generator = torch.Generator().manual_seed(0)
-    found = match(some_boxes(generator, 10), pad(make_targets(generator, (0, 2))), 0.6, 0.3, low_quality=True)
+    found = match_anchors(some_boxes(generator, 10), pad(make_targets(generator, (0, 2))), 0.6, 0.3, low_quality=True)
     assert found.negative[0].all()
     assert not found.positive[0].any()
 
@@ -105,7 +105,7 @@ def test_image_without_boxes_has_only_negatives():
 def test_a_box_that_no_anchor_touches_forces_nothing():
     anchors = torch.tensor([[0.0, 0, 10, 10], [20.0, 0, 30, 10]])
     far = Target(torch.tensor([[80.0, 80, 90, 90]]), torch.tensor([1]), torch.ones(1))
-    found = match(anchors, pad([far]), 0.6, 0.3, low_quality=True)
+    found = match_anchors(anchors, pad([far]), 0.6, 0.3, low_quality=True)
     assert not found.positive.any()
     assert found.negative.all()
 
@@ -114,7 +114,7 @@ def test_a_box_that_no_anchor_touches_forces_nothing():
 def test_sample_respects_counts(count, fraction):
     generator = torch.Generator().manual_seed(1)
     anchors = some_boxes(generator, 120)
-    matches = match(anchors, pad(make_targets(generator, (5, 0, 2))), 0.4, 0.3, low_quality=True)
+    matches = match_anchors(anchors, pad(make_targets(generator, (5, 0, 2))), 0.4, 0.3, low_quality=True)
     samples = sample(matches, count, fraction, keys_of(3), "rpn")
     room, count = int(count * fraction), min(count, 120)
     assert samples.room == min(room, 120)
@@ -137,7 +137,7 @@ def test_sample_respects_counts(count, fraction):
 def test_fewer_candidates_are_no_fewer_positives():
     """20 candidates for 64 places of which 16 may be positive: all 12 positive ones are taken, not a quarter of 20."""
     positive = torch.arange(20)[None] < 12
-    matches = matching.Matches(torch.zeros(1, 20, dtype=torch.int64), positive, ~positive)
+    matches = matching.AnchorMatches(torch.zeros(1, 20, dtype=torch.int64), positive, ~positive)
     samples = sample(matches, 64, 0.25, keys_of(1), "roi")
     assert int(samples.positive.sum()) == 12
     assert int(samples.valid.sum()) == 20
@@ -147,7 +147,7 @@ def test_sample_takes_the_candidates_with_the_largest_draws():
     generator = torch.Generator().manual_seed(2)
     anchors = some_boxes(generator, 120)
     keys = keys_of(2)
-    matches = match(anchors, pad(make_targets(generator, (5, 3))), 0.3, 0.3)
+    matches = match_anchors(anchors, pad(make_targets(generator, (5, 3))), 0.3, 0.3)
     samples = sample(matches, 10, 0.5, keys, "roi")
     noise = torch_uniform(keys, 120, "roi")
     for image in range(2):
@@ -164,13 +164,13 @@ def test_draws_of_an_image_do_not_depend_on_its_neighbours():
     anchors = some_boxes(generator, 120)
     targets = make_targets(generator, (4, 2, 3))
     keys = keys_of(3)
-    together = sample(match(anchors, pad(targets), 0.4, 0.3), 20, 0.5, keys, "rpn")
+    together = sample(match_anchors(anchors, pad(targets), 0.4, 0.3), 20, 0.5, keys, "rpn")
     for image in range(3):
         alone = sample(
-            match(anchors, pad(targets[image : image + 1]), 0.4, 0.3), 20, 0.5, keys[image : image + 1], "rpn"
+            match_anchors(anchors, pad(targets[image : image + 1]), 0.4, 0.3), 20, 0.5, keys[image : image + 1], "rpn"
         )
         assert torch.equal(alone.index[0], together.index[image])
-    other = sample(match(anchors, pad(targets), 0.4, 0.3), 20, 0.5, keys_of(3, step=1), "rpn")
+    other = sample(match_anchors(anchors, pad(targets), 0.4, 0.3), 20, 0.5, keys_of(3, step=1), "rpn")
     assert not torch.equal(other.index, together.index)
 
 
@@ -179,7 +179,7 @@ def test_matched_boxes_are_the_candidates_themselves_where_nothing_is_learnt():
     anchors = some_boxes(generator, 60)
     targets = make_targets(generator, (2, 0))
     padded = pad(targets)
-    matches = match(anchors, padded, 0.4, 0.3, low_quality=True)
+    matches = match_anchors(anchors, padded, 0.4, 0.3, low_quality=True)
     samples = sample(matches, 20, 0.5, keys_of(2), "rpn")
     chosen = anchors[samples.index]
     boxes = matched_boxes(samples, matches, padded, chosen)

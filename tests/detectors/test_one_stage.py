@@ -6,7 +6,7 @@ from torchvision.models import detection
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from detectors.detector import targets_of
-from detectors.matching import match
+from detectors.matching import match_anchors
 from detectors.one_stage import fcos, retinanet
 from harness.core.types import UserError, View
 
@@ -120,7 +120,7 @@ def test_batch_normalizer_of_retinanet(make_batch):
     features = detector.features(view.images)
     keys = torch.zeros(2, dtype=torch.int64)
     found = detector.losses(features, view, targets_of(view), keys)["class"]
-    positives = match(detector.output(features, view).anchors, targets_of(view), 0.5, 0.4, True).positive.sum(1)
+    positives = match_anchors(detector.output(features, view).anchors, targets_of(view), 0.5, 0.4, True).positive.sum(1)
     total = 0.0
     for image in range(2):
         alone = View(view.images[image : image + 1], view.sizes[:1], view.to_view[:1], view.targets[image : image + 1])

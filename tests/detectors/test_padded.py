@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from detectors.padded import concatenate, gather, pad, scatter_by_image
+from detectors.padded import concatenate, gather_rows, pad, scatter_by_image
 from harness.core.types import Target, View
 
 
@@ -48,8 +48,8 @@ def test_concatenate_takes_the_larger_room():
 def test_gather_by_image():
     values = torch.arange(6).view(2, 3)
     index = torch.tensor([[2, 0], [1, 1]])
-    assert gather(values, index).tolist() == [[2, 0], [4, 4]]
-    assert gather(values[..., None].repeat(1, 1, 2), index).tolist() == [[[2, 2], [0, 0]], [[4, 4], [4, 4]]]
+    assert gather_rows(values, index).tolist() == [[2, 0], [4, 4]]
+    assert gather_rows(values[..., None].repeat(1, 1, 2), index).tolist() == [[[2, 2], [0, 0]], [[4, 4], [4, 4]]]
 
 
 def test_scatter_by_image_keeps_the_first_rows():

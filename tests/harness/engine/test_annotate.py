@@ -56,7 +56,7 @@ def test_boxes_follow_the_picture_through_every_exif_orientation(orientation: in
 
 def test_a_box_is_drawn_on_its_own_pixels() -> None:
     image = Image.new("RGB", (100, 80), (10, 200, 10))
-    annotate.draw(image, np.array([[20.0, 30.0, 60.0, 70.0]]), [1], [""])
+    annotate.draw_detections(image, np.array([[20.0, 30.0, 60.0, 70.0]]), [1], [""])
     drawn = np.asarray(image)
     color = (drawn == annotate.color_of(1)).all(-1)
     rows, columns = np.flatnonzero(color.any(1)), np.flatnonzero(color.any(0))
@@ -67,7 +67,7 @@ def test_a_box_is_drawn_on_its_own_pixels() -> None:
 @pytest.mark.parametrize("box", [[-5, -5, 3, 2], [90, 70, 130, 95], [0, 0, 100, 80], [50, 40, 50, 40]])
 def test_captions_of_any_length_stay_on_the_picture(box: list[float]) -> None:
     image = Image.new("RGB", (100, 80))
-    annotate.draw(image, np.array([box], float), [2], ["Ein sehr langer Name 0.99 " * 4])
+    annotate.draw_detections(image, np.array([box], float), [2], ["Ein sehr langer Name 0.99 " * 4])
     assert (np.asarray(image) == annotate.color_of(2)).all(-1).any()
 
 

@@ -80,7 +80,7 @@ def test_a_folder_that_cannot_be_written_fails_with_exit_code_1(
     (tmp_path / "file").touch()
     real = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: "file" not in str(path) and real(path, mode))
-    monkeypatch.setattr(doctor, "_dali", lambda *_: doctor.Finding("DALI", "ok", ""))
+    monkeypatch.setattr(doctor, "_dali", lambda *_: doctor.Outcome("DALI", "ok", ""))
     assert main(["doctor", f"runs_dir={tmp_path / 'file' / 'runs'}", "device=cpu"]) == 1
     said = capsys.readouterr().out
     assert "training cannot work here: runs_dir" in said

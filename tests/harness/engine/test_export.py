@@ -97,10 +97,10 @@ def test_a_graph_gives_the_boxes_of_the_network(kind: str, network: trained.Trai
     made = export.export(network, kind, score=0.02)
     assert made.program is not None
     assert made.program.canvas == [224, 224]  # 216 px is the longest side
-    eager = export.Graph(network.detector, 0.02)
+    eager = export.ExportedGraph(network.detector, 0.02)
     run = reader(made.content, kind, tmp_path)
     images = crops(12, (224, 224))
-    found = [export.differences(eager(*image), run(*image)) for image in images]
+    found = [export.output_differences(eager(*image), run(*image)) for image in images]
     assert max(box for box, _ in found) < 1e-3  # px
     assert max(score for _, score in found) < 1e-5
     assert max(int((eager(*image)[2] > 0).sum()) for image in images) > 5
@@ -124,7 +124,7 @@ def test_a_graph_sees_what_the_pipeline_shows(network: trained.Trained, pets_run
     )
     image = torch.full((3, *canvas), 77.0)  # what lies beyond the picture is not looked at
     image[:, :height, :width] = (view.images[0] * std + mean)[:, :height, :width]
-    boxes, labels, scores = export.Graph(network.detector, 0.02)(image, view.sizes[0])
+    boxes, labels, scores = export.ExportedGraph(network.detector, 0.02)(image, view.sizes[0])
     (expected,) = network.detector.detect(view, 0.02)
     count = len(expected)
     assert count > 0
@@ -141,9 +141,9 @@ def test_every_detector_becomes_a_graph(name: str) -> None:
     detector = build.detector(cfg, 3).eval()
     about = export.Program(canvas=[128, 160], short=128, max=160, score=0.001)
     graph = export.capture(detector, about).module()
-    eager = export.Graph(detector, 0.001)
+    eager = export.ExportedGraph(detector, 0.001)
     for image in crops(2, (128, 160)):
-        assert export.differences(eager(*image), graph(*image))[0] < 1e-2
+        assert export.output_differences(eager(*image), graph(*image))[0] < 1e-2
 
 
 def test_the_lines_in_the_docs_run_without_this_program(network: trained.Trained, tmp_path: Path) -> None:

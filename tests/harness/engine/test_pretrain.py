@@ -8,7 +8,7 @@ import torch
 
 from detectors.backbones import SmallBackbone
 from harness.engine import pretrain
-from harness.engine.pretrain import Recipe, augment, backbone_weights, is_cached, make_patches, train
+from harness.engine.pretrain import Recipe, augment, backbone_weights, is_cached, make_patches, train_classifier
 
 TINY = Recipe(patches=70, epochs=1, batch=32, channels=(8, 8, 8, 8))
 
@@ -54,14 +54,14 @@ def test_the_cache_is_used_and_mended(tmp_path, monkeypatch):
     file.write_bytes(file.read_bytes()[:-100])
     assert not is_cached(tmp_path, TINY)
     assert same(backbone_weights(tmp_path, TINY), weights)
-    monkeypatch.setattr(pretrain, "train", None)  # not called again
+    monkeypatch.setattr(pretrain, "train_classifier", None)  # not called again
     assert same(backbone_weights(tmp_path, TINY), weights)
 
 
 def test_it_learns():
     recipe = replace(TINY, patches=32, epochs=80, lr=1e-2, channels=(16, 16, 24, 32))
     steps = []
-    _, accuracy = train(*make_patches(recipe), recipe, lambda: steps.append(1))
+    _, accuracy = train_classifier(*make_patches(recipe), recipe, lambda: steps.append(1))
     assert accuracy > 0.5  # 10 classes
     assert len(steps) == 80
 

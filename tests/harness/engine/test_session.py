@@ -374,7 +374,7 @@ def test_running_out_of_memory_names_the_setting_to_lower(
     monkeypatch.setattr(harness.engine.session, "train", lambda *_: torch.empty(1 << 60))
     assert main(_command(cache, tmp_path / "run")) == 1
     errors = capfd.readouterr().err
-    assert "out of memory on cpu: lower batch.micro (now 8)" in errors
+    assert "out of memory on cpu: lower batch.micro (now 4)" in errors  # supervised: of 4 labelled images alone
     assert "Traceback" not in errors
     assert _record(tmp_path / "run")["status"] == "failed"
 

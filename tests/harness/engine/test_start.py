@@ -13,6 +13,7 @@ import torch
 
 from harness.cli import main
 from harness.config import compose
+from harness.config.identity import config_sha256, identity
 from harness.core.distributed import World
 from harness.core.types import UserError
 from harness.engine import build, start
@@ -83,9 +84,9 @@ def test_a_run_that_starts_there_is_trained_recorded_taken_up_and_evaluated(
     assert main(["train", *second]) == 0
     assert "is finished" in capfd.readouterr().err
     moved = shutil.copytree(first, tmp_path / "elsewhere")
-    assert compose.config_sha256(compose.load(_settings(moved, "method=supervised"))) == record["config_sha256"]
+    assert config_sha256(compose.load(_settings(moved, "method=supervised"))) == record["config_sha256"]
     without = compose.load([word for word in second if not word.startswith("detector.start=")])
-    assert compose.config_sha256(without) == _record(first)["config_sha256"]
+    assert config_sha256(without) == _record(first)["config_sha256"]
     shutil.rmtree(moved)
     assert main(["evaluate", f"run_dir={tmp_path / 'run'}", f"cache_dir={first.parent / 'cache'}"]) == 0
     again = json.loads((tmp_path / "run" / "evaluation_0.05.json").read_text())["networks"]
@@ -160,8 +161,8 @@ def test_a_backbone_at_a_rate_of_its_own_trains_as_by_hand(first: Path) -> None:
     for name, p in net.named_parameters():
         torch.testing.assert_close(p.detach(), before[name] + moved[name])
     plain = compose.load(_settings(first, *given[:-1]))
-    assert compose.config_sha256(plain) != compose.config_sha256(cfg)
-    assert "backbone_lr_scale" not in compose.identity(plain)["detector"]
+    assert config_sha256(plain) != config_sha256(cfg)
+    assert "backbone_lr_scale" not in identity(plain)["detector"]
 
 
 def test_a_home_folder_may_be_abbreviated(first: Path, monkeypatch: pytest.MonkeyPatch) -> None:
