@@ -52,6 +52,7 @@ _CIRCUMSTANCES = (
     "predict",
     "format",
     "export",
+    "view",
     "init",
     "cli",
     "profile",

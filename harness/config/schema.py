@@ -110,6 +110,14 @@ class Export:
 
 
 @dataclass(frozen=True, kw_only=True)
+class View:
+    """The keys of `view`."""
+
+    images: Annotated[int, Limits(ge=1, le=200)]
+    draws: Annotated[int, Limits(ge=1, le=20)]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Init:
     """The keys of `init`."""
 
@@ -250,6 +258,7 @@ class Config:
     predict: Predict
     format: Literal["safetensors", "pt", "onnx", "pt2"] | None
     export: Export
+    view: View
     init: Init
     cache_dir: File | None
     preset_name: Name | None
