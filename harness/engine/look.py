@@ -309,8 +309,8 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 h1 { font-size: 1.5rem; margin: 0 0 .5rem; } h2 { font-size: 1rem; margin: 1.5rem 0 .4rem; overflow-wrap: anywhere; }
 p { margin: .1rem 0; color: var(--dim); } section { border-top: 1px solid var(--line); }
 .row { display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); }
-figure { margin: 0; } img { display: block; width: 100%; height: auto; } figcaption { font-size: .8rem; color: var(--dim); }
-figcaption b { color: var(--ink); font-weight: 600; }
+figure { margin: 0; } img { display: block; width: 100%; height: auto; }
+figcaption { font-size: .8rem; color: var(--dim); } figcaption b { color: var(--ink); font-weight: 600; }
 """
 
 
