@@ -31,6 +31,7 @@ _PRELOAD = (
     "detectors.methods.teacher",
     "pipelines.dali.pipeline",  # an extra: left out where it is not installed
 )
+_PROGRAM = "harness.cli"  # what a cell runs, as on a command line
 _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 _PAUSE = 0.1  # seconds between looks at cells that may have ended
 
@@ -208,8 +209,7 @@ def _become_cell(request: dict[str, Any], server: int) -> NoReturn:
         for stream, file in ((0, nothing), (1, output), (2, output)):
             os.dup2(file.fileno(), stream)
     end_with_parent(server)
-    from harness.cli import main
-
+    main = importlib.import_module(_PROGRAM).main
     sys.argv = ["ssodbench", *request["arguments"]]
     sys.exit(main(request["arguments"]))
 
