@@ -175,6 +175,7 @@ def test_missing_and_empty(root: Path, tmp_path: Path) -> None:
 def test_blood_cells(tmp_path: Path) -> None:
     options = {"train": ["ImageSets/Main/trainval.txt"], "val": ["ImageSets/Main/test.txt"]}
     dataset = voc_dataset("bccd", BCCD, tmp_path, **options)
+    assert dataset.voc_ap
     assert (len(dataset.train), len(dataset.val)) == (292, 72)
     counts = dataset.train.boxes_per_class() + dataset.val.boxes_per_class()
     assert list(dataset.train.category_names) == ["Platelets", "RBC", "WBC"]
