@@ -78,7 +78,9 @@ def open_voc(root: Path, tmp_path: Path, **options: Any) -> Any:
 
 @pytest.mark.parametrize(("difficult", "boxes", "crowds"), [("crowd", 3, 1), ("keep", 3, 0), ("drop", 2, 0)])
 def test_difficult(root: Path, tmp_path: Path, difficult: str, boxes: int, crowds: int) -> None:
-    train = open_voc(root, tmp_path, difficult=difficult).train
+    dataset = open_voc(root, tmp_path, difficult=difficult)
+    assert dataset.voc_ap
+    train = dataset.train
     assert (len(train.boxes), int(train.crowd.sum())) == (boxes, crowds)
 
 
@@ -175,7 +177,6 @@ def test_missing_and_empty(root: Path, tmp_path: Path) -> None:
 def test_blood_cells(tmp_path: Path) -> None:
     options = {"train": ["ImageSets/Main/trainval.txt"], "val": ["ImageSets/Main/test.txt"]}
     dataset = voc_dataset("bccd", BCCD, tmp_path, **options)
-    assert dataset.voc_ap
     assert (len(dataset.train), len(dataset.val)) == (292, 72)
     counts = dataset.train.boxes_per_class() + dataset.val.boxes_per_class()
     assert list(dataset.train.category_names) == ["Platelets", "RBC", "WBC"]
