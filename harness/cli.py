@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
-import importlib.metadata
 import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+import harness
 from harness.commands import help
 from harness.commands.usage import COMMANDS
 from harness.core.console import STDERR, settle
@@ -43,7 +43,7 @@ def _run(given: list[str], places: dict[str, str]) -> int:
     parser.add_argument("overrides", nargs="*")
     known, unknown = parser.parse_known_intermixed_args(given)
     if known.version:
-        print(f"ssodbench {importlib.metadata.version('ssodbench')}")
+        print(f"ssodbench {harness.__version__}")
         return 0
     if known.completion is not None:
         print(help.completion(known.completion), end="")
