@@ -33,7 +33,7 @@ reference: $(STAMP)        ## docs/reference/keys.md, out of the comments in har
 	$(BIN)/python -c 'from harness.config import reference; print(reference.page(), end="")' > docs/reference/keys.md
 
 docs: $(DOCS_STAMP)        ## the documentation as a site in site/; a warning or a broken link is an error
-	$(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python -m mkdocs build --strict
 
 $(DOCS_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
