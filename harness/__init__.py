@@ -4,5 +4,5 @@ from importlib.metadata import PackageNotFoundError, version
 
 try:
     __version__ = version("ssodbench")
-except PackageNotFoundError:  # a copy of the files that was never installed
+except PackageNotFoundError:  # imported from a folder that was never installed
     __version__ = "unknown"

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
+from omegaconf import DictConfig
 from rich.box import SIMPLE_HEAD
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from harness.config import sections
+from harness.config.schema import PrepareOptions
 from harness.core.console import Console
 from harness.core.escape import literal
 from harness.core.files import write_atomically
@@ -33,13 +34,13 @@ _LONG = 10_000  # pictures from which a check without a terminal reports each te
 _FEW = 4  # classes up to which a table has a column for each
 
 
-def run(cfg: Any) -> int:
+def run(cfg: DictConfig) -> int:
     """Says what the dataset and its splits hold; gives the exit code."""
     describe(cfg)
     return 0
 
 
-def describe(cfg: Any) -> dict[str, Any]:
+def describe(cfg: DictConfig) -> dict[str, Any]:
     """Opens a dataset, checks it, and says what its splits hold.
 
     Args:
@@ -54,16 +55,17 @@ def describe(cfg: Any) -> dict[str, Any]:
     from harness.engine import build
 
     console = Console(highlight=False, soft_wrap=True)
-    if OmegaConf.select(cfg, "export_dir"):
-        split_files.check_folder(Path(cfg.export_dir).expanduser())
+    export_dir = Path(cfg.export_dir) if cfg.export_dir else None
+    if export_dir:
+        split_files.check_folder(export_dir)
     dataset = build.dataset(cfg)
-    level = OmegaConf.select(cfg, "check", default="headers")
-    options = sections.split_options(cfg)
+    level = str(cfg.check)
+    options, wanted = sections.split_options(cfg), sections.prepare_options(cfg)
     unlabeled = options.chosen.takes_unlabeled_part
     indices = prepare.parts(dataset, unlabeled)
     with _progress(console, sum(map(len, indices.values())), level) as advance:
         checks = prepare.inspect_dataset(dataset, level, len(os.sched_getaffinity(0)), advance, unlabeled)
-    keys = _rows(cfg)
+    described = _described(options, wanted)
     found: dict[str, Any] = {
         "dataset": dataset.name,
         "classes": list(dataset.train.category_names),
@@ -71,40 +73,37 @@ def describe(cfg: Any) -> dict[str, Any]:
         "findings": [asdict(finding) for finding in checks.findings],
         "warnings": prepare.found_in_files(indices, checks),
         "fatal": checks.fatal,
-        "splits": [_split(dataset, replace(options, percent=percent, fold=fold), checks) for percent, fold in keys],
+        "splits": [_split(dataset, one, checks) for one in described],
         "files": [],
     }
-    configured = (float(cfg.split.percent), int(cfg.split.fold))
-    chosen = found["splits"][keys.index(configured)] if configured in keys else {}
+    chosen = found["splits"][described.index(options)] if options in described else {}
     _print(console, found)
     for line in chosen.get("warnings", ()):
         console.print(line, markup=False)
-    if checks.fatal is None and OmegaConf.select(cfg, "export_dir"):
-        found["files"] = _export(dataset, cfg, Path(cfg.export_dir).expanduser())
+    if checks.fatal is None and export_dir:
+        found["files"] = _export(dataset, _splits(options, wanted, [options.percent], [options.fold]), export_dir)
         for file in found["files"]:
             console.print(f"wrote {file}", markup=False)
-    console.print(_write(cfg, found), markup=False)
+    console.print(_write(found, export_dir, Path(cfg.cache_dir)), markup=False)
     for message in (checks.fatal, chosen.get("error")):
         if message:
             raise UserError(message)
     return found
 
 
-def _rows(cfg: Any) -> list[tuple[float, int]]:
-    """(percent, fold) of every split to describe."""
-    if not sections.split_options(cfg).chosen.draws:
-        return _keys(cfg, [cfg.split.percent], [cfg.split.fold])
-    return _keys(cfg, (*_PERCENTS, cfg.split.percent), (*_FOLDS, cfg.split.fold))
+def _described(options: SplitOptions, wanted: PrepareOptions) -> list[SplitOptions]:
+    """Every split to describe: of a protocol that draws, those of the papers too."""
+    if not options.chosen.draws:
+        return _splits(options, wanted, [options.percent], [options.fold])
+    return _splits(options, wanted, (*_PERCENTS, options.percent), (*_FOLDS, options.fold))
 
 
-def _keys(cfg: Any, percents: Sequence[float], folds: Sequence[int]) -> list[tuple[float, int]]:
+def _splits(
+    options: SplitOptions, wanted: PrepareOptions, percents: Sequence[float], folds: Sequence[int]
+) -> list[SplitOptions]:
     """prepare.percents x prepare.folds, with what is given here for the one that is not set."""
-    percents = OmegaConf.select(cfg, "prepare.percents") or percents
-    folds = OmegaConf.select(cfg, "prepare.folds") or folds
-    try:
-        return list(product(sorted({float(p) for p in percents}), sorted({int(f) for f in folds})))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"prepare.percents={percents} and prepare.folds={folds} must be lists of numbers") from error
+    shares, draws = sorted(set(map(float, wanted.percents or percents))), sorted(set(wanted.folds or folds))
+    return [replace(options, percent=percent, fold=fold) for percent, fold in product(shares, draws)]
 
 
 def _part(index: CocoIndex, pictures: ImageCheck, level: str) -> dict[str, Any]:
@@ -159,15 +158,13 @@ def _split(dataset: Dataset, options: SplitOptions, checks: Checks) -> dict[str,
     }
 
 
-def _export(dataset: Dataset, cfg: Any, folder: Path) -> list[str]:
-    """Writes the splits that the configuration names: those of prepare.percents and prepare.folds, else of split."""
-    keys = _keys(cfg, [cfg.split.percent], [cfg.split.fold])
-    options = sections.split_options(cfg)
-    splits = [prepare.resolve_split(dataset, replace(options, percent=p, fold=f)) for p, f in keys]
+def _export(dataset: Dataset, wanted: list[SplitOptions], folder: Path) -> list[str]:
+    """Writes splits as files; gives their paths."""
+    splits = [prepare.resolve_split(dataset, options) for options in wanted]
     return [str(path) for path in split_files.export_all(dataset, splits, folder)]
 
 
-def _write(cfg: Any, found: dict[str, Any]) -> str:
+def _write(found: dict[str, Any], export_dir: Path | None, cache_dir: Path) -> str:
     """Writes prepared.json beside the exported files, or in the cache under the dataset's name and hash; says where.
 
     A cache that can only be read is no error.
@@ -175,16 +172,12 @@ def _write(cfg: Any, found: dict[str, Any]) -> str:
     Raises:
         UserError: the exported files' folder cannot be written.
     """
-    folder = OmegaConf.select(cfg, "export_dir")
-    if folder:
-        path = Path(folder).expanduser() / "prepared.json"
-    else:
-        short = found["parts"]["train"]["sha256"][:12]
-        path = Path(cfg.cache_dir) / "prepared" / f"{found['dataset']}-{short}" / "prepared.json"
+    short = found["parts"]["train"]["sha256"][:12]
+    path = (export_dir or cache_dir / "prepared" / f"{found['dataset']}-{short}") / "prepared.json"
     try:
         write_atomically(path, json.dumps(found, indent=1).encode(), durable=False)
     except OSError as error:
-        if not folder:
+        if export_dir is None:
             return f"not written to the cache: {path} ({error.strerror})"
         raise UserError(
             f"cannot write {path} ({error.strerror}): set export_dir to a folder that can be written"

@@ -24,7 +24,7 @@ from harness.core.files import refusal
 from harness.core.stopping import StopRequest
 from harness.core.types import RunError, UserError
 from harness.report import report
-from harness.suite.cells import Suite, default_jobs, environments
+from harness.suite.cells import Suite, default_jobs, environments, fork_server
 from harness.suite.claims import Claims, remove_if_empty, require_suite_folder
 from harness.suite.plan import SuiteCell, first_state, plan, write_plan
 from harness.suite.view import SuiteView, status_of
@@ -79,7 +79,9 @@ def _run(cfg: DictConfig, cells: list[SuiteCell], suite_dir: Path, claims: Claim
     stop = StopRequest(second_ends=False)
     with stop.installed():
         if missing:
-            Suite(cells, suite_dir, environments(cfg, jobs), stop, SuiteView(cells, console), claims, wait).execute()
+            slots = environments(cfg, jobs)
+            server = fork_server(cfg, slots[0])
+            Suite(cells, suite_dir, slots, stop, SuiteView(cells, console), claims, wait, server).execute()
     told = conclude(suite_dir, cfg, cells, console, quickly=bool(stop.signal_number))
     if stop.signal_number:
         return 128 + stop.signal_number

@@ -85,6 +85,16 @@ COMMANDS = {
             ("an exported file, what it is sure of", "model=D.safetensors images='photos/*.jpg' predict.score=0.8"),
         ),
     ),
+    "view": Command(
+        "what a policy shows, or what a teacher teaches",
+        "data=coco augment=stac, or run_dir=DIR",
+        ("view", "run_dir", "data", "split", "augment", "method", "detector", "preset", "pipeline", "seed", "device",
+         "threads", "cache_dir", "out"),
+        (
+            ("labelled, weak and strong views with their boxes", "data=shapes augment=soft_teacher out=views"),
+            ("a run's pseudo labels beside the hidden truth", "run_dir=runs/train/CELL out=labels"),
+        ),
+    ),
     "export": Command(
         "one network of a run as a file",
         "run_dir=DIR out=FILE.safetensors",

@@ -38,6 +38,7 @@ _CIRCUMSTANCES = (
     "format",
     "export",
     "init",
+    "view",
     "cli",
     "profile",
     "report",

@@ -106,6 +106,14 @@ class ExportOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ViewOptions:
+    """The keys of `view`."""
+
+    images: Annotated[int, Limits(ge=1, le=200)]
+    draws: Annotated[int, Limits(ge=1, le=20)]
+
+
+@dataclass(frozen=True, kw_only=True)
 class InitOptions:
     """The keys of `init`."""
 
@@ -224,6 +232,7 @@ class Config:
     format: Literal["safetensors", "pt", "onnx", "pt2"] | None
     export: ExportOptions
     init: InitOptions
+    view: ViewOptions
     cache_dir: File | None
     preset_name: Name | None
     cli: CliOptions

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
+from harness.config import schema
 from harness.core import validate
 from harness.splits.protocols import SplitOptions
 
@@ -15,6 +16,21 @@ T = TypeVar("T")
 def split_options(cfg: DictConfig) -> SplitOptions:
     """`split`: which images are labelled."""
     return _section(SplitOptions, cfg, "split")
+
+
+def prepare_options(cfg: DictConfig) -> schema.PrepareOptions:
+    """`prepare`: which splits the command describes."""
+    return _section(schema.PrepareOptions, cfg, "prepare")
+
+
+def evaluation_options(cfg: DictConfig) -> schema.EvaluationOptions:
+    """`evaluation`: when and how networks are scored."""
+    return _section(schema.EvaluationOptions, cfg, "evaluation")
+
+
+def checkpointing_options(cfg: DictConfig) -> schema.CheckpointingOptions:
+    """`checkpointing`: when states are saved, and which stay."""
+    return _section(schema.CheckpointingOptions, cfg, "checkpointing")
 
 
 def _section(kind: type[T], cfg: DictConfig, key: str) -> T:

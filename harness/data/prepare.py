@@ -137,11 +137,6 @@ class Checks:
     findings: list[Finding]  # about the parts together
     fatal: str | None  # one sentence, where nothing should be trained
 
-    @property
-    def bad_images(self) -> int:
-        """Pictures that no run will see."""
-        return sum(len(check.bad) for check in self.pictures.values())
-
 
 def parts(dataset: Dataset, unlabeled: bool = False) -> dict[str, CocoIndex]:
     """The indices of a dataset by the name of the part; the unlabelled one only if it is asked for and there."""

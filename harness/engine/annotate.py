@@ -42,7 +42,7 @@ def color_of(label: int) -> Color:
 
 
 @lru_cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def typeface(size: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which comes with matplotlib and has most of Europe's letters."""
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
 
@@ -93,7 +93,7 @@ def draw_detections(
         x1, y1, x2, y2 = _pixels(box)
         pen.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=(0, 0, 0))  # seen on what has the box's own colour
         pen.rectangle((x1, y1, x2, y2), outline=color, width=line)
-    font = _font(max(_SMALLEST_FONT, round(min(image.size) / 34)))
+    font = typeface(max(_SMALLEST_FONT, round(min(image.size) / 34)))
     for box, color, caption in zip(boxes, shown, captions, strict=True):
         if caption:
             _write(pen, image.size, box, color, caption, font, line)
@@ -139,14 +139,14 @@ def sheet(pictures: Sequence[tuple[str, Image.Image]], total: int) -> Image.Imag
     footer = 0 if total == len(pictures) else 2 * _CAPTION
     step_x, step_y = widest + _GAP, highest + _CAPTION + _GAP
     page = Image.new("RGB", (columns * step_x + _GAP, rows * step_y + _GAP + footer), (255, 255, 255))
-    pen, font = ImageDraw.Draw(page), _font(12)
+    pen, font = ImageDraw.Draw(page), typeface(12)
     for number, (name, image) in enumerate(pictures):
         x, y = _GAP + number % columns * step_x, _GAP + number // columns * step_y
         page.paste(image, (x + (widest - image.width) // 2, y + (highest - image.height) // 2))
         pen.text((x + widest / 2, y + highest + 3), _shortened(name, font, widest), (60, 60, 60), font, anchor="ma")
     if footer:
         note = f"{len(pictures)} of {total:,} pictures, evenly spread"
-        pen.text((_GAP, page.height - footer + 4), note, (60, 60, 60), _font(13))
+        pen.text((_GAP, page.height - footer + 4), note, (60, 60, 60), typeface(13))
     return page
 
 

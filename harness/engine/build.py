@@ -26,7 +26,7 @@ from harness.data.datasets import Dataset
 from harness.data.sampling import BatchSampler
 from harness.engine import pretrain
 from harness.engine.optim import build_optimizer
-from harness.splits.protocols import ImagePolicy
+from harness.splits.protocols import ImagePolicy, SplitOptions
 from pipelines.policy import Policy
 
 
@@ -101,13 +101,11 @@ def pipeline(
     return made
 
 
-def refuse_no_unlabeled(cfg: DictConfig) -> NoReturn:
-    """Raises UserError: a method that needs unlabelled images has none."""
-    options = sections.split_options(cfg)
+def refuse_no_unlabeled(method: str, options: SplitOptions) -> NoReturn:
+    """Raises UserError: a method that needs unlabelled images has none in this split."""
     remedy = "lower split.percent" if options.chosen.draws else "add images that are not labelled"
     raise UserError(
-        f"method={cfg.method.name} needs unlabelled images and {options.said} leaves none: {remedy}, or take "
-        "method=supervised"
+        f"method={method} needs unlabelled images and {options.said} leaves none: {remedy}, or take method=supervised"
     )
 
 
@@ -126,7 +124,7 @@ def sampler(
     """
     shape = config_checks.shape_of(cfg, bool(views.unlabeled), world.size)
     if views.unlabeled and not unlabeled:
-        refuse_no_unlabeled(cfg)
+        refuse_no_unlabeled(str(cfg.method.name), sections.split_options(cfg))
     drawn_from = unlabeled if views.unlabeled else None
     return BatchSampler(
         len(labeled),
@@ -279,7 +277,7 @@ def check_split(cfg: DictConfig, opened: Dataset) -> None:
         options = sections.split_options(cfg)
         _, unlabeled = prepare.sources(opened, prepare.resolve_split(opened, options), options)
         if config_checks.draws_unlabeled(cfg) and not unlabeled:
-            refuse_no_unlabeled(cfg)
+            refuse_no_unlabeled(str(cfg.method.name), options)
     except UserError as error:
         raise UserError(
             f"the cell {cell_name(cfg)} cannot be run: {error}; suite.methods, suite.percents and suite.folds "

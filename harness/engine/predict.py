@@ -117,7 +117,7 @@ def predict(
         OSError: a result cannot be written.
     """
     begin, found = time.perf_counter(), Found()
-    source, kept = _source(pictures, workers, found)
+    source, kept = source_of(pictures, workers, found)
     advance(len(found.skipped))
     small: dict[int, tuple[str, Image.Image]] = {}
     wanted = annotate.on_sheet(len(kept))
@@ -168,7 +168,7 @@ class _Unreadable(Exception):  # noqa: N818  a finding, not an error of the prog
     """A picture that cannot be drawn on, and why."""
 
 
-def _source(pictures: Sequence[Picture], workers: int, found: Found) -> tuple[ImageSource, list[Picture]]:
+def source_of(pictures: Sequence[Picture], workers: int, found: Found) -> tuple[ImageSource, list[Picture]]:
     """The pictures whose headers can be read; image i of the source has the id i + 1."""
     sizes = read_sizes([str(picture.path) for picture in pictures], workers)
     kept = [(picture, size) for picture, size in zip(pictures, sizes, strict=True) if not isinstance(size, str)]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from detectors.backbones import SmallBackbone
 from harness.core.console import STDERR
-from harness.data.cache import build_once, cached_folder, is_whole
+from harness.data.cache import build_once
 from harness.data.drawing import GENERATOR_VERSION, OTHER_CLASSES, render
 
 VERSION = 1  # raise it whenever the code below gives other weights
@@ -54,11 +54,6 @@ def description(recipe: Recipe = DEFAULT) -> str:
         f"small backbone pre-trained on {recipe.patches} generated patches of {len(OTHER_CLASSES)} shape classes that "
         "no dataset here has, in place of ImageNet weights"
     )
-
-
-def is_cached(cache_dir: Path, recipe: Recipe = DEFAULT) -> bool:
-    """Whether `backbone_weights` would return at once."""
-    return is_whole(cached_folder(_root(cache_dir), _parameters(recipe)))
 
 
 def backbone_weights(cache_dir: Path, recipe: Recipe = DEFAULT, *, progress: bool = True) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from harness.config import saved
+from harness.config import saved, sections
 from harness.config.identity import config_sha256, differences, identity, without_circumstances
 from harness.config.names import cell_name
 from harness.core import distributed
@@ -102,6 +102,8 @@ class _Session:
     def __init__(self, experiment: Experiment, extra: offline.Extra, stop: StopRequest) -> None:
         self.run_, self.cfg, self.world, self.stop = experiment, experiment.cfg, experiment.world, stop
         self.run_dir = Path(self.cfg.run_dir)
+        self.evaluation = sections.evaluation_options(self.cfg)
+        self.checkpointing = sections.checkpointing_options(self.cfg)
         self.extra = extra
         self.counters = Counters()
         self.started = time.perf_counter()
@@ -235,7 +237,7 @@ class _Session:
         return state
 
     def _save(self) -> None:
-        keep = self.cfg.checkpointing
+        keep = self.checkpointing
         state = self._state(self._pipeline_state())
         distributed.from_main(
             self.world, lambda: checkpoint.save(self.run_dir, state, keep.keep, keep.keep_every) and None
@@ -243,7 +245,7 @@ class _Session:
 
     def _rescue(self) -> None:
         """Saves from this rank alone, unless the step is saved: all ranks have the same method and optimiser."""
-        keep, pipeline = self.cfg.checkpointing, self.run_.pipeline.state()
+        keep, pipeline = self.checkpointing, self.run_.pipeline.state()
         pipeline["bad_images"] = self.bad_images | pipeline["bad_images"]
         folder = os.open(self.run_dir, os.O_RDONLY)
         try:
@@ -258,7 +260,7 @@ class _Session:
         data, begin = self.run_.data, time.perf_counter()
         at_end = self.counters.step == self.cfg.schedule.steps
         for name, network in self.run_.method.networks().items():
-            if not at_end and self.cfg.evaluation.between == "reported" and name != self.run_.method.reported:
+            if not at_end and self.evaluation.between == "reported" and name != self.run_.method.reported:
                 continue
             metrics, rows = evaluate(
                 network,
@@ -266,7 +268,7 @@ class _Session:
                 data.val,
                 data.dataset.val.coco_ground_truth(),
                 data.dataset.val.category_ids,
-                float(self.cfg.evaluation.score_threshold),
+                self.evaluation.score_threshold,
                 self.world,
                 self.stop,
             )

@@ -123,7 +123,7 @@ def of_run(run_dir: Path, network: str | None, cache_dir: str) -> Trained:
     classes, ids = _classes(cfg, state)
     pretraining = _pretraining(run_dir)
     options = detector_options(cfg, pretraining)
-    method = build.method(cfg, _build(options, len(classes), cache_dir))
+    method = build.method(cfg, bare_detector(options, len(classes), cache_dir))
     try:
         method.load_state_dict(state["method"])
     except RuntimeError as error:
@@ -217,7 +217,8 @@ def _test_view(cfg: DictConfig) -> dict[str, Any]:
     return {**policy, "views": {"test": policy["views"]["test"]}}
 
 
-def _build(options: Mapping[str, Any], num_classes: int, cache_dir: str) -> Detector:
+def bare_detector(options: Mapping[str, Any], num_classes: int, cache_dir: str) -> Detector:
+    """A detector by its configuration, without this machine's cache folder in it."""
     own = OmegaConf.create({"cache_dir": cache_dir, "detector": {**options, "cache_dir": cache_dir}})
     return build.detector(own, num_classes)
 
@@ -267,7 +268,7 @@ def read(path: Path, cache_dir: str) -> Trained:
         raise readback.damaged(path, readback.reason(error), _REMEDY) from error
     if len(about.category_ids) != len(about.classes):
         raise readback.damaged(path, f"{len(about.classes)} classes, {len(about.category_ids)} ids", _REMEDY)
-    detector = _build(about.detector, len(about.classes), cache_dir)
+    detector = bare_detector(about.detector, len(about.classes), cache_dir)
     try:
         detector.load_state_dict(state)
     except RuntimeError as error:

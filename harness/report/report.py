@@ -27,6 +27,7 @@ from harness.core.record import BASELINE
 from harness.core.types import UserError
 from harness.report import numbers, plots
 from harness.report import text as formatting
+from harness.report.comparison import shown_labels
 from harness.report.numbers import COSTS, PSEUDO, SCORES
 from harness.report.parts import Part, part_of
 from harness.report.tables import Cell, Row, load, method_label
@@ -125,6 +126,7 @@ def _compared(part: Part, row: Row, cell: Cell) -> dict[str, Any]:
     one, cost = part.analysis.of(row, cell), part.analysis.cost(row, cell)
     runs = one.found.over_runs if one is not None else None
     images = one.found.over_images if one is not None else None
+    needed = shown_labels(one) if one is not None else None
     return {
         "gain_low": runs.low if runs is not None else None,
         "gain_high": runs.high if runs is not None else None,
@@ -132,7 +134,7 @@ def _compared(part: Part, row: Row, cell: Cell) -> dict[str, Any]:
         "p_holm": one.found.p_holm if one is not None else None,
         "gain_low_images": images.low if images is not None else None,
         "gain_high_images": images.high if images is not None else None,
-        "labels_needed": formatting.labels_text(one),
+        "labels_needed": needed.statement if needed is not None else None,
         "images_seen": cost.images if cost is not None else None,
         "device_hours": cost.device_hours if cost is not None else None,
         "front": formatting.front(cost),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -22,16 +21,17 @@ from harness.core.record import available_cores, read_record, write_record
 from harness.core.stopping import StopRequest
 from harness.core.types import RunRecord, UserError
 from harness.suite.claims import Claims
+from harness.suite.fork_server import ForkedCell, ForkServer, end_with_parent
 from harness.suite.plan import SuiteCell, state_of, tail
 
 if TYPE_CHECKING:
     from harness.suite.view import SuiteView
 
+CellProcess = subprocess.Popen[bytes] | ForkedCell
 GIB_PER_RUN = 1.5  # what one run of the small preset may take, for the number side by side
 _POLL_SECONDS = 0.2
 _LOOK_SECONDS = 1.0  # between looks at cells that other processes run
 _SUITE_PROCESS = "SSODBENCH_SUITE_PROCESS"  # tells a cell whose child it is
-_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
@@ -79,6 +79,7 @@ class Suite:
         view: what a person sees.
         claims: which cells this process has, where several share the folder.
         wait: whether to wait for cells that other processes run.
+        server: what forks the cells' processes; None: each is started anew.
     """
 
     def __init__(
@@ -90,10 +91,11 @@ class Suite:
         view: SuiteView,
         claims: Claims,
         wait: bool = True,
+        server: ForkServer | None = None,
     ) -> None:
         self.cells, self.suite_dir, self.slots = cells, suite_dir, slots
-        self.stop, self.view, self.claims, self.wait = stop, view, claims, wait
-        self._running: dict[int, tuple[SuiteCell, subprocess.Popen[bytes], float]] = {}
+        self.stop, self.view, self.claims, self.wait, self.server = stop, view, claims, wait, server
+        self._running: dict[int, tuple[SuiteCell, CellProcess, float]] = {}
         self._told = 0
         self._looked = time.monotonic()
 
@@ -132,7 +134,7 @@ class Suite:
                     self._running[slot] = (cell, process, time.monotonic())
                     self.view.started(cell)
 
-    def _begin(self, cell: SuiteCell, environment: dict[str, str]) -> subprocess.Popen[bytes] | None:
+    def _begin(self, cell: SuiteCell, environment: dict[str, str]) -> CellProcess | None:
         """Takes and starts a cell; None where it cannot be had, cannot be started, or is finished by now."""
         try:
             if not self.claims.take(cell.name, cell.run_dir):
@@ -143,7 +145,7 @@ class Suite:
             self.view.finished(cell, 0.0, self.suite_dir)
             return None
         self._refresh(cell)  # another process may have finished it since we looked
-        process = try_to_start(cell, self.suite_dir, environment) if cell.state == "waiting" else None
+        process = try_to_start(cell, self.suite_dir, environment, self.server) if cell.state == "waiting" else None
         if process is None:
             self.claims.release(cell.name)
             self.view.finished(cell, 0.0, self.suite_dir)
@@ -188,7 +190,7 @@ class Suite:
         return next_cell(self.cells) is None and not (self.wait and any(cell.state == "held" for cell in self.cells))
 
 
-def kill(process: subprocess.Popen[bytes]) -> None:
+def kill(process: CellProcess) -> None:
     """Ends a cell at once, the processes that it started itself included."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
@@ -204,10 +206,12 @@ def next_cell(cells: list[SuiteCell]) -> SuiteCell | None:
     return max(ready, key=lambda cell: cell.urgency, default=None)
 
 
-def try_to_start(cell: SuiteCell, suite_dir: Path, environment: dict[str, str]) -> subprocess.Popen[bytes] | None:
+def try_to_start(
+    cell: SuiteCell, suite_dir: Path, environment: dict[str, str], server: ForkServer | None = None
+) -> CellProcess | None:
     """`start`; where the system refuses it, the cell has failed (None), and those that run go on."""
     try:
-        process = start(cell, suite_dir, environment)
+        process = start(cell, suite_dir, environment, server)
     except OSError as error:
         cell.state, cell.reason = "failed", str(refusal(error, {"runs_dir": suite_dir}))
         return None
@@ -215,8 +219,13 @@ def try_to_start(cell: SuiteCell, suite_dir: Path, environment: dict[str, str]) 
     return process
 
 
-def start(cell: SuiteCell, suite_dir: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """Starts a cell's process; what it prints goes to logs/CELL.log."""
+def start(
+    cell: SuiteCell, suite_dir: Path, environment: dict[str, str], server: ForkServer | None = None
+) -> CellProcess:
+    """Starts a cell's process, forked where there is a server; what it prints goes to logs/CELL.log.
+
+    It has a session of its own: Ctrl-C reaches the suite alone, which then asks each cell once to save and stop.
+    """
     overrides = list(cell.overrides)
     if cell.needs is not None:
         overrides.append(f"method.offline.checkpoint={cell.needs.run_dir}")
@@ -224,7 +233,9 @@ def start(cell: SuiteCell, suite_dir: Path, environment: dict[str, str]) -> subp
     log = suite_dir / "logs" / f"{cell.name}.log"
     with open_to_append(log) as output:
         output.write(b"\n")
-        # A session of its own: Ctrl-C reaches the suite alone, which then asks each cell once to save and stop.
+        if server is not None:
+            output.flush()
+            return server.start(["train", *folders, *overrides], log, environment)
         return subprocess.Popen(
             [*train_command(), *folders, *overrides],
             stdin=subprocess.DEVNULL,
@@ -235,17 +246,21 @@ def start(cell: SuiteCell, suite_dir: Path, environment: dict[str, str]) -> subp
         )
 
 
-def end_with_suite() -> None:
-    """Lets the system send this process a SIGTERM when the suite that started it has ended, however it ended.
+def fork_server(cfg: DictConfig, environment: dict[str, str]) -> ForkServer | None:
+    """What forks the cells; None where they may use a GPU, or are started by another launcher."""
+    on_gpu = cfg.device != "cpu" and torch.cuda.is_available()
+    local = str(cfg.launcher.get("_target_", "")).startswith("harness.launch.local.")
+    return None if on_gpu or not local else ForkServer(environment)
 
-    Otherwise the cells of a killed suite would run on and hold their folders. Linux alone can do so.
+
+def end_with_suite() -> None:
+    """Lets this process end with the suite that started it.
+
+    Otherwise the cells of a killed suite would run on and hold their folders.
     """
     parent = os.environ.pop(_SUITE_PROCESS, None)  # processes that a cell starts are not the suite's
-    if parent is None or sys.platform != "linux":
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != int(parent):  # it ended before we asked
-        signal.raise_signal(signal.SIGTERM)
+    if parent is not None:
+        end_with_parent(int(parent))
 
 
 def train_command() -> list[str]:

@@ -354,7 +354,7 @@ def test_bad_training_pictures_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "train" / "7.jpg").unlink()
     (tmp_path / "train" / "8.jpg").write_bytes(b"")
     checks = prepare.require_usable(dataset)
-    assert checks.bad_images == 2
+    assert sum(len(check.bad) for check in checks.pictures.values()) == 2
     split = prepare.resolve_split(dataset, config("soft_teacher", 100))
     assert len(split.labeled_ids) == 20
     files = prepare.bad_files(dataset, checks)

@@ -78,7 +78,9 @@ def open_voc(root: Path, tmp_path: Path, **options: Any) -> Any:
 
 @pytest.mark.parametrize(("difficult", "boxes", "crowds"), [("crowd", 3, 1), ("keep", 3, 0), ("drop", 2, 0)])
 def test_difficult(root: Path, tmp_path: Path, difficult: str, boxes: int, crowds: int) -> None:
-    train = open_voc(root, tmp_path, difficult=difficult).train
+    dataset = open_voc(root, tmp_path, difficult=difficult)
+    assert dataset.voc_ap
+    train = dataset.train
     assert (len(train.boxes), int(train.crowd.sum())) == (boxes, crowds)
 
 

@@ -114,7 +114,7 @@ def test_a_graph_sees_what_the_pipeline_shows(network: trained.Trained, pets_run
     from harness.core.distributed import World
     from harness.engine import predict
 
-    source, _ = predict._source(predict.find_pictures(str(pets_run.parent / "val")), 1, predict.Found())
+    source, _ = predict.source_of(predict.find_pictures(str(pets_run.parent / "val")), 1, predict.Found())
     feed = network.pipeline(cfg, World(0, 1, torch.device("cpu")))
     view = feed.render(source, "test", np.arange(1), image_keys(0, 0, source.ids[:1]))  # type: ignore[attr-defined]
     height, width = view.sizes[0].tolist()

@@ -44,8 +44,10 @@ def _record(cell: str, method: str, **changes: Any) -> RunRecord:
 def make(folder: Path) -> None:
     """A suite of two runs and a third that left no record, in real files."""
     suite = folder / "runs/quick"
-    write_record(suite / "a/record.json", _record("a", "supervised"))
-    write_record(suite / "b/record.json", _record("b", "stac", ap=60.0, pseudo_precision=0.5))
+    scored: dict[str, Any] = {"scores": {"teacher": {"ap": 60.0, "ar": 70.0}}, "per_class": {"cat": {"ap": 60.0}}}
+    scored |= {"errors": {"class": {"count": 3.0, "lost_ap50": 1.0}}, "train_seconds": 9.0, "batch_labeled": 2}
+    write_record(suite / "a/record.json", _record("a", "supervised", **scored))
+    write_record(suite / "b/record.json", _record("b", "stac", ap=60.0, pseudo_precision=0.5, extra_steps=9, **scored))
     log = RunLog(suite / "b", steps=6, title="b", every=1, loggers=[])
     for step in range(6):
         log.step(step, {"loss": 1.0 / (step + 1)}, {}, 0.1, 2, 0.1, 0.2)
@@ -340,6 +342,7 @@ def test_odd_names_in_every_form(tmp_path: Path, capfd: pytest.CaptureFixture[st
     names = ["dataset", "protocol", "detector", "pretraining", "preset", "pipeline", "reported_network", "commit"]
     odd = dict(zip(names, ODD, strict=True))
     for fold, (cell, method) in enumerate((("[/x]", "supervised"), ("=b", "$x_{y$ | [bold]"), ("c", "stac")), 1):
+        odd["per_class"] = {"</td>|$x_{": {"ap": 1.0}}  # type: ignore[assignment]
         failed = {"status": "failed", "error": "[/red] $\\frac$\n| a | b |", "ap": None} if cell == "c" else {}
         record = _record(
             cell, method, suite="[/s]|", environment={"cpu": "<i>", "gpus": ["$\x1b[31m"]}, **odd, **failed
@@ -359,6 +362,7 @@ def test_odd_names_in_every_form(tmp_path: Path, capfd: pytest.CaptureFixture[st
         rows = list(csv.DictReader(file))
     assert {row["dataset"] for row in rows} == {"[/x]"}
     assert {row["preset"] for row in rows} == {"'=1+1"}
+    assert not [cell for row in rows for cell in row.values() if cell.startswith(("=", "+", "@"))]
     tex = page.with_suffix(".tex").read_text()
     assert tex.count(r"\end{table}") == tex.count(r"\begin{table}") == 3
     assert page.read_text().count("<script") == 1  # its own

@@ -92,6 +92,7 @@ def bench(tmp_path, monkeypatch, capsys):
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(FAKE_TRAIN))
     monkeypatch.setattr(jobs, "train_command", lambda: [sys.executable, str(script), str(tmp_path / "state")])
+    monkeypatch.setattr(suite, "fork_server", lambda *_: None)
     monkeypatch.setattr(compose, "load", load_once)
     monkeypatch.setattr("harness.report.plots.draw", lambda *_: {})
     monkeypatch.chdir(tmp_path)
