@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.docs
 
-.PHONY: bench test test-all lint format benchmarks reference
+.PHONY: bench test test-all lint format benchmarks reference docs
 bench: $(STAMP)            ## generate the dataset, run the quick suite, print the table
 	$(BIN)/ssodbench suite suite=quick
 
@@ -30,6 +31,13 @@ benchmarks: $(STAMP)       ## speed, never part of the tests
 reference: $(STAMP)        ## docs/reference/keys.md, out of the comments in harness/conf
 	mkdir -p docs/reference
 	$(BIN)/python -c 'from harness.config import reference; print(reference.page(), end="")' > docs/reference/keys.md
+
+docs: $(DOCS_STAMP)        ## the documentation as a site in site/; a warning or a broken link is an error
+	$(BIN)/python -m mkdocs build --strict
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	touch $@
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { echo "Python 3.11 to 3.13 is needed: make PYTHON=python3.12 ..." >&2; exit 2; }

@@ -35,7 +35,10 @@ def test_one_licence() -> None:
 def test_every_dependency_is_pinned() -> None:
     pinned = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
     names = {re.sub(r"[-_.]+", "-", name).lower() for name in pinned}
-    installed = [*PROJECT["dependencies"], *(PROJECT["optional-dependencies"][extra] for extra in ("cu13", "test"))]
+    installed = [
+        *PROJECT["dependencies"],
+        *(PROJECT["optional-dependencies"][extra] for extra in ("cu13", "test", "docs")),
+    ]
     wanted = [line for part in installed for line in ([part] if isinstance(part, str) else part)]
     assert {re.match(r"[\w.-]+", line)[0].lower() for line in wanted} <= names  # type: ignore[index]
 

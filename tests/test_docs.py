@@ -1,0 +1,93 @@
+"""What the documentation refers to is there: links, anchors, pages, keys of a record, pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+
+from harness.core.types import RunRecord
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "results/reference/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+
+
+def prose(page: Path) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+@cache
+def anchors(page: Path) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    seen: Counter[str] = Counter()
+    found = set()
+    for heading in re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE):
+        words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+        slug = re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
+        found.add(f"{slug}-{seen[slug]}" if seen[slug] else slug)
+        seen[slug] += 1
+    return found
+
+
+def links(page: Path) -> Iterator[str]:
+    """Targets of a page's links and pictures, those to other sites left out."""
+    text = re.sub(r"`[^`\n]*`", "`code`", prose(page))
+    for target in re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset|href)=\"([^\"]+)\"", text):
+        found = target[0] or target[1]
+        if not re.match(r"[a-z]+:", found):
+            yield found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in links(page):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.is_relative_to(ROOT), link
+        assert target.exists(), link
+        if anchor and target.suffix == ".md":
+            assert anchor in anchors(target), link
+
+
+def test_links_are_found() -> None:
+    """The test above looks at what there is."""
+    assert sum(len(list(links(page))) for page in PAGES) > 40
+    assert "architecture" in anchors(ROOT / "README.md")
+
+
+def listed(nav: object) -> Iterator[str]:
+    """Pages of a navigation."""
+    if isinstance(nav, str):
+        yield nav
+    elif isinstance(nav, dict | list):
+        for part in nav.values() if isinstance(nav, dict) else nav:
+            yield from listed(part)
+
+
+def test_every_page_is_in_the_navigation_once() -> None:
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    pages = [str(page.relative_to(ROOT / "docs")) for page in PAGES if page.is_relative_to(ROOT / "docs")]
+    assert sorted(listed(nav)) == sorted(pages)
+
+
+def test_every_key_of_a_record_is_explained_once() -> None:
+    rows = re.findall(r"^\| (`.+?) \| .+ \|$", prose(ROOT / "docs/reference/record.md"), re.MULTILINE)
+    explained = [key for row in rows for key in re.findall(r"`(\w+)`", row)]
+    kept = [field.name for field in dataclasses.fields(RunRecord)]
+    assert Counter(explained) == Counter(kept)
+
+
+def test_the_figure_of_the_site_is_the_measured_one() -> None:
+    """A page of the site shows pictures below docs/ alone: copy the figure there when it is made again."""
+    measured = ROOT / "results/reference/shapes-2cores/1_ap_by_ratio.svg"
+    assert (ROOT / "docs/tutorial/ap_by_ratio.svg").read_bytes() == measured.read_bytes()
