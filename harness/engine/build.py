@@ -24,6 +24,7 @@ from harness.core.types import ImageSource, Normalize, Pipeline, Split, UserErro
 from harness.data import prepare
 from harness.data.datasets import Dataset
 from harness.data.sampling import BatchSampler
+from harness.data.set_apart import set_apart
 from harness.engine import pretrain
 from harness.engine.optim import build_optimizer
 from harness.splits.protocols import ImagePolicy, SplitOptions
@@ -32,7 +33,8 @@ from pipelines.policy import Policy
 
 def dataset(cfg: DictConfig) -> Dataset:
     """Opens the dataset, generating or caching it first where that is needed."""
-    return make("data", cfg.data, cache_dir=Path(cfg.cache_dir))
+    opened: Dataset = make("data", cfg.data, cache_dir=Path(cfg.cache_dir))
+    return set_apart(opened, sections.split_options(cfg), cfg.evaluation.get("set"))
 
 
 def detector(cfg: DictConfig, num_classes: int) -> Detector:
@@ -257,7 +259,8 @@ def prepare_caches(cfgs: Sequence[DictConfig]) -> None:
     """
     opened: dict[str, Dataset] = {}
     for cfg in cfgs:
-        key = OmegaConf.to_yaml(cfg.data, resolve=True)
+        apart = cfg.split.get("holdout") is not None or cfg.split.get("tune") is not None
+        key = OmegaConf.to_yaml([cfg.data, cfg.split if apart else None, cfg.evaluation.get("set")], resolve=True)
         if key not in opened:
             opened[key] = dataset(cfg)
         check_split(cfg, opened[key])
