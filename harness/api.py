@@ -30,8 +30,8 @@ from PIL import Image
 
 from harness.commands import suite as suite_command
 from harness.commands import train as train_command
-from harness.config import compose
-from harness.core import distributed, readback
+from harness.config import compose, paths, saved
+from harness.core import distributed
 from harness.core.record import read_record
 from harness.core.types import RunError, RunRecord, UserError
 from harness.engine import predict, trained
@@ -139,7 +139,7 @@ class Run:
 
     def config(self) -> DictConfig:
         """The configuration it was trained with."""
-        return readback.read_config(self.folder)
+        return saved.read_config(self.folder)
 
     def network(self, name: str | None = None, device: str = "auto") -> Network:
         """A network of its newest checkpoint.
@@ -151,7 +151,7 @@ class Run:
         Raises:
             UserError: there is no such network, or no checkpoint.
         """
-        cache_dir = str(compose.default_cache_dir())
+        cache_dir = str(paths.default_cache_dir())
         return Network(trained.of_run(self.folder, name, cache_dir), distributed.resolve_device(device, 1))
 
 
@@ -161,7 +161,7 @@ def open_network(file: str | Path, device: str = "auto") -> Network:
     Raises:
         UserError: the file cannot be used.
     """
-    found = trained.read(Path(file), str(compose.default_cache_dir()))
+    found = trained.read(Path(file), str(paths.default_cache_dir()))
     return Network(found, distributed.resolve_device(device, 1))
 
 
@@ -224,7 +224,7 @@ class Network:
             feed = self._found.pipeline(cfg, self._world)
             try:
                 with torch.no_grad():
-                    found = dict(detect_all(self.module, feed.eval(source), score))
+                    found = dict(detect_all(self.module, feed.images(source), score))
             finally:
                 feed.close()
         return [self._boxes(found[number + 1]) for number in range(len(images))]

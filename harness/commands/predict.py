@@ -12,7 +12,6 @@ from omegaconf import DictConfig
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from harness.commands import usage
-from harness.config.checks import check_extras
 from harness.core import distributed
 from harness.core.console import STDERR, Console
 from harness.core.files import require_writable
@@ -35,7 +34,6 @@ def run(cfg: DictConfig) -> int:
     out = Path(cfg.out) if cfg.out else _beside(cfg)
     require_writable(out, "out", folder=True)
     pictures = predict.find_pictures(cfg.images, out)
-    check_extras(cfg)
     world = distributed.join(distributed.resolve_device(cfg.device, 1))
     torch.set_num_threads(int(cfg.threads))
     network = trained.open_trained(cfg, world.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -137,3 +138,13 @@ def test_pictures_are_found_by_file_folder_pattern_and_list(tmp_path: Path) -> N
         names("*.bmp")
     with pytest.raises(UserError, match="is not there"):
         names("e.jpg")
+
+
+def test_a_run_without_dali_needs_none_afterwards(
+    pets_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "nvidia.dali" else found(name))
+    assert detect(pets_run, pets_run.parent / "val", tmp_path) == 0
+    assert detect(pets_run, pets_run.parent / "val", tmp_path, "pipeline=dali") == 2
+    assert "pipeline=torchvision" in capsys.readouterr().err
