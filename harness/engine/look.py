@@ -19,7 +19,7 @@ from torch import Tensor
 
 from detectors.methods.method import Method
 from harness.config import names as run_names
-from harness.config import saved
+from harness.config import saved, sections
 from harness.core import boxes as box_ops
 from harness.core import files
 from harness.core.distributed import World
@@ -64,8 +64,9 @@ def views(cfg: DictConfig, world: World) -> Page:
         world: this process.
     """
     opened = build.dataset(cfg)
-    split = prepare.resolve_split(opened, cfg.split)
-    labeled, _ = prepare.sources(opened, split, cfg.split)
+    options = sections.split_options(cfg)
+    split = prepare.resolve_split(opened, options)
+    labeled, _ = prepare.sources(opened, split, options)
     names = list(opened.train.category_names)
     detector = trained.bare_detector(trained.detector_options(cfg, ""), len(names), cfg.cache_dir)
     feed = build.pipeline(cfg, world, detector.normalize)

@@ -68,7 +68,7 @@ def test_views_show_boxes_on_the_objects(tmp_path: Path, monkeypatch: pytest.Mon
     def keep(image: Image.Image, boxes: np.ndarray, *_: object) -> None:
         drawn.append((np.asarray(image).max(-1), boxes))
 
-    monkeypatch.setattr(look.annotate, "draw", keep)
+    monkeypatch.setattr(look.annotate, "draw_detections", keep)
     root = tmp_path / "squares"
     _squares(root)
     cfg = compose.load(
