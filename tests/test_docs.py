@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
 from collections import Counter
@@ -85,6 +86,23 @@ def test_every_key_of_a_record_is_explained_once() -> None:
     explained = [key for row in rows for key in re.findall(r"`(\w+)`", row)]
     kept = [field.name for field in dataclasses.fields(RunRecord)]
     assert Counter(explained) == Counter(kept)
+
+
+def test_every_public_name_of_the_python_api_is_explained() -> None:
+    module = ast.parse((ROOT / "harness/api.py").read_text(encoding="utf-8"))
+    public = set()
+    for node in module.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            public.add(node.name)
+        for part in node.body if isinstance(node, ast.ClassDef) else []:
+            if isinstance(part, ast.FunctionDef):
+                public.add(part.name)
+            elif isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
+                public.add(part.target.id)
+    text = prose(ROOT / "docs/reference/api.md")
+    explained = set(re.findall(r"`(\w+)(?:\([^`]*\))?`|^## (\w+)$", text, re.MULTILINE))
+    missing = {name for name in public if not name.startswith("_")} - {a or b for a, b in explained}
+    assert not missing
 
 
 def test_the_figure_of_the_site_is_the_measured_one() -> None:
