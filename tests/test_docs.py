@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import csv
 import dataclasses
 import re
 from collections import Counter
@@ -103,6 +104,23 @@ def test_every_public_name_of_the_python_api_is_explained() -> None:
     explained = set(re.findall(r"`(\w+)(?:\([^`]*\))?`|^## (\w+)$", text, re.MULTILINE))
     missing = {name for name in public if not name.startswith("_")} - {a or b for a, b in explained}
     assert not missing
+
+
+def test_the_table_of_the_readme_is_the_measured_one() -> None:
+    """Its cells, rounded, are those of the reports in results/reference."""
+    measured = {}
+    for dataset in ("shapes", "bccd"):
+        with (ROOT / f"results/reference/{dataset}-2cores/report.csv").open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                spread = f" ± {float(row['ap_std']):.1f}" if row["ap_std"] else ""
+                share = f"{dataset} {float(row['percent']):g} %"
+                measured[row["method"], share] = f"{float(row['ap']):.1f}{spread}"
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("| method | shapes 1 % ")[1].split("\n\n")[0]
+    head, _, *rows = [line.strip("| ").split(" | ") for line in ("shapes 1 % " + table).splitlines()]
+    assert len(rows) == 5
+    for method, *cells in rows:
+        name = method.lower().replace(" ", "_")
+        assert cells == [measured[name, share] for share in head]
 
 
 def test_the_figure_of_the_site_is_the_measured_one() -> None:
