@@ -59,6 +59,7 @@ class Counters:
     # What `Method.inspect` measured, summed over the last tenth of the schedule, and how often it did.
     measured: dict[str, float] = field(default_factory=dict)
     measurements: int = 0
+    by_class: list[list[int]] = field(default_factory=list)  # (C, 3), the sum of `Method.inspect_classes`
 
 
 def todays_counters(saved: Any) -> Any:
@@ -379,7 +380,8 @@ def _draws(batch: Batch) -> dict[str, list[int]]:
 @torch.no_grad()
 def inspect(run: Experiment, batch: Batch, step: int, counters: Counters, log: RunLog) -> None:
     """Lets the method measure itself against boxes that were hidden from it, and notes the result."""
-    found = run.method.inspect(batch, hidden_truth(run.data.hidden, batch.unlabeled_ids))
+    truth = hidden_truth(run.data.hidden, batch.unlabeled_ids)
+    found = run.method.inspect(batch, truth)
     if not found:
         return
     log.pseudo(step, found)
@@ -388,6 +390,8 @@ def inspect(run: Experiment, batch: Batch, step: int, counters: Counters, log: R
         for name, value in known.items():
             counters.measured[name] = counters.measured.get(name, 0.0) + value
         counters.measurements += 1
+        if (counts := run.method.inspect_classes(batch, truth)) is not None:
+            counters.by_class = (counts + (np.array(counters.by_class, np.int64) if counters.by_class else 0)).tolist()
 
 
 def hidden_truth(hidden: ImageSource | None, ids: Tensor) -> list[Target | None]:

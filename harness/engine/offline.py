@@ -53,6 +53,7 @@ class Extra:
 
     steps: int = 0
     quality: dict[str, float] = field(default_factory=dict)
+    by_class: np.ndarray | None = None  # (C, 3), see `detectors.methods.pseudo_labels.count_by_class`
     stage_one: str | None = None  # what made its pseudo labels: the sha256 of a configuration or of a checkpoint
 
 
@@ -87,7 +88,8 @@ def label(cfg: DictConfig, data: Data, world: distributed.World, stop: StopReque
         distributed.from_main(world, lambda: _write(path, source, made_by, steps))
     source, extra = _read(path, data.unlabeled, len(data.dataset.train.category_ids))
     if data.hidden is not None:
-        extra.quality = offline_quality(source, data.hidden)
+        classes = len(data.dataset.train.category_ids)
+        extra.quality, extra.by_class = offline_quality(source, data.hidden, classes)
     return dataclasses.replace(data, unlabeled=source), extra
 
 

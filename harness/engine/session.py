@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from detectors.methods.pseudo_labels import shares_by_class
 from harness.config import saved, sections
 from harness.config.identity import config_sha256, differences, identity, without_circumstances
 from harness.config.names import cell_name
@@ -296,6 +297,10 @@ class _Session:
         for name, analysis in found.items():
             self.record.scores[name] |= {key: v for key, v in analysis.scores.items() if key not in METRICS}
         self.record.per_class = found[reported].per_class
+        counts = np.array(self.counters.by_class) if self.counters.by_class else self.extra.by_class
+        if counts is not None:
+            for name, shares in shares_by_class(counts, dataset.train.category_names).items():
+                self.record.per_class.setdefault(name, {}).update(shares)
         self.record.errors = errors_by_kind(self.predictions[reported], truth)
         write_predictions(self.run_dir / "predictions.json", self.predictions[reported])
         write_matches(self.run_dir / MATCHES, found[reported].matches)

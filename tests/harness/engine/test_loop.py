@@ -91,6 +91,7 @@ class _Labeller(Method):
     def __init__(self, labels: PaddedTargets) -> None:
         nn.Module.__init__(self)
         self.labels = {"all": labels}
+        self.student: Any = SimpleNamespace(num_classes=2)
 
     def forward(self, batch: Batch, step: int) -> Any:
         raise NotImplementedError
@@ -140,6 +141,7 @@ def test_pseudo_labels_are_measured_where_the_truth_is_known() -> None:
     assert noted == {"precision": 0.5, "recall": 0.5, "iou": 1.0, "labels": 2.0, "boxes": 2.0}
     assert counters.measured == {"precision": 0.5, "recall": 0.5, "iou": 1.0, "labels": 2.0, "boxes": 2.0}
     assert counters.measurements == 1
+    assert counters.by_class == [[2, 1, 2], [0, 0, 0]]
 
 
 def test_counters_of_older_checkpoints_are_read() -> None:
