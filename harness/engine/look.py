@@ -39,7 +39,7 @@ _WORDS = {"pseudo": "as the teacher labels offline"}
 
 
 @dataclass
-class Panel:
+class ViewPanel:
     """A picture with a line above it, and lines below."""
 
     title: str
@@ -53,7 +53,7 @@ class Page:
 
     title: str
     about: list[str]
-    rows: list[tuple[str, list[Panel]]]  # the picture's name, and its panels
+    rows: list[tuple[str, list[ViewPanel]]]  # the picture's name, and its panels
 
 
 def views(cfg: DictConfig, world: World) -> Page:
@@ -171,7 +171,7 @@ def _labelled(batches: Iterator[Batch], method: Method, step: int) -> Iterator[_
                 yield _Labelled(image, weak.rows(one), strong.rows(one), found[row].to("cpu"), kept)
 
 
-def _panels(one: _Labelled, method: Method, hidden: ImageSource | None, names: Sequence[str]) -> list[Panel]:
+def _panels(one: _Labelled, method: Method, hidden: ImageSource | None, names: Sequence[str]) -> list[ViewPanel]:
     normalize = method.student.normalize
     kept, rejected = sort_out(one.found, one.uses, one.weak, one.strong)
     panels = [_panel("weak: what the teacher finds", one.weak, 0, normalize, one.found, names)]
@@ -250,13 +250,13 @@ def _why(inside: bool, score: float, lowest: float | None) -> str:
     return "another rule of the method, or another box in its place"
 
 
-def _stored(source: ImageSource, position: int, names: Sequence[str]) -> Panel:
+def _stored(source: ImageSource, position: int, names: Sequence[str]) -> ViewPanel:
     """A picture with its boxes as they are annotated."""
     with Image.open(source.paths[position]) as stored:
         image = stored.convert("RGB")
     rows = source.rows(position)
     target = Target(*(torch.from_numpy(part[rows]) for part in (source.boxes, source.labels, source.scores)))
-    return Panel(f"stored, {image.width}x{image.height}", _drawn(image, target, names))
+    return ViewPanel(f"stored, {image.width}x{image.height}", _drawn(image, target, names))
 
 
 def _panel(
@@ -267,14 +267,14 @@ def _panel(
     target: Target | None,
     names: Sequence[str],
     colors: Sequence[Color] | None = None,
-) -> Panel:
+) -> ViewPanel:
     """A view's picture with boxes in its pixels."""
     height, width = view.sizes[row].tolist()
     pixels = view.images[row, :, :height, :width].float().cpu()
     pixels = pixels.flip(0) if normalize.bgr else pixels
     mean, std = (torch.tensor(part)[:, None, None] for part in (normalize.mean, normalize.std))
     values = (pixels * std + mean).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
-    return Panel(f"{title}, {width}x{height}", _drawn(Image.fromarray(values), target, names, colors))
+    return ViewPanel(f"{title}, {width}x{height}", _drawn(Image.fromarray(values), target, names, colors))
 
 
 def _drawn(
@@ -333,7 +333,7 @@ def as_html(page: Page) -> str:
     return "\n".join([*parts, "</body></html>\n"])
 
 
-def _figure(panel: Panel) -> str:
+def _figure(panel: ViewPanel) -> str:
     buffer = io.BytesIO()
     panel.image.save(buffer, "JPEG", quality=88)
     data = base64.b64encode(buffer.getvalue()).decode()
