@@ -50,7 +50,7 @@ def test_help_of_a_command_is_quick() -> None:
 @pytest.mark.parametrize("width", ["60", "200"])
 def test_help_fits_the_terminal(width: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", width)
-    meanings = [line for line in help_texts.of("predict").splitlines() if line.startswith(" " * 20)]
+    meanings = [line for line in help_texts.command_help("predict").splitlines() if line.startswith(" " * 20)]
     assert meanings
     assert max(map(len, meanings)) <= int(width)
 
