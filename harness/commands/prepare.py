@@ -61,7 +61,7 @@ def describe(cfg: DictConfig) -> dict[str, Any]:
     dataset = build.dataset(cfg)
     level = str(cfg.check)
     options, wanted = sections.split_options(cfg), sections.prepare_options(cfg)
-    unlabeled = options.chosen.takes_unlabeled_part
+    unlabeled = dataset.reads_unlabeled(options.chosen)
     indices = prepare.parts(dataset, unlabeled)
     with _progress(console, sum(map(len, indices.values())), level) as advance:
         checks = prepare.inspect_dataset(dataset, level, len(os.sched_getaffinity(0)), advance, unlabeled)
@@ -149,6 +149,7 @@ def _split(dataset: Dataset, options: SplitOptions, checks: Checks) -> dict[str,
         "unlabeled_ids": len(split.unlabeled_ids),
         "labeled_images": len(labeled),
         "unlabeled_images": len(unlabeled) if unlabeled else 0,
+        "added_images": prepare.added_pictures(dataset, unlabeled),
         "labeled_boxes": len(labeled.boxes),
         "boxes_per_class": _named(dataset.train, counts),
         "classes_without_labeled_box": [

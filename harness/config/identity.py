@@ -55,6 +55,11 @@ _ADDED = (
     "detector.backbone_lr_scale",
     "detector.start_sha256",
 )
+# The same of one form of datasets; of COCO's the key is as old as the form.
+_ADDED_TO_DATA = {
+    "harness.voc.voc_dataset": ("data.unlabeled_images",),
+    "harness.data.yolo.yolo_dataset": ("data.unlabeled_images",),
+}
 # The same in torchvision's style of detectors alone; in the others null now means something else than it did.
 _ADDED_IN_TORCHVISION_STYLE = (
     "detector.rpn.low_quality_iou",
@@ -75,8 +80,10 @@ def without_circumstances(plain: dict[str, Any]) -> dict[str, Any]:
     for dotted in _CIRCUMSTANCES:
         _remove(plain, dotted)
     moved.first(plain)
+    form = (plain.get("data") or {}).get("_target_")
     style = (plain.get("detector") or {}).get("style")
-    for dotted in _ADDED + (_ADDED_IN_TORCHVISION_STYLE if style == "torchvision" else ()):
+    added = _ADDED + _ADDED_TO_DATA.get(str(form), ())
+    for dotted in added + (_ADDED_IN_TORCHVISION_STYLE if style == "torchvision" else ()):
         _remove(plain, dotted, where_null=True)
     return plain
 

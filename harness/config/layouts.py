@@ -88,7 +88,7 @@ def suggestion(root: Path, but: str = "", tried: str = "") -> str | None:
         key = shlex.quote(f"data.unlabeled_images={root.absolute()}")
         found = (
             f"{root} holds pictures alone, which can be the unlabelled part of a labelled dataset: say data=custom "
-            f"data.root=DIR split.protocol=full {key} data.unlabeled_annotations=null"
+            f"data.root=DIR split.protocol=full {key}"
         )
     return found
 

@@ -240,6 +240,7 @@ class RunRecord:
     split_sha256: str = ""
     labeled_images: int = 0
     unlabeled_images: int = 0
+    added_images: int = 0  # of the unlabelled ones: those of the folder data.unlabeled_images
     labeled_boxes: int = 0
     eval_images: int = 0
     empty_images: str = ""  # policy for labelled images without a box: keep or drop

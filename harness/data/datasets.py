@@ -22,7 +22,7 @@ from harness.data.annotations import CleanAnnotations, RawAnnotations, clean, fi
 from harness.data.cache import build_once
 from harness.data.images import list_pictures, read_sizes
 from harness.data.index import CocoIndex
-from harness.splits.protocols import PROTOCOLS
+from harness.splits.protocols import PROTOCOLS, SplitProtocol
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,27 @@ class Dataset:
     no_unlabeled: str = "the dataset names none"  # why `unlabeled` is None, for the message when it is asked for
     annotation_files: tuple[Path, ...] = ()  # what an export must not replace
     voc_ap: bool = False  # VOC's own AP50 is of interest beside COCO's AP
+    adds_pictures: bool = False  # the unlabelled part is a folder of pictures, which every protocol takes
 
     @cached_property
     def unlabeled(self) -> CocoIndex | None:
         """More images without labels, opened on first use: they may be many, and few protocols need them."""
         return self.open_unlabeled() if self.open_unlabeled else None
 
+    @cached_property
+    def _pool(self) -> CocoIndex:
+        """The training images, and after them those of the folder that is added to the unlabelled part."""
+        assert self.unlabeled is not None
+        return joined(self.train, self.unlabeled)
+
+    def reads_unlabeled(self, protocol: SplitProtocol) -> bool:
+        """Whether a split needs the unlabelled part: it is all that is unlabelled, or it is added to that."""
+        return protocol.takes_unlabeled_part or self.adds_pictures
+
     def unlabeled_of(self, split: Split) -> CocoIndex:
         """The index that a split's unlabelled ids are in; with their hidden boxes, to measure pseudo labels."""
         if not PROTOCOLS[split.protocol].takes_unlabeled_part:
-            return self.train
+            return self._pool if self.adds_pictures else self.train
         assert self.unlabeled is not None
         return self.unlabeled
 
@@ -141,7 +152,8 @@ def coco_dataset(
         train_images, val_images: folders that the file names in them are relative to.
         unlabeled_annotations: JSON file that lists more images; opened only for split.protocol=full.
         unlabeled_images: their folder; without a JSON file, every picture in it that is not in the other two parts, so
-            that it may be the folder where the labelled pictures are.
+            that it may be the folder where the labelled pictures are. Such a folder is added to the unlabelled images
+            of any protocol.
         download: where to get the files, for the message when they are missing.
 
     Raises:
@@ -164,17 +176,40 @@ def coco_dataset(
     missing = [entry for entry in (more_file, pictures) if entry and not entry.exists()]
     if missing or not pictures:
         why = f"{missing[0]} is not there" if missing else "data.unlabeled_images names none"
-        return Dataset(name, train, val, None, why, files)
+        return Dataset(name, train, val, None, why, files, adds_pictures=bool(pictures) and not more_file)
+    if not more_file:
+        return with_pictures(Dataset(name, train, val, annotation_files=files), pictures, cache)
 
     def open_unlabeled() -> CocoIndex:
-        assert pictures is not None
-        if more_file:
-            more = coco_index(more_file, pictures, cache, labeled=False)
-        else:
-            more = _others(folder_index(pictures, cache), (train, val))
-        return as_unlabeled(more, train)
+        return as_unlabeled(coco_index(more_file, pictures, cache, labeled=False), train)
 
     return Dataset(name, train, val, open_unlabeled, annotation_files=files)
+
+
+def with_pictures(dataset: Dataset, folder: Path, cache_dir: Path) -> Dataset:
+    """The dataset with the pictures of a folder as its unlabelled part, but for those that it lists already.
+
+    A folder that is not there is refused when a split is made.
+    """
+
+    def open_unlabeled() -> CocoIndex:
+        listed = (dataset.train, dataset.val)
+        return as_unlabeled(_others(folder_index(folder, cache_dir), listed), dataset.train)
+
+    is_there = folder.exists()
+    why = dataset.no_unlabeled if is_there else f"{folder} is not there"
+    return replace(dataset, open_unlabeled=open_unlabeled if is_there else None, no_unlabeled=why, adds_pictures=True)
+
+
+def joined(first: CocoIndex, second: CocoIndex) -> CocoIndex:
+    """The images of two indices that have the same classes and no image id in common, under the first one's name."""
+    places = [os.path.join(os.path.abspath(second.image_dir), name) for name in second.file_names]
+    columns: dict[str, Any] = {
+        name: np.concatenate([getattr(first, name), getattr(second, name)])
+        for name in ("image_ids", "sizes", "boxes", "xywh", "labels", "crowd", "areas")
+    }
+    offsets = np.concatenate([first.offsets, second.offsets[1:] + first.offsets[-1]])
+    return replace(first, file_names=[*first.file_names, *places], offsets=offsets, **columns)
 
 
 def _others(index: CocoIndex, known: tuple[CocoIndex, ...]) -> CocoIndex:

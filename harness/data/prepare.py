@@ -12,7 +12,7 @@ from harness.core.types import ImageSource, Split, UserError
 from harness.data.annotations import Finding, finding
 from harness.data.datasets import CocoIndex, Dataset
 from harness.data.images import LEVELS, ImageCheck, check_images
-from harness.splits.protocols import Candidates, SplitOptions
+from harness.splits.protocols import Candidates, SplitOptions, SplitProtocol, with_unlabeled
 
 _SHOWN = 5  # classes named in a warning
 _MOST_BAD = 0.1  # of the training pictures; more than that is a wrong folder rather than a few bad files
@@ -26,19 +26,32 @@ def resolve_split(dataset: Dataset, options: SplitOptions) -> Split:
     """
     protocol, train = options.chosen, dataset.train
     listed = protocol.read(options)
-    others = None
-    if protocol.takes_unlabeled_part:
-        if dataset.unlabeled is None:
-            raise UserError(
-                f"split.protocol={protocol.name} needs unlabelled images, but {dataset.no_unlabeled}: "
-                f"add them to data={dataset.name}"
-            )
-        others = dataset.unlabeled.image_ids
+    more = _unlabeled_part(dataset, protocol) if dataset.reads_unlabeled(protocol) else None
     protocol.refuse_unread(options)
+    others = more.image_ids if more and protocol.takes_unlabeled_part else None
     split = protocol.split(Candidates(train.image_ids, train.annotated(), train.boxed(), others), options, listed)
+    if more and not protocol.takes_unlabeled_part:
+        split = with_unlabeled(split, more.image_ids, more.sha256)
     if not len(labeled_source(dataset, split, options).boxes):
         raise UserError(_no_labeled_box(dataset, split, options))
     return split
+
+
+def _unlabeled_part(dataset: Dataset, protocol: SplitProtocol) -> CocoIndex:
+    if dataset.unlabeled is None:
+        remedy = "set data.unlabeled_images to a folder of pictures, or to null"
+        raise UserError(
+            f"split.protocol={protocol.name} needs unlabelled images, but {dataset.no_unlabeled}: "
+            f"{remedy if dataset.adds_pictures else f'add them to data={dataset.name}'}"
+        )
+    return dataset.unlabeled
+
+
+def added_pictures(dataset: Dataset, unlabeled: ImageSource | None) -> int:
+    """How many of the unlabelled images are of the folder data.unlabeled_images, of which no truth is known."""
+    if unlabeled is None or not dataset.adds_pictures or dataset.unlabeled is None:
+        return 0
+    return int(np.isin(unlabeled.ids, dataset.unlabeled.image_ids).sum())
 
 
 def _no_labeled_box(dataset: Dataset, split: Split, options: SplitOptions) -> str:
@@ -91,7 +104,9 @@ def sources(
         Labelled images with boxes; unlabelled images without, or None where there is none.
     """
     labeled = labeled_source(dataset, split, options, checks)
-    ids = _without(split.unlabeled_ids, checks, "unlabeled" if options.chosen.takes_unlabeled_part else "train")
+    ids = _without(split.unlabeled_ids, checks, "unlabeled")
+    if not options.chosen.takes_unlabeled_part:
+        ids = _without(ids, checks, "train")
     if not len(ids):
         return labeled, None
     return labeled, dataset.unlabeled_of(split).source(ids, min_side=options.policy.min_side, boxes=False)
@@ -102,13 +117,15 @@ def known_truth(dataset: Dataset, split: Split, options: SplitOptions, unlabeled
 
     The truth of an image with an annotation is known. One without any may show nothing or may never have been labelled,
     so that its truth is unknown unless split.empty_images=keep says that such images show nothing; even then nothing is
-    known of a part without a single annotation.
+    known of a part without a single annotation, nor of a folder that is added.
     """
     index = dataset.unlabeled_of(split)
     annotated = index.annotated()[index.positions(unlabeled.ids)]
     if not annotated.any():
         return None
-    return index.source(unlabeled.ids if options.empty_images == "keep" else unlabeled.ids[annotated])
+    if options.empty_images == "keep":
+        annotated |= True if options.chosen.takes_unlabeled_part else np.isin(unlabeled.ids, dataset.train.image_ids)
+    return index.source(unlabeled.ids[annotated])
 
 
 def _without(ids: np.ndarray, checks: Checks | None, part: str) -> np.ndarray:

@@ -19,7 +19,7 @@ from harness.core.validate import File, Limits, Name
 from harness.data import annotation_cache
 from harness.data.annotation_cache import Content
 from harness.data.annotations import CleanAnnotations, RawAnnotations, clean
-from harness.data.datasets import CocoIndex, Dataset, make_index, require, with_ids_from
+from harness.data.datasets import CocoIndex, Dataset, make_index, require, with_ids_from, with_pictures
 
 DIFFICULT = ("crowd", "keep", "drop")
 
@@ -37,6 +37,7 @@ def voc_dataset(
     train: File | Files,
     val: File | Files,
     unlabeled: File | Sequence[File] | None = None,
+    unlabeled_images: File | None = None,
     classes: Sequence[str | int | float | bool] | None = None,
     difficult: Literal["crowd", "keep", "drop"] = "crowd",
     download: str = "",
@@ -50,6 +51,8 @@ def voc_dataset(
         train, val: list files, such as VOC2007/ImageSets/Main/trainval.txt; the pictures and annotations of
             a list lie in JPEGImages and Annotations two folders above it.
         unlabeled: lists of more images; opened only for split.protocol=full.
+        unlabeled_images: a folder of pictures that nobody labelled, in place of `unlabeled`; added to the unlabelled
+            images of any protocol.
         classes: class names, in the order of their labels; default: those of the training boxes, alphabetically.
         difficult: what to do with objects so marked. "crowd" gives them COCO's crowd flag: split.crowd_boxes decides
             whether training sees them, and the evaluation does not count them (with COCO's rule for crowds: several
@@ -75,6 +78,9 @@ def voc_dataset(
 
     first = open_part(train, names)
     second = with_ids_from(open_part(val, first.category_names), len(first) + 1)
+    if unlabeled_images:
+        whole = Dataset(name, first, second, voc_ap=True)
+        return with_pictures(whole, base / Path(unlabeled_images).expanduser(), Path(cache_dir))
     missing = [base / file for file in unlabeled if not (base / file).exists()]
     if missing or not unlabeled:
         why = f"{missing[0]} is not there" if missing else "data.unlabeled names no list"

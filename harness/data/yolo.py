@@ -19,10 +19,20 @@ import numpy as np
 import yaml
 
 from harness.core.types import UserError
+from harness.core.validate import File
 from harness.data import annotation_cache
 from harness.data.annotations import RawAnnotations, clean, finding
 from harness.data.cache import build_once
-from harness.data.datasets import CocoIndex, Dataset, as_unlabeled, folder_index, make_index, require, with_ids_from
+from harness.data.datasets import (
+    CocoIndex,
+    Dataset,
+    as_unlabeled,
+    folder_index,
+    make_index,
+    require,
+    with_ids_from,
+    with_pictures,
+)
 from harness.data.images import SUFFIXES, list_pictures, read_sizes
 
 _BEYOND = 1.01  # a share above this is no share: the coordinates are pixels
@@ -44,6 +54,7 @@ def yolo_dataset(
     cache_dir: str | Path,
     description: str = "data.yaml",
     unlabeled: str | None = None,
+    unlabeled_images: File | None = None,
     download: str = "",
 ) -> Dataset:
     """A dataset in YOLO's format.
@@ -54,7 +65,8 @@ def yolo_dataset(
         cache_dir: root of the cache.
         description: ultralytics' `data.yaml`: keys train, val (each a folder, a list file or several of them), names (a
             list, or number to name), and path, the folder they are relative to (default: where the file lies).
-        unlabeled: a folder of more pictures, relative to the same; opened only where a protocol asks for it.
+        unlabeled: a folder of more pictures, relative to the same; opened only for split.protocol=full.
+        unlabeled_images: likewise, in place of `unlabeled`; added to the unlabelled images of any protocol.
         download: where to get the files, for the message when they are missing.
 
     Images are numbered from 1 in the order of their names: training, then evaluation. Classes are numbered from 1.
@@ -68,6 +80,9 @@ def yolo_dataset(
     said = _read_description(file)
     train = yolo_index(said, "train", cache)
     val = with_ids_from(yolo_index(said, "val", cache), len(train) + 1)
+    if unlabeled_images:
+        whole = Dataset(name, train, val, annotation_files=(file,))
+        return with_pictures(whole, said.base / Path(unlabeled_images).expanduser(), cache)
     if unlabeled is None:
         return Dataset(name, train, val, None, "data.unlabeled names no folder", (file,))
     pictures = said.base / unlabeled

@@ -213,7 +213,7 @@ def data(cfg: DictConfig) -> Data:
     opened = dataset(cfg)
     options = sections.split_options(cfg)
     split = prepare.resolve_split(opened, options)
-    needs_unlabeled = options.chosen.takes_unlabeled_part
+    needs_unlabeled = opened.reads_unlabeled(options.chosen)
     checks = prepare.require_usable(opened, unlabeled=needs_unlabeled)
     bad = prepare.bad_files(opened, checks)
     if bad and cfg.pipeline.on_bad_image == "error":
@@ -263,7 +263,7 @@ def prepare_caches(cfgs: Sequence[DictConfig]) -> None:
         check_split(cfg, opened[key])
     unlabeled = any(sections.split_options(cfg).chosen.takes_unlabeled_part for cfg in cfgs)
     for one in opened.values():
-        prepare.require_usable(one, unlabeled=unlabeled)
+        prepare.require_usable(one, unlabeled=unlabeled or one.adds_pictures)
     detector(cfgs[0], len(next(iter(opened.values())).train.category_ids))
 
 

@@ -32,6 +32,7 @@ from harness.core.lock import RunLock
 from harness.core.record import environment, read_record, write_record
 from harness.core.stopping import Interrupted, StopRequest
 from harness.core.types import RunRecord, UserError
+from harness.data import prepare
 from harness.data.ground_truth import from_index
 from harness.engine import build, checkpoint, offline, start
 from harness.engine.analysis import MATCHES, analyse, errors_by_kind
@@ -368,6 +369,7 @@ def new_record(run_: Experiment, extra: offline.Extra) -> RunRecord:
         split_sha256=data.split.sha256,
         labeled_images=len(data.labeled),
         unlabeled_images=len(data.unlabeled) if data.unlabeled is not None else 0,
+        added_images=prepare.added_pictures(data.dataset, data.unlabeled),
         labeled_boxes=len(data.labeled.boxes),
         eval_images=len(data.val),
         empty_images=data.policy.empty_images,

@@ -24,7 +24,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -375,6 +375,18 @@ PROTOCOLS: dict[str, SplitProtocol] = {
 
 
 _LARGEST = 2**63 - 1  # that an id can be
+
+
+def with_unlabeled(split: Split, ids: np.ndarray, sha256: str) -> Split:
+    """A split with more unlabelled images, which the dataset's training part does not list.
+
+    Args:
+        split: as a protocol made it.
+        ids: (M,) int64, of the images.
+        sha256: of what they are, since the ids alone do not tell.
+    """
+    digest = hashlib.sha256(f"{split.sha256}|{sha256}".encode()).hexdigest()
+    return replace(split, unlabeled_ids=np.concatenate([split.unlabeled_ids, ids]), sha256=digest)
 
 
 def labeled_count(total: int, percent: float) -> int:

@@ -245,7 +245,7 @@ def _ids(content: Any) -> Callable[[Path], None]:
 QUOTED = pets(lambda content: content["images"][0].update(id="1"), "val")
 IDS = f"{PREPARE} split.protocol=ids split.index_file={{tmp}}/ids.json"
 FULL = f"{PREPARE} split.protocol=full"
-ALONE = ("split.protocol=full", "data.unlabeled_images={tmp}/alone", "data.unlabeled_annotations=null")
+ALONE = ("split.protocol=full", "data.unlabeled_images={tmp}/alone")
 CUSTOM = "data=custom data.root={tmp}/pets"
 
 CASES = [
@@ -324,6 +324,24 @@ CASES = [
     Case("root of VOC in our own layout", f"prepare data=voc {CUSTOM.split()[1]}", CUSTOM, pets()),
     Case("root in VOC's layout", "prepare data=custom data.root={tmp}/voc", "data=voc", voc(_as_it_is)),
     Case("root in YOLO's format", "prepare data=custom data.root={tmp}/yolo", ("train.json", "data=yolo"), _yolo),
+    Case(
+        "added folder gone",
+        f"{PREPARE} split.percent=50 data.unlabeled_images={{tmp}}/none",
+        ("none is not there", "data.unlabeled_images"),
+        pets(),
+    ),
+    Case(
+        "added folder gone, VOC",
+        f"{VOC} data.unlabeled_images={{tmp}}/none",
+        ("none is not there", "data.unlabeled_images"),
+        voc(_as_it_is),
+    ),
+    Case(
+        "added folder of texts, train",
+        f"{TRAIN} split.percent=50 data.unlabeled_images={{tmp}}/texts",
+        ("texts", "no picture", "data.unlabeled_images"),
+        lambda folder: (make_pets(folder / "pets"), (folder / "texts").mkdir()),
+    ),
     Case("unlabelled folder gone", f"{FULL} data.unlabeled_images={{tmp}}/none", "none is not there", pets()),
     Case(
         "unlabelled folder of texts",

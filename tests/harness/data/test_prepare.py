@@ -245,6 +245,51 @@ def test_full(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("protocol", ["stac", "soft_teacher", "annotated", "ids", "full"])
+def test_a_folder_is_added_under_any_protocol(tmp_path: Path, protocol: str) -> None:
+    """Ids of its own behind those of the training part, no truth even where images without boxes show nothing."""
+    labelled_in_part(tmp_path)
+    (tmp_path / "more").mkdir()
+    for name in ("y.jpg", "x.jpg"):
+        picture(64, 48).save(tmp_path / "more" / name)
+    (tmp_path / "ids.json").write_text("[10, 11, 14]")
+    wanted = config(protocol, 50, index_file=str(tmp_path / "ids.json") if protocol == "ids" else None)
+    plain, dataset = open_dataset(tmp_path), open_dataset(tmp_path, unlabeled_images="more")
+    split = prepare.resolve_split(dataset, wanted)
+    _, unlabeled = prepare.sources(dataset, split, wanted)
+    assert unlabeled is not None
+    added = [path for path in unlabeled.paths if "/more/" in path]
+    assert [Path(path).name for path in added] == ["x.jpg", "y.jpg"] == [Path(p).name for p in unlabeled.paths[-2:]]
+    assert len(set(unlabeled.ids.tolist()) | set(split.labeled_ids.tolist())) == len(unlabeled) + len(split.labeled_ids)
+    assert prepare.added_pictures(dataset, unlabeled) == 2
+    assert len(unlabeled.boxes) == 0
+    truth = prepare.known_truth(dataset, split, config(protocol, empty_images="keep"), unlabeled)
+    assert truth is None or not any("/more/" in path for path in truth.paths)
+    if protocol != "full":
+        before = prepare.resolve_split(plain, wanted)
+        assert split.labeled_ids.tolist() == before.labeled_ids.tolist()
+        assert split.unlabeled_ids[:-2].tolist() == before.unlabeled_ids.tolist()
+        assert split.sha256 != before.sha256
+        assert prepare.known_truth(plain, before, wanted, prepare.sources(plain, before, wanted)[1]) is None or truth
+    checks = prepare.require_usable(dataset, unlabeled=True)
+    assert set(checks.pictures) == {"train", "val", "unlabeled"}
+
+
+def test_bad_pictures_of_an_added_folder_are_left_out(tmp_path: Path) -> None:
+    make_dataset(tmp_path)
+    (tmp_path / "more").mkdir()
+    for place in range(12):
+        picture(64, 48).save(tmp_path / "more" / f"{place:02d}.jpg")
+    dataset = open_dataset(tmp_path, unlabeled_images="more")
+    split = prepare.resolve_split(dataset, config())
+    (tmp_path / "more" / "03.jpg").write_bytes(b"x")
+    checks = prepare.require_usable(dataset, unlabeled=True)
+    _, unlabeled = prepare.sources(dataset, split, config(), checks)
+    assert unlabeled is not None
+    assert prepare.added_pictures(dataset, unlabeled) == 11
+    assert list(prepare.bad_files(dataset, checks)) == [str(tmp_path / "more" / "03.jpg")]
+
+
 def labelled_in_part(folder: Path, every: int = 4) -> Dataset:
     """Images 10, 14, 18, ... of 20 have boxes, one of them crowds alone; nobody labelled the others."""
 
