@@ -20,6 +20,7 @@ from torch import Tensor
 from detectors.methods.method import Method
 from harness.config import names as run_names
 from harness.config import saved, sections
+from harness.config.run import settings_of
 from harness.core import boxes as box_ops
 from harness.core import files
 from harness.core.distributed import World
@@ -29,6 +30,7 @@ from harness.core.types import Batch, ImageSource, Normalize, Target, UserError,
 from harness.data import prepare
 from harness.engine import annotate, build, checkpoint, trained
 from harness.engine.annotate import Color
+from pipelines.policy import Policy
 
 _SMALLEST_PANEL = 260  # px of a panel's short side, to which small views are enlarged by whole factors
 _LARGEST_PANEL = 520  # px of its long side
@@ -63,14 +65,14 @@ def views(cfg: DictConfig, world: World) -> Page:
         cfg: a training's configuration; `view.images` pictures and `view.draws` draws of each view are shown.
         world: this process.
     """
-    opened = build.dataset(cfg)
-    options = sections.split_options(cfg)
-    split = prepare.resolve_split(opened, options)
-    labeled, _ = prepare.sources(opened, split, options)
+    opened = build.dataset(sections.group(cfg, "data"), Path(cfg.cache_dir))
+    drawn = sections.split_options(cfg)
+    split = prepare.resolve_split(opened, drawn)
+    labeled, _ = prepare.sources(opened, split, drawn)
     names = list(opened.train.category_names)
     detector = trained.bare_detector(trained.detector_options(cfg, ""), len(names), cfg.cache_dir)
-    feed = build.pipeline(cfg, world, detector.normalize)
-    policy = build.policy(cfg)
+    options = sections.feed_options(cfg)
+    feed, policy = build.pipeline(options, world, detector.normalize), Policy.from_config(options.augment)
     positions = np.unique(np.linspace(0, len(labeled) - 1, min(len(labeled), int(cfg.view.images))).astype(np.int64))
     rows = [(Path(labeled.paths[p]).name, [_stored(labeled, int(p), names)]) for p in positions]
     try:
@@ -113,8 +115,9 @@ def pseudo_labels(run_dir: Path, cfg: DictConfig, world: World) -> Page:
     file = checkpoint.find(run_dir)
     state = checkpoint.read(file)
     trained.refuse_other_run(run_dir, file, state["identity"], own)
-    data = build.data(own)
-    run = build.experiment(own, world, data)
+    settings = settings_of(own)
+    data = build.data(settings)
+    run = build.experiment(settings, world, data)
     try:
         run.method.load_state_dict(state["method"])
     except RuntimeError as error:

@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from harness.config import sections
 from harness.config.saved import read_config
 from harness.core.readback import content_of, decode_json
 from harness.core.types import RunError, UserError
@@ -133,7 +134,8 @@ def _open(run: Run) -> Dataset:
     from harness.engine import build
 
     assert run.folder is not None
-    opened = build.dataset(read_config(run.folder))
+    cfg = read_config(run.folder)
+    opened = build.dataset(sections.group(cfg, "data"), Path(cfg.cache_dir))
     if opened.val.sha256 != run.record.val_sha256:
         raise UserError(f"the data of {run.record.cell} has changed since it was evaluated")
     return opened
