@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from harness.config import compose
+from harness.config.run import settings_of
 from harness.core.distributed import World
 from harness.core.stopping import StopRequest
 from harness.core.types import Batch
@@ -55,7 +56,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _experiment(cache: Path, run_dir: Path, *overrides: str) -> build.Experiment:
     cfg = compose.load([*SMALL, *overrides, f"cache_dir={cache}", f"run_dir={run_dir}"])
     torch.set_num_threads(1)
-    return build.experiment(cfg, World(0, 1, torch.device("cpu")), build.data(cfg))
+    settings = settings_of(cfg)
+    return build.experiment(settings, World(0, 1, torch.device("cpu")), build.data(settings))
 
 
 class _SameBatch:
@@ -95,17 +97,17 @@ def _stand_in_seconds(run: build.Experiment, batch: Batch) -> float:
 @pytest.mark.parametrize("method", ["supervised", "soft_teacher"])
 def test_step_overhead(benchmark: Any, cache: Path, tmp_path: Path, say: Callable[[str], None], method: str) -> None:
     """Everything but model and data of the small detector, optimiser, EMA, metrics.jsonl and TensorBoard included."""
-    run = _experiment(cache, tmp_path, f"method={method}", f"schedule.steps={STEPS}", "checkpointing.every=100000")
+    rarely = ["checkpointing.every=100000", "evaluation.every=null"]
+    run = _experiment(cache, tmp_path, f"method={method}", f"schedule.steps={STEPS}", *rarely)
     batches = run.pipeline.batches(0)
     batch = next(batches)
     run.pipeline.close()
     run = _without_model(run, batch)
-    log = RunLog(tmp_path, steps=10 * STEPS, title="benchmark", every=run.cfg.logging.every)
+    log = RunLog(tmp_path, steps=10 * STEPS, title="benchmark", every=run.settings.logging.every)
 
     def steps() -> None:
         train(run, Counters(), log, StopRequest(), lambda: None, lambda: None)
 
-    run.cfg.evaluation.every = None
     benchmark.pedantic(steps, rounds=5, warmup_rounds=1)
     log.close()
     # What stands for the model costs time of its own, which is none of the engine's.

@@ -16,12 +16,11 @@ from pathlib import Path
 import numpy as np
 from omegaconf import DictConfig
 
-from harness.config import compose
+from harness.config import compose, sections
 from harness.config.step import StepShape
 from harness.core.draws import image_keys
 from harness.core.types import MicroBatch
 from harness.data.sampling import BatchSampler
-from harness.engine import build
 from pipelines.base import PAD, canvas
 from pipelines.plan import plan_view
 from pipelines.policy import Policy
@@ -54,7 +53,7 @@ def areas(
 
 def training(cfg: DictConfig, sizes: list[np.ndarray], group: str | None, steps: int) -> float:
     """Pixels of padding per pixel of image in training batches."""
-    batch, policy = cfg.batch, build.policy(cfg)
+    batch, policy = cfg.batch, Policy.from_config(sections.group(cfg, "augment"))
     shape = StepShape(batch.labeled, batch.unlabeled, batch.micro, ratio=batch.ratio)
     sampler = BatchSampler(
         len(sizes[0]), len(sizes[1]), shape, seed=1, group=group,
@@ -102,7 +101,7 @@ def main() -> None:
         shares = {group: training(cfg, parts, group, given.steps) for group in (None, "joint", "separate")}
         saved = {g: 1 - (1 + share) / (1 + shares[None]) for g, share in shares.items()}
         print(method, *(f"{g}: +{share:.1%} padding, {saved[g]:.1%} fewer pixels;" for g, share in shares.items()))
-    print("evaluation, batches of 8:", evaluation(build.policy(cfg), sizes, 8))
+    print("evaluation, batches of 8:", evaluation(Policy.from_config(sections.group(cfg, "augment")), sizes, 8))
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def _run(given: list[str], places: dict[str, str]) -> int:
         print(help.completion(known.completion), end="")
         return 0
     if not unknown and (known.help or not known.command) and known.command in (None, *COMMANDS):
-        print(help.of(known.command) if known.command else help.general(), end="")
+        print(help.command_help(known.command) if known.command else help.overview(), end="")
         return 0 if known.help else 2
     if unknown:
         hint = near(unknown[0].split("=")[0], ("--config-dir", "--help", "--version", "--completion"))

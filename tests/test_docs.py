@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import csv
 import dataclasses
 import re
 from collections import Counter
@@ -85,6 +87,40 @@ def test_every_key_of_a_record_is_explained_once() -> None:
     explained = [key for row in rows for key in re.findall(r"`(\w+)`", row)]
     kept = [field.name for field in dataclasses.fields(RunRecord)]
     assert Counter(explained) == Counter(kept)
+
+
+def test_every_public_name_of_the_python_api_is_explained() -> None:
+    module = ast.parse((ROOT / "harness/api.py").read_text(encoding="utf-8"))
+    public = set()
+    for node in module.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            public.add(node.name)
+        for part in node.body if isinstance(node, ast.ClassDef) else []:
+            if isinstance(part, ast.FunctionDef):
+                public.add(part.name)
+            elif isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
+                public.add(part.target.id)
+    text = prose(ROOT / "docs/reference/api.md")
+    explained = set(re.findall(r"`(\w+)(?:\([^`]*\))?`|^## (\w+)$", text, re.MULTILINE))
+    missing = {name for name in public if not name.startswith("_")} - {a or b for a, b in explained}
+    assert not missing
+
+
+def test_the_table_of_the_readme_is_the_measured_one() -> None:
+    """Its cells, rounded, are those of the reports in results/reference."""
+    measured = {}
+    for dataset in ("shapes", "bccd"):
+        with (ROOT / f"results/reference/{dataset}-2cores/report.csv").open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                spread = f" ± {float(row['ap_std']):.1f}" if row["ap_std"] else ""
+                share = f"{dataset} {float(row['percent']):g} %"
+                measured[row["method"], share] = f"{float(row['ap']):.1f}{spread}"
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("| method | shapes 1 % ")[1].split("\n\n")[0]
+    head, _, *rows = [line.strip("| ").split(" | ") for line in ("shapes 1 % " + table).splitlines()]
+    assert len(rows) == 5
+    for method, *cells in rows:
+        name = method.lower().replace(" ", "_")
+        assert cells == [measured[name, share] for share in head]
 
 
 def test_the_figure_of_the_site_is_the_measured_one() -> None:

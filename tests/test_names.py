@@ -11,6 +11,8 @@ PACKAGES = ("harness", "detectors", "pipelines")
 
 # What may share a name, and why.
 ALLOWED = {
+    "train": "in the Python API, and the loop behind it",
+    "Run": "in the Python API, and one in a report",
     "run": "what a command does, and the part of the program behind it",
     "warp": "an operator of DALI's graph is called as the kernel that it runs",
     "warp_normalized": "the same",

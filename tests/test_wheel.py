@@ -30,6 +30,68 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
+def ssodbench(folder: Path, *arguments: str, code: int = 0, **environment: str) -> str:
+    """Runs a command in a folder with nothing on PATH (no git) and a home that cannot be written; gives its output."""
+    plain = {"PATH": "", "HOME": "/proc/none", "LANG": os.environ.get("LANG", "C.UTF-8")}
+    command = [sys.executable, "-m", "harness", *arguments]
+    ran = subprocess.run(command, cwd=folder, env=plain | environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == code, ran.stdout + ran.stderr
+    return ran.stdout + ran.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_commands_that_only_read_need_neither_home_nor_git(installed: Path, tmp_path: Path) -> None:
+    paths = {"PYTHONPATH": str(installed)}
+    assert "steps: 600" in ssodbench(tmp_path, "config", **paths)
+    cells = ssodbench(tmp_path, "suite", "suite=smoke", "suite.status=true", **paths)
+    assert all(method in cells for method in ("supervised", "stac", "soft_teacher"))
+    assert not (tmp_path / "runs" / "smoke").exists()
+    records = sorted((ROOT / "tests" / "data" / "schema1" / "records").glob("*.json"))
+    (tmp_path / "kept").mkdir()
+    lines = [json.dumps(json.loads(record.read_text())) for record in records]
+    (tmp_path / "kept" / "records.jsonl").write_text("\n".join(lines) + "\n")
+    ssodbench(tmp_path, "report", "runs_dir=kept", "out=report", "report.resamples=0", **paths)
+    assert "Soft Teacher" in (tmp_path / "report" / "report.html").read_text()
+    assert (tmp_path / "report" / "report.json").exists()
+
+
+WITHOUT_DALI = """
+import sys
+from importlib.machinery import PathFinder
+
+
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[:2] == ["nvidia", "dali"] else super().find_spec(name, path, target)
+
+
+sys.meta_path = [Finder if finder is PathFinder else finder for finder in sys.meta_path]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_without_dali_torchvision_trains_and_is_suggested(installed: Path, tmp_path: Path) -> None:
+    (tmp_path / "blocked").mkdir()
+    (tmp_path / "blocked" / "sitecustomize.py").write_text(WITHOUT_DALI)
+    paths = {
+        "PYTHONPATH": os.pathsep.join([str(tmp_path / "blocked"), str(installed)]),
+        "SSODBENCH_CACHE": str(tmp_path / "cache"),
+    }
+    small = ["data.train_images=20", "data.val_images=4", "schedule=smoke", "schedule.steps=2", "split.percent=20"]
+    small += ["evaluation.every=null", "detector.weights=scratch", "device=cpu", "logging.loggers=[]", "run_dir=run"]
+    told = ssodbench(tmp_path, "train", "method=supervised", *small, code=2, **paths)
+    assert "ssodbench[cu13]" in told
+    assert "pipeline=torchvision" in told
+    assert not (tmp_path / "run").exists()
+    ssodbench(tmp_path, "train", "method=mean_teacher", *small, "pipeline=torchvision", **paths)
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert (record["status"], record["steps"], record["pipeline"]) == ("ok", 2, "torchvision")
+    assert record["commit"] is None
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_wheel_works_outside_of_the_checkout(installed: Path, tmp_path: Path) -> None:

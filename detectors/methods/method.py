@@ -8,12 +8,13 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from detectors.detector import Detector, ParameterGroup, join_views
 from detectors.methods import ema
-from detectors.methods.pseudo_labels import Quality, measure
+from detectors.methods.pseudo_labels import Quality, measure, measure_classes
 from detectors.padded import PaddedTargets
 from harness.core import validate
 from harness.core.types import Batch, Target, UserError, View, Views
@@ -186,6 +187,18 @@ class Method(nn.Module, ABC):
         if view is None:
             return {}
         return {use: measure(labels, view, truth) for use, labels in self.pseudo_labels.items()}
+
+    def inspect_classes(self, batch: Batch, truth: Sequence[Target | None]) -> np.ndarray | None:
+        """Counts the pseudo labels that `inspect` measures first, class by class; arguments as there.
+
+        Returns:
+            (C, 3) int64: labels, those of them that are right, and true boxes. None without pseudo labels.
+        """
+        view = batch.unlabeled.get(self.labels_view)
+        first = next(iter(self.pseudo_labels.values()), None)
+        if view is None or first is None:
+            return None
+        return measure_classes(first, view, truth, self.student.num_classes)
 
     def doubts(self, steps: Sequence[int], metrics: Mapping[str, Tensor]) -> list[str]:  # noqa: ARG002
         """What the user should be warned of, each in one sentence.

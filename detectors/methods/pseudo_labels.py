@@ -96,7 +96,7 @@ def quality(labels: Sequence[Target], truth: Sequence[Target], iou: float = 0.5)
     """
     overlaps: list[float] = []
     for found, true in zip(labels, truth, strict=True):
-        overlaps.extend(_pairs(found.to("cpu"), true.to("cpu"), iou))
+        overlaps.extend(overlap for overlap, _ in _pairs(found.to("cpu"), true.to("cpu"), iou))
     number, possible = sum(map(len, labels)), sum(map(len, truth))
     return {
         "precision": len(overlaps) / max(1, number),
@@ -118,15 +118,61 @@ def measure(labels: Sequence[Target], view: View, truth: Sequence[Target | None]
     Returns:
         As `quality`; where no image's truth is known, the number of labels alone, and None for the rest.
     """
-    known = [row for row, target in enumerate(truth) if target is not None]
-    if not known:
+    found, seen = _known(labels, view, truth)
+    if not found:
         unknown: Quality = dict.fromkeys(("precision", "recall", "iou", "labels", "boxes"))
         return unknown | {"labels": float(sum(map(len, labels)))}
+    return {**quality(found, seen)}
+
+
+def measure_classes(
+    labels: Sequence[Target], view: View, truth: Sequence[Target | None], num_classes: int
+) -> np.ndarray:
+    """`count_by_class` of pseudo labels over those images of a view whose truth is known; arguments as `measure`."""
+    return count_by_class(*_known(labels, view, truth), num_classes)
+
+
+def _known(labels: Sequence[Target], view: View, truth: Sequence[Target | None]) -> tuple[list[Target], list[Target]]:
+    """Labels and truth, in the view, of the images whose truth is known."""
+    known = [row for row, target in enumerate(truth) if target is not None]
+    if not known:
+        return [], []
     seen = box_ops.targets_in_view([t for t in truth if t is not None], view.rows(torch.tensor(known)))
-    return {**quality([labels[row] for row in known], seen)}
+    return [labels[row] for row in known], seen
 
 
-def _pairs(found: Target, true: Target, iou: float) -> list[float]:
+def count_by_class(labels: Sequence[Target], truth: Sequence[Target], num_classes: int, iou: float = 0.5) -> np.ndarray:
+    """Compares pseudo labels with the truth class by class, matched as in `quality`.
+
+    Returns:
+        (C, 3) int64: labels, those of them that are right, and true boxes.
+    """
+    counts = np.zeros((num_classes, 3), np.int64)
+    for found, true in zip(labels, truth, strict=True):
+        right = [label for _, label in _pairs(found.to("cpu"), true.to("cpu"), iou)]
+        for column, classes in enumerate((found.labels.tolist(), right, true.labels.tolist())):
+            counts[:, column] += np.bincount(classes, minlength=num_classes + 1).astype(np.int64)[1:]
+    return counts
+
+
+def shares_by_class(counts: np.ndarray, names: Sequence[str]) -> dict[str, Quality]:
+    """Class -> `pseudo_precision` and `pseudo_recall` in percent, None where there is nothing to divide by.
+
+    Args:
+        counts: (C, 3) of `count_by_class`.
+        names: of the C classes.
+    """
+    return {
+        name: {
+            "pseudo_precision": 100.0 * right / labels if labels else None,
+            "pseudo_recall": 100.0 * right / boxes if boxes else None,
+        }
+        for name, (labels, right, boxes) in zip(names, counts.tolist(), strict=True)
+    }
+
+
+def _pairs(found: Target, true: Target, iou: float) -> list[tuple[float, int]]:
+    """(overlap, class) of each label that has found a box."""
     if not len(found) or not len(true):
         return []
     overlap = box_ops.iou(found.boxes, true.boxes)
@@ -135,19 +181,21 @@ def _pairs(found: Target, true: Target, iou: float) -> list[float]:
     for row in found.scores.argsort(descending=True, stable=True).tolist():
         best, column = overlap[row].max(0)
         if best >= iou:
-            taken.append(float(best))
+            taken.append((float(best), int(found.labels[row])))
             overlap[:, column] = 0
     return taken
 
 
-def offline_quality(source: ImageSource, truth: ImageSource) -> dict[str, float]:
-    """`quality` of pseudo labels made offline; images of `truth` that were left out have no label.
+def offline_quality(source: ImageSource, truth: ImageSource, num_classes: int) -> tuple[dict[str, float], np.ndarray]:
+    """`quality` and `count_by_class` of pseudo labels made offline; images of `truth` without any were left out.
 
     Args:
         source: images with pseudo labels, in original pixels.
         truth: the same images and perhaps more, with their true boxes.
+        num_classes: C.
     """
     rows = {int(image_id): row for row, image_id in enumerate(source.ids)}
     empty = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0))
     labels = [source.target(rows[int(i)]) if int(i) in rows else empty for i in truth.ids]
-    return quality(labels, [truth.target(row) for row in range(len(truth))])
+    true = [truth.target(row) for row in range(len(truth))]
+    return quality(labels, true), count_by_class(labels, true, num_classes)

@@ -28,7 +28,7 @@ def run_with_sources(cfg: DictConfig) -> int:
     """Prints every key with its value and where that comes from, a line each; gives the exit code."""
     plain = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(plain, dict)
-    found = sources.of(cfg)
+    found = sources.sources_of(cfg)
     for key, value in sources.leaves(plain):
         if key in found:
             shown = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)

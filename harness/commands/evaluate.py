@@ -15,7 +15,7 @@ from rich.text import Text
 
 from detectors.detector import Detector
 from harness.commands import usage
-from harness.config import saved
+from harness.config import saved, sections
 from harness.config.identity import differences, identity, is_circumstance
 from harness.config.names import group_name
 from harness.core import distributed
@@ -72,12 +72,13 @@ def run(cfg: DictConfig) -> int:
     if "pipeline" in given:
         own.pipeline = cfg.pipeline
     own.pipeline.on_bad_image = cfg.pipeline.on_bad_image
-    method = build.method(own, build.detector(own, len(classes))).to(world.device)
+    detector = build.detector(sections.group(own, "detector"), Path(own.cache_dir), len(classes))
+    method = build.method(sections.group(own, "method"), detector, own.schedule.steps).to(world.device)
     try:
         method.load_state_dict(state["method"])
     except RuntimeError as error:
         raise UserError(checkpoint.misfit(file, error)) from error
-    pipeline = build.pipeline(own, world, method.networks()[method.reported].normalize)
+    pipeline = build.pipeline(sections.feed_options(own), world, method.networks()[method.reported].normalize)
     scores, analyses = _scores(method.networks(), pipeline, opened, threshold, world)
     if not other and not (run_dir / MATCHES).exists() and threshold == recorded_threshold:
         write_matches(run_dir / MATCHES, analyses[method.reported].matches)
@@ -96,7 +97,7 @@ def _of_file(cfg: DictConfig) -> int:
     world = distributed.join(distributed.resolve_device(cfg.device, 1))
     torch.set_num_threads(int(cfg.threads))
     network = trained.open_trained(cfg, world.device)
-    opened = build.dataset(cfg)
+    opened = build.divided_dataset(cfg)
     _require_classes(opened, network.about.classes)
     name = network.about.network
     scores, _ = _scores({name: network.detector}, network.pipeline(cfg, world), opened, threshold, world)
@@ -172,8 +173,9 @@ def _open(cfg: DictConfig, own: DictConfig, other: bool, state: dict[str, Any]) 
     """The dataset to score on, and the classes of the run, which are its classes too."""
     own.cache_dir = cfg.cache_dir
     names = state.get("classes")  # checkpoints of before do not say
-    classes = list(names or build.dataset(own).train.category_names)
-    opened = build.dataset(cfg if other else own)
+    cache_dir = Path(cfg.cache_dir)
+    classes = list(names or build.dataset(sections.group(own, "data"), cache_dir).train.category_names)
+    opened = build.divided_dataset(cfg if other else own)
     _require_classes(opened, classes)
     if not other and opened.val.sha256 != state["identity"]["evaluation set"]:
         STDERR.say(f"the evaluation images of data={opened.name} have changed since the run was trained")

@@ -27,14 +27,14 @@ exit code 0 ok, 1 failed, 2 a mistake in what was given, 129, 130 and 143 interr
 _WIDEST = 110
 
 
-def general() -> str:
+def overview() -> str:
     """The help of the whole program."""
     rows = [f"  {name:<10} {command.does:<50} {command.example}" for name, command in COMMANDS.items()]
     groups = f"\ngroups    {', '.join(reference.GROUPS)}\n"
     return _HEAD + "\n".join(rows) + "\n" + groups + _FOOT
 
 
-def of(name: str) -> str:
+def command_help(name: str) -> str:
     """The help of one command."""
     command = COMMANDS[name]
     usage = f"ssodbench {name} {'DIR ' if command.positional else ''}[--config-dir DIR] [key=value ...]"

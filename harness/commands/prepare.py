@@ -59,7 +59,7 @@ def describe(cfg: DictConfig) -> dict[str, Any]:
     export_dir = Path(cfg.export_dir) if cfg.export_dir else None
     if export_dir:
         split_files.check_folder(export_dir)
-    dataset = build.dataset(cfg)
+    dataset = build.divided_dataset(cfg)
     level = str(cfg.check)
     options, wanted = sections.split_options(cfg), sections.prepare_options(cfg)
     unlabeled = dataset.reads_unlabeled(options.chosen)

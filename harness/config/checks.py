@@ -7,7 +7,7 @@ import inspect
 import pkgutil
 import re
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness.config import moved, schema
+from harness.config import moved, schema, sections
 from harness.config.step import StepShape, check_annealing
 from harness.core import validate
 from harness.core.types import UserError, Views
@@ -291,10 +291,7 @@ def check_extras(cfg: DictConfig, logs: bool = False, pipelines: Sequence[str] =
     """
     targets = {name: f"pipelines.{name}." for name in pipelines} or {str(cfg.pipeline.name): str(cfg.pipeline._target_)}
     for name, target in targets.items():
-        if target.startswith("pipelines.dali."):
-            need("nvidia.dali", f"pipeline={name} needs NVIDIA DALI, which", "pipeline=torchvision")
-        if target.startswith("pipelines.opencv."):
-            need("cv2", f"pipeline={name} needs OpenCV, which", "pipeline=torchvision")
+        check_pipeline(name, target)
     if not logs:
         return
     for chosen in cfg.logging.loggers:
@@ -302,6 +299,22 @@ def check_extras(cfg: DictConfig, logs: bool = False, pipelines: Sequence[str] =
             need(chosen, f"logging.loggers names {chosen}, which", "leave it out")
     if str(cfg.launcher.get("_target_")).startswith("harness.launch.slurm."):
         need("submitit", "launcher=slurm needs submitit, which", "launcher=local")
+
+
+def check_pipeline(name: str, target: str) -> None:
+    """Checks that what a pipeline needs is installed.
+
+    Args:
+        name: of the option.
+        target: its `_target_`.
+
+    Raises:
+        UserError: saying how to install what is missing.
+    """
+    if target.startswith("pipelines.dali."):
+        need("nvidia.dali", f"pipeline={name} needs NVIDIA DALI, which", "pipeline=torchvision")
+    if target.startswith("pipelines.opencv."):
+        need("cv2", f"pipeline={name} needs OpenCV, which", "pipeline=torchvision")
 
 
 def need(module: str, said: str, otherwise: str) -> None:
@@ -339,13 +352,13 @@ def _check_schedule(cfg: DictConfig) -> None:
         )
 
 
-def draws_unlabeled(cfg: DictConfig) -> bool:
-    """Whether the method draws unlabelled images, told without building it.
+def draws_unlabeled(method: Mapping[str, Any]) -> bool:
+    """Whether a method draws unlabelled images, told without building it.
 
     By `method.unlabeled`; a class of the user's own is asked for its `views` first, since it may stand in a YAML that
     was made for another one.
     """
-    declared, target = cfg.method.get("unlabeled"), str(cfg.method._target_)
+    declared, target = method.get("unlabeled"), str(method["_target_"])
     if declared is None or not target.startswith("detectors.methods."):
         views = _views(target)
         if views is not None:
@@ -367,20 +380,19 @@ def step_shape(cfg: DictConfig, world: int = 1) -> StepShape:
     Raises:
         UserError: naming the keys of `batch` that do not fit together, or do not fit the method.
     """
-    return shape_of(cfg, draws_unlabeled(cfg), world)
+    method = cfg.method
+    return shape_of(sections.batch_options(cfg), method.get("name", "method"), draws_unlabeled(method), world)
 
 
-def shape_of(cfg: DictConfig, unlabeled: bool, world: int) -> StepShape:
-    """`step_shape` where it is known whether the method draws unlabelled images."""
-    batch = cfg.batch
+def shape_of(batch: schema.BatchOptions, method: str, unlabeled: bool, world: int) -> StepShape:
+    """`step_shape` of a method where it is known whether it draws unlabelled images."""
     if unlabeled and not batch.unlabeled:
         raise UserError(
-            f"method={cfg.method.get('name', 'method')} needs unlabelled images: batch.unlabeled must be at least 1, "
-            "or take method=supervised"
+            f"method={method} needs unlabelled images: batch.unlabeled must be at least 1, or take method=supervised"
         )
     return StepShape(
-        labeled=int(batch.labeled),
-        unlabeled=int(batch.unlabeled) if unlabeled else 0,
+        labeled=batch.labeled,
+        unlabeled=batch.unlabeled if unlabeled else 0,
         micro=batch.micro,
         world=world,
         ratio=batch.ratio,
@@ -393,7 +405,12 @@ def check_devices(cfg: DictConfig) -> None:
     Raises:
         UserError: naming the keys, where they cannot.
     """
-    step_shape(cfg, int(cfg.devices) * int(cfg.launcher.get("nodes") or 1))
+    step_shape(cfg, processes(cfg))
+
+
+def processes(cfg: DictConfig) -> int:
+    """How many processes share a step, on all nodes."""
+    return int(cfg.devices) * int(cfg.launcher.get("nodes") or 1)
 
 
 def _check_batch(cfg: DictConfig) -> None:

@@ -126,13 +126,13 @@ def _check_stage_one(cfg: DictConfig) -> None:
         )
 
 
-def stage_one(cfg: DictConfig) -> DictConfig:
-    """The configuration of the run that makes a method's pseudo labels: the same but for the method.
+def stage_one(cfg: DictConfig) -> DictConfig | None:
+    """The configuration of the run that makes a method's pseudo labels: the same but for the method; None without such.
 
     What `offline.stage1_overrides` says differently counts where the command line does not say it. The split is this
     run's, whatever protocol a preset gives the other method.
     """
-    return load(*_stage_one_arguments(cfg))
+    return None if cfg.method.get("offline") is None else load(*_stage_one_arguments(cfg))
 
 
 def _stage_one_arguments(cfg: DictConfig) -> tuple[list[str], list[str]]:

@@ -108,7 +108,12 @@ def is_circumstance(key: str) -> bool:
 
 def config_sha256(cfg: DictConfig) -> str:
     """Hash of `identity`."""
-    return hashlib.sha256(json.dumps(identity(cfg), sort_keys=True).encode()).hexdigest()
+    return sha256_of(identity(cfg))
+
+
+def sha256_of(identity: dict[str, Any]) -> str:
+    """Hash of what `identity` gives."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

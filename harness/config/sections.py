@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -12,10 +13,52 @@ from harness.splits.protocols import SplitOptions
 
 T = TypeVar("T")
 
+# Keys that came after runs had saved their configuration, and what those did.
+_ADDED: dict[str, dict[str, Any]] = {
+    "batch": {"anneal_steps": 0, "group_by_aspect": None},
+    "evaluation": {"between": "all"},
+}
+
+
+@dataclass(frozen=True)
+class FeedOptions:
+    """How pictures reach a network."""
+
+    pipeline: dict[str, Any]  # the group
+    augment: dict[str, Any]  # the policy
+    eval_batch: int  # images of a batch in evaluation
+
+
+def group(cfg: DictConfig, key: str) -> dict[str, Any]:
+    """A group as plain data, every `${...}` replaced."""
+    plain = OmegaConf.to_container(cfg[key], resolve=True)
+    assert isinstance(plain, dict)
+    return {str(name): value for name, value in plain.items()}
+
+
+def feed_options(cfg: DictConfig) -> FeedOptions:
+    """`pipeline`, `augment` and `evaluation.batch`: how pictures reach a network."""
+    return FeedOptions(group(cfg, "pipeline"), group(cfg, "augment"), int(cfg.evaluation.batch))
+
 
 def split_options(cfg: DictConfig) -> SplitOptions:
     """`split`: which images are labelled."""
     return _section(SplitOptions, cfg, "split")
+
+
+def batch_options(cfg: DictConfig) -> schema.BatchOptions:
+    """`batch`: how a student step is made up."""
+    return _section(schema.BatchOptions, cfg, "batch")
+
+
+def schedule_options(cfg: DictConfig) -> schema.ScheduleOptions:
+    """`schedule`: steps, optimiser and learning rate."""
+    return _section(schema.ScheduleOptions, cfg, "schedule")
+
+
+def logging_options(cfg: DictConfig) -> schema.LoggingOptions:
+    """`logging`: how often lines are written, and where else scalars go."""
+    return _section(schema.LoggingOptions, cfg, "logging")
 
 
 def prepare_options(cfg: DictConfig) -> schema.PrepareOptions:
@@ -39,14 +82,11 @@ def _section(kind: type[T], cfg: DictConfig, key: str) -> T:
     Raises:
         UserError: a value does not fit.
     """
-    plain = OmegaConf.to_container(cfg[key], resolve=True)
-    assert isinstance(plain, dict)
-    return validate.make_checked(kind, {str(name): value for name, value in plain.items()}, key)
+    return validate.make_checked(kind, {**_ADDED.get(key, {}), **group(cfg, key)}, key)
 
 
-def evaluation_interval(cfg: DictConfig) -> int | None:
-    """Steps between evaluations; a value below 1 is a fraction of the schedule."""
-    every = cfg.evaluation.every
+def evaluation_interval(every: float | None, steps: int) -> int | None:
+    """Steps between evaluations; an `evaluation.every` below 1 is a fraction of the schedule's steps."""
     if every is None:
         return None
-    return max(1, round(every * cfg.schedule.steps)) if every < 1 else int(every)
+    return max(1, round(every * steps)) if every < 1 else int(every)

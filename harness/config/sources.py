@@ -43,7 +43,7 @@ def leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
             yield dotted, value
 
 
-def of(cfg: DictConfig) -> dict[str, str]:
+def sources_of(cfg: DictConfig) -> dict[str, str]:
     """Where the value of each dotted key comes from, in words.
 
     Args:

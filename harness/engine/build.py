@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,15 +11,18 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from detectors.detector import Detector
 from detectors.methods.method import Method
 from detectors.weights import Generated
 from harness.config import checks as config_checks
-from harness.config import sections
+from harness.config import schema, sections
 from harness.config.make import make
 from harness.config.names import cell_name
+from harness.config.run import RunSettings
+from harness.config.sections import FeedOptions
+from harness.config.step import StepShape
 from harness.core.distributed import World
 from harness.core.types import ImageSource, Normalize, Pipeline, Split, UserError, Views
 from harness.data import prepare
@@ -31,50 +35,48 @@ from harness.splits.protocols import ImagePolicy, SplitOptions
 from pipelines.policy import Policy
 
 
-def dataset(cfg: DictConfig) -> Dataset:
-    """Opens the dataset, generating or caching it first where that is needed."""
-    opened: Dataset = make("data", cfg.data, cache_dir=Path(cfg.cache_dir))
-    return set_apart(opened, sections.split_options(cfg), cfg.evaluation.get("set"))
+def dataset(options: Mapping[str, Any], cache_dir: Path) -> Dataset:
+    """Opens the dataset of the group `data`, generating or caching it first where that is needed."""
+    return make("data", options, cache_dir=cache_dir)
 
 
-def detector(cfg: DictConfig, num_classes: int) -> Detector:
-    """A detector with its first weights."""
+def divided_dataset(cfg: DictConfig) -> Dataset:
+    """The dataset of a run: opened, and with the images set apart that `split.holdout` and `split.tune` take out."""
+    opened = dataset(sections.group(cfg, "data"), Path(cfg.cache_dir))
+    return set_apart(opened, sections.split_options(cfg), sections.evaluation_options(cfg).set)
+
+
+def detector(options: Mapping[str, Any], cache_dir: Path, num_classes: int) -> Detector:
+    """The detector of the group `detector` with its first weights."""
     made: dict[str, Any] = {}
-    if cfg.detector.get("weights") == "generated":
-        recipe = pretrain.Recipe(channels=tuple(cfg.detector.channels))
-        state = pretrain.backbone_weights(Path(cfg.cache_dir), recipe)
+    if options.get("weights") == "generated":
+        recipe = pretrain.Recipe(channels=tuple(options["channels"]))
+        state = pretrain.backbone_weights(cache_dir, recipe)
         made["generated"] = Generated(state, pretrain.description(recipe))
-    network: Detector = make("detector", cfg.detector, num_classes=num_classes, **made)
-    network.backbone_lr_scale = float(cfg.detector.get("backbone_lr_scale") or 1.0)
+    network: Detector = make("detector", options, num_classes=num_classes, **made)
+    network.backbone_lr_scale = float(options.get("backbone_lr_scale") or 1.0)
     return network
 
 
-def method(cfg: DictConfig, network: Detector) -> Method:
-    """A method around a detector.
+def method(options: Mapping[str, Any], network: Detector, steps: int) -> Method:
+    """The method of the group `method` around a detector, for a schedule of so many steps.
 
     Raises:
         UserError: it cannot be built, or draws other images than its configuration says.
     """
-    made: Method = make("method", cfg.method, detector=network, steps=cfg.schedule.steps)
+    made: Method = make("method", options, detector=network, steps=steps)
     draws = bool(made.views.unlabeled)
-    if cfg.method.get("unlabeled") is not None and draws != config_checks.draws_unlabeled(cfg):
+    if options.get("unlabeled") is not None and draws != config_checks.draws_unlabeled(options):
         what = "draws unlabelled images" if draws else "draws no unlabelled images"
         raise UserError(
-            f"method={cfg.method.get('name', 'method')} {what}, and its configuration says otherwise: "
+            f"method={options.get('name', 'method')} {what}, and its configuration says otherwise: "
             f"set method.unlabeled={str(draws).lower()}"
         )
     return made
 
 
-def policy(cfg: DictConfig) -> Policy:
-    """The augmentation policy."""
-    options = OmegaConf.to_container(cfg.augment, resolve=True)
-    assert isinstance(options, dict)
-    return Policy.from_config({str(key): value for key, value in options.items()})
-
-
 def pipeline(
-    cfg: DictConfig,
+    options: FeedOptions,
     world: World,
     normalize: Normalize,
     views: Views | None = None,
@@ -84,11 +86,11 @@ def pipeline(
     known_bad: Mapping[str, str] | None = None,
 ) -> Pipeline:
     """A pipeline: for training with all arguments, for evaluation without the last five."""
-    config_checks.check_extras(cfg)
+    config_checks.check_pipeline(str(options.pipeline.get("name")), str(options.pipeline["_target_"]))
     made: Pipeline = make(
         "pipeline",
-        cfg.pipeline,
-        policy=policy(cfg),
+        options.pipeline,
+        policy=Policy.from_config(options.augment),
         normalize=normalize,
         views=views,
         sampler=sampler,
@@ -97,7 +99,7 @@ def pipeline(
         device=str(world.device),
         rank=world.rank,
         world_size=world.size,
-        eval_batch=cfg.evaluation.batch,
+        eval_batch=options.eval_batch,
         known_bad=known_bad,
     )
     return made
@@ -112,32 +114,35 @@ def refuse_no_unlabeled(method: str, options: SplitOptions) -> NoReturn:
 
 
 def sampler(
-    cfg: DictConfig,
-    views: Views,
+    shape: StepShape,
+    batch: schema.BatchOptions,
+    seed: int,
+    steps: int,
     unlabeled_from: int,
     labeled: ImageSource,
     unlabeled: ImageSource | None,
-    world: World,
 ) -> BatchSampler:
     """Which images each step draws.
 
-    Raises:
-        UserError: the method needs unlabelled images that are not there, or a step cannot be divided or shared.
+    Args:
+        shape: of a step.
+        batch: the keys of `batch`.
+        seed: of the draws.
+        steps: length of the schedule.
+        unlabeled_from: the first step that draws unlabelled images.
+        labeled: labelled images.
+        unlabeled: unlabelled images; None for a method that draws none.
     """
-    shape = config_checks.shape_of(cfg, bool(views.unlabeled), world.size)
-    if views.unlabeled and not unlabeled:
-        refuse_no_unlabeled(str(cfg.method.name), sections.split_options(cfg))
-    drawn_from = unlabeled if views.unlabeled else None
     return BatchSampler(
         len(labeled),
-        0 if drawn_from is None else len(drawn_from),
+        0 if unlabeled is None else len(unlabeled),
         shape,
-        seed=int(cfg.seed),
-        anneal_steps=int(cfg.batch.get("anneal_steps", 0)),
-        steps=int(cfg.schedule.steps),
+        seed=seed,
+        anneal_steps=batch.anneal_steps,
+        steps=steps,
         unlabeled_from=unlabeled_from,
-        group=cfg.batch.get("group_by_aspect"),
-        landscape=(_landscape(labeled), _landscape(drawn_from)),
+        group=batch.group_by_aspect,
+        landscape=(_landscape(labeled), _landscape(unlabeled)),
     )
 
 
@@ -196,7 +201,7 @@ class Start:
 class Experiment:
     """Everything that a run is made of."""
 
-    cfg: DictConfig
+    settings: RunSettings
     world: World
     data: Data
     method: Method
@@ -205,20 +210,33 @@ class Experiment:
     pipeline: Pipeline
 
 
-def data(cfg: DictConfig) -> Data:
+def data(settings: RunSettings) -> Data:
     """Opens, splits and checks the data, before anything expensive.
 
     Raises:
         UserError: the devices cannot share a step, or what `harness.data.prepare` finds fatal.
     """
-    config_checks.check_devices(cfg)
-    opened = dataset(cfg)
-    options = sections.split_options(cfg)
+    settings.step_shape(config_checks.draws_unlabeled(settings.method), settings.processes)
+    opened = set_apart(dataset(settings.data, settings.cache_dir), settings.split, settings.evaluation.set)
+    return split_data(opened, settings.split, settings.feed.pipeline["on_bad_image"])
+
+
+def split_data(opened: Dataset, options: SplitOptions, on_bad_image: str) -> Data:
+    """Splits and checks a dataset.
+
+    Args:
+        opened: the dataset.
+        options: which of its images are labelled.
+        on_bad_image: "error" or "skip".
+
+    Raises:
+        UserError: what `harness.data.prepare` finds fatal, and with "error" a picture that cannot be read.
+    """
     split = prepare.resolve_split(opened, options)
     needs_unlabeled = opened.reads_unlabeled(options.chosen)
     checks = prepare.require_usable(opened, unlabeled=needs_unlabeled)
     bad = prepare.bad_files(opened, checks)
-    if bad and cfg.pipeline.on_bad_image == "error":
+    if bad and on_bad_image == "error":
         path, reason = next(iter(bad.items()))
         raise UserError(
             f"{path} is {reason}; repair it or take it off the annotations, or set pipeline.on_bad_image=skip"
@@ -232,23 +250,33 @@ def data(cfg: DictConfig) -> Data:
     return Data(opened, split, options.policy, labeled, unlabeled, hidden, val, bad, tuple(warnings))
 
 
-def experiment(cfg: DictConfig, world: World, data: Data, start: Start | None = None) -> Experiment:
-    """Builds what a run is made of; weights and draws depend on the seed, and on `start`, alone."""
-    torch.manual_seed(int(cfg.seed))
-    network = detector(cfg, len(data.dataset.train.category_ids))
+def experiment(settings: RunSettings, world: World, data: Data, start: Start | None = None) -> Experiment:
+    """Builds what a run is made of; weights and draws depend on the seed, and on `start`, alone.
+
+    Raises:
+        UserError: the method needs unlabelled images that are not there, or a step cannot be divided or shared.
+    """
+    torch.manual_seed(settings.seed)
+    schedule = settings.schedule
+    network = detector(settings.detector, settings.cache_dir, len(data.dataset.train.category_ids))
     if start is not None:
         start.load_into(network)
-    trained = method(cfg, network).to(world.device)
-    if cfg.channels_last:
+    trained = method(settings.method, network, schedule.steps).to(world.device)
+    if settings.channels_last:
         trained = trained.to(memory_format=torch.channels_last)
-    if cfg.compile:
+    if settings.compile:
         for part in trained.networks().values():
             part.backbone.compile()
-    drawn = sampler(cfg, trained.views, trained.unlabeled_from, data.labeled, data.unlabeled, world)
+    draws = bool(trained.views.unlabeled)
+    shape = settings.step_shape(draws, world.size)
+    if draws and not data.unlabeled:
+        refuse_no_unlabeled(str(settings.method["name"]), settings.split)
+    pools = (data.labeled, data.unlabeled if draws else None)
+    drawn = sampler(shape, settings.batch, settings.seed, schedule.steps, trained.unlabeled_from, *pools)
     lists = (data.labeled, data.unlabeled, data.bad_images)
-    feed = pipeline(cfg, world, network.normalize, trained.views, drawn, *lists)
-    optimizer = build_optimizer(trained.trainable(), cfg.schedule.optimizer, trained.parameter_groups())
-    return Experiment(cfg, world, data, trained, optimizer, drawn, feed)
+    feed = pipeline(settings.feed, world, network.normalize, trained.views, drawn, *lists)
+    optimizer = build_optimizer(trained.trainable(), schedule.optimizer, trained.parameter_groups())
+    return Experiment(settings, world, data, trained, optimizer, drawn, feed)
 
 
 def prepare_caches(cfgs: Sequence[DictConfig]) -> None:
@@ -259,31 +287,38 @@ def prepare_caches(cfgs: Sequence[DictConfig]) -> None:
     """
     opened: dict[str, Dataset] = {}
     for cfg in cfgs:
-        apart = cfg.split.get("holdout") is not None or cfg.split.get("tune") is not None
-        key = OmegaConf.to_yaml([cfg.data, cfg.split if apart else None, cfg.evaluation.get("set")], resolve=True)
+        split = sections.split_options(cfg)
+        apart = [cfg.split.get("holdout"), cfg.split.get("tune")]
+        key = json.dumps([sections.group(cfg, "data"), sections.group(cfg, "split") if any(apart) else None])
         if key not in opened:
-            opened[key] = dataset(cfg)
-        check_split(cfg, opened[key])
+            opened[key] = divided_dataset(cfg)
+        check_split(cell_name(cfg), sections.group(cfg, "method"), split, opened[key])
     unlabeled = any(sections.split_options(cfg).chosen.takes_unlabeled_part for cfg in cfgs)
     for one in opened.values():
         prepare.require_usable(one, unlabeled=unlabeled or one.adds_pictures)
-    detector(cfgs[0], len(next(iter(opened.values())).train.category_ids))
+    classes = len(next(iter(opened.values())).train.category_ids)
+    detector(sections.group(cfgs[0], "detector"), Path(cfgs[0].cache_dir), classes)
 
 
-def check_split(cfg: DictConfig, opened: Dataset) -> None:
+def check_split(cell: str, method: Mapping[str, Any], options: SplitOptions, opened: Dataset) -> None:
     """Checks, without looking at pictures, that a run would find its images in a dataset.
+
+    Args:
+        cell: name of the run.
+        method: the group.
+        options: which images are labelled.
+        opened: the dataset.
 
     Raises:
         UserError: naming the cell of the run; there is no such split, or no unlabelled image for the method.
     """
     try:
-        options = sections.split_options(cfg)
         _, unlabeled = prepare.sources(opened, prepare.resolve_split(opened, options), options)
-        if config_checks.draws_unlabeled(cfg) and not unlabeled:
-            refuse_no_unlabeled(str(cfg.method.name), options)
+        if config_checks.draws_unlabeled(method) and not unlabeled:
+            refuse_no_unlabeled(str(method["name"]), options)
     except UserError as error:
         raise UserError(
-            f"the cell {cell_name(cfg)} cannot be run: {error}; suite.methods, suite.percents and suite.folds "
+            f"the cell {cell} cannot be run: {error}; suite.methods, suite.percents and suite.folds "
             "say which cells there are"
         ) from error
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from detectors.methods.method import Method
 from harness.config import names as run_names
-from harness.config import saved
+from harness.config import saved, sections
+from harness.config.run import settings_of
 from harness.core import boxes as box_ops
 from harness.core import files
 from harness.core.distributed import World
@@ -29,6 +30,7 @@ from harness.core.types import Batch, ImageSource, Normalize, Target, UserError,
 from harness.data import prepare
 from harness.engine import annotate, build, checkpoint, trained
 from harness.engine.annotate import Color
+from pipelines.policy import Policy
 
 _SMALLEST_PANEL = 260  # px of a panel's short side, to which small views are enlarged by whole factors
 _LARGEST_PANEL = 520  # px of its long side
@@ -39,7 +41,7 @@ _WORDS = {"pseudo": "as the teacher labels offline"}
 
 
 @dataclass
-class Panel:
+class ViewPanel:
     """A picture with a line above it, and lines below."""
 
     title: str
@@ -53,7 +55,7 @@ class Page:
 
     title: str
     about: list[str]
-    rows: list[tuple[str, list[Panel]]]  # the picture's name, and its panels
+    rows: list[tuple[str, list[ViewPanel]]]  # the picture's name, and its panels
 
 
 def views(cfg: DictConfig, world: World) -> Page:
@@ -63,13 +65,14 @@ def views(cfg: DictConfig, world: World) -> Page:
         cfg: a training's configuration; `view.images` pictures and `view.draws` draws of each view are shown.
         world: this process.
     """
-    opened = build.dataset(cfg)
-    split = prepare.resolve_split(opened, cfg.split)
-    labeled, _ = prepare.sources(opened, split, cfg.split)
+    opened = build.divided_dataset(cfg)
+    drawn = sections.split_options(cfg)
+    split = prepare.resolve_split(opened, drawn)
+    labeled, _ = prepare.sources(opened, split, drawn)
     names = list(opened.train.category_names)
     detector = trained.bare_detector(trained.detector_options(cfg, ""), len(names), cfg.cache_dir)
-    feed = build.pipeline(cfg, world, detector.normalize)
-    policy = build.policy(cfg)
+    options = sections.feed_options(cfg)
+    feed, policy = build.pipeline(options, world, detector.normalize), Policy.from_config(options.augment)
     positions = np.unique(np.linspace(0, len(labeled) - 1, min(len(labeled), int(cfg.view.images))).astype(np.int64))
     rows = [(Path(labeled.paths[p]).name, [_stored(labeled, int(p), names)]) for p in positions]
     try:
@@ -112,8 +115,9 @@ def pseudo_labels(run_dir: Path, cfg: DictConfig, world: World) -> Page:
     file = checkpoint.find(run_dir)
     state = checkpoint.read(file)
     trained.refuse_other_run(run_dir, file, state["identity"], own)
-    data = build.data(own)
-    run = build.experiment(own, world, data)
+    settings = settings_of(own)
+    data = build.data(settings)
+    run = build.experiment(settings, world, data)
     try:
         run.method.load_state_dict(state["method"])
     except RuntimeError as error:
@@ -170,7 +174,7 @@ def _labelled(batches: Iterator[Batch], method: Method, step: int) -> Iterator[_
                 yield _Labelled(image, weak.rows(one), strong.rows(one), found[row].to("cpu"), kept)
 
 
-def _panels(one: _Labelled, method: Method, hidden: ImageSource | None, names: Sequence[str]) -> list[Panel]:
+def _panels(one: _Labelled, method: Method, hidden: ImageSource | None, names: Sequence[str]) -> list[ViewPanel]:
     normalize = method.student.normalize
     kept, rejected = sort_out(one.found, one.uses, one.weak, one.strong)
     panels = [_panel("weak: what the teacher finds", one.weak, 0, normalize, one.found, names)]
@@ -249,13 +253,13 @@ def _why(inside: bool, score: float, lowest: float | None) -> str:
     return "another rule of the method, or another box in its place"
 
 
-def _stored(source: ImageSource, position: int, names: Sequence[str]) -> Panel:
+def _stored(source: ImageSource, position: int, names: Sequence[str]) -> ViewPanel:
     """A picture with its boxes as they are annotated."""
     with Image.open(source.paths[position]) as stored:
         image = stored.convert("RGB")
     rows = source.rows(position)
     target = Target(*(torch.from_numpy(part[rows]) for part in (source.boxes, source.labels, source.scores)))
-    return Panel(f"stored, {image.width}x{image.height}", _drawn(image, target, names))
+    return ViewPanel(f"stored, {image.width}x{image.height}", _drawn(image, target, names))
 
 
 def _panel(
@@ -266,14 +270,14 @@ def _panel(
     target: Target | None,
     names: Sequence[str],
     colors: Sequence[Color] | None = None,
-) -> Panel:
+) -> ViewPanel:
     """A view's picture with boxes in its pixels."""
     height, width = view.sizes[row].tolist()
     pixels = view.images[row, :, :height, :width].float().cpu()
     pixels = pixels.flip(0) if normalize.bgr else pixels
     mean, std = (torch.tensor(part)[:, None, None] for part in (normalize.mean, normalize.std))
     values = (pixels * std + mean).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
-    return Panel(f"{title}, {width}x{height}", _drawn(Image.fromarray(values), target, names, colors))
+    return ViewPanel(f"{title}, {width}x{height}", _drawn(Image.fromarray(values), target, names, colors))
 
 
 def _drawn(
@@ -332,7 +336,7 @@ def as_html(page: Page) -> str:
     return "\n".join([*parts, "</body></html>\n"])
 
 
-def _figure(panel: Panel) -> str:
+def _figure(panel: ViewPanel) -> str:
     buffer = io.BytesIO()
     panel.image.save(buffer, "JPEG", quality=88)
     data = base64.b64encode(buffer.getvalue()).decode()

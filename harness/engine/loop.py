@@ -15,7 +15,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,6 +58,7 @@ class Counters:
     # What `Method.inspect` measured, summed over the last tenth of the schedule, and how often it did.
     measured: dict[str, float] = field(default_factory=dict)
     measurements: int = 0
+    by_class: list[list[int]] = field(default_factory=list)  # (C, 3), the sum of `Method.inspect_classes`
 
 
 def todays_counters(saved: Any) -> Any:
@@ -208,25 +208,25 @@ def _steps(
     flags: StepFlags,
 ) -> None:
     """The loop of `train`."""
-    cfg, method = run.cfg, run.method
+    settings, schedule, method = run.settings, run.settings.schedule, run.method
     batches = run.pipeline.batches(counters.step)
     method.train()
-    interval, factor = evaluation_interval(cfg), LearningRateFactor(cfg.schedule)
-    if _evaluation_due(counters.step, interval, cfg.schedule.steps) and counters.evaluated != counters.step:
+    interval, factor = evaluation_interval(settings.evaluation.every, schedule.steps), LearningRateFactor(schedule)
+    if _evaluation_due(counters.step, interval, schedule.steps) and counters.evaluated != counters.step:
         _evaluate_or_save(counters, evaluate, save)  # it was interrupted
-    for step in range(counters.step, cfg.schedule.steps):
+    for step in range(counters.step, schedule.steps):
         begin = time.perf_counter()
-        rate = cfg.schedule.optimizer.lr * factor(step)
+        rate = schedule.optimizer["lr"] * factor(step)
         set_learning_rate(run.optimizer, rate)
         gradients.zero()
         work = accumulate(run, batches, step, gradients)
         losses, metrics, waited = work.losses, work.metrics, work.waited
         gradients.flags[0] = float(stop.signal_number > 0)
         gradients.combine(run.world)
-        norm = gradients.clip(cfg.schedule.clip_norm)
-        last = step + 1 == cfg.schedule.steps
-        save_due = (step + 1) % cfg.checkpointing.every == 0 or last
-        evaluation_due = _evaluation_due(step + 1, interval, cfg.schedule.steps)
+        norm = gradients.clip(schedule.clip_norm)
+        last = step + 1 == schedule.steps
+        save_due = (step + 1) % settings.checkpointing.every == 0 or last
+        evaluation_due = _evaluation_due(step + 1, interval, schedule.steps)
         # An evaluation that is interrupted saves as well.
         stop_asked = flags.read(StepTaken(step, losses, norm, work.micro_batches), at_once=save_due or evaluation_due)
         run.optimizer.step()
@@ -242,12 +242,12 @@ def _steps(
         seconds = time.perf_counter() - begin
         counters.train_seconds += seconds
         counters.wait_seconds += waited
-        if counters.step % cfg.logging.every == 0 or last:  # what `log.due` says, on every rank
+        if counters.step % settings.logging.every == 0 or last:  # what `log.due` says, on every rank
             losses, metrics = average_values(run.world, losses), average_values(run.world, metrics)
         if log is not None:
             log.step(step, losses, metrics, rate, labeled + unlabeled, waited, seconds)
             if log.due(step):
-                for doubt in method.doubts(range(step + 1 - cfg.logging.every, step + 1), metrics):
+                for doubt in method.doubts(range(step + 1 - settings.logging.every, step + 1), metrics):
                     logger.warning("at step %d %s", step, doubt)
                 inspect(run, work.batch, step, counters, log)
         if stop_asked and not last:
@@ -317,7 +317,7 @@ def accumulate(run: Experiment, batches: Iterator[Batch], step: int, gradients: 
             run.method.load_state_dict(before, strict=False)
             raise
         waited += time.perf_counter() - begin
-        with torch.autocast(run.world.device.type, torch.bfloat16, enabled=run.cfg.precision == "bf16"):
+        with torch.autocast(run.world.device.type, torch.bfloat16, enabled=run.settings.precision == "bf16"):
             terms, measured = run.method(batch, step)
         observed.append(run.method.observe())
         total = torch.stack([value.float() for value in terms.values()]).sum()
@@ -343,10 +343,10 @@ def non_finite(run: Experiment, taken: StepTaken, of_loss: bool) -> RunError:
     losses = {name: float(value) for name, value in taken.losses.items()}
     bad = [name for name, value in losses.items() if not math.isfinite(value)]
     finite = [bool(micro.finite) for micro in taken.micro_batches]
-    path = Path(run.cfg.run_dir) / f"non_finite_rank{run.world.rank}.json"
+    path = run.settings.run_dir / f"non_finite_rank{run.world.rank}.json"
     replay = {
         "step": taken.step,
-        "seed": int(run.cfg.seed),
+        "seed": run.settings.seed,
         "losses": {name: str(value) for name, value in losses.items()},
         "gradient_norm": str(float(taken.norm)),
         "micro_batches": [
@@ -379,15 +379,18 @@ def _draws(batch: Batch) -> dict[str, list[int]]:
 @torch.no_grad()
 def inspect(run: Experiment, batch: Batch, step: int, counters: Counters, log: RunLog) -> None:
     """Lets the method measure itself against boxes that were hidden from it, and notes the result."""
-    found = run.method.inspect(batch, hidden_truth(run.data.hidden, batch.unlabeled_ids))
+    truth = hidden_truth(run.data.hidden, batch.unlabeled_ids)
+    found = run.method.inspect(batch, truth)
     if not found:
         return
     log.pseudo(step, found)
     known = {name: value for name, value in next(iter(found.values())).items() if value is not None}
-    if step >= 0.9 * run.cfg.schedule.steps and set(REPORTED_MEASURES) <= known.keys():
+    if step >= 0.9 * run.settings.schedule.steps and set(REPORTED_MEASURES) <= known.keys():
         for name, value in known.items():
             counters.measured[name] = counters.measured.get(name, 0.0) + value
         counters.measurements += 1
+        if (counts := run.method.inspect_classes(batch, truth)) is not None:
+            counters.by_class = (counts + (np.array(counters.by_class, np.int64) if counters.by_class else 0)).tolist()
 
 
 def hidden_truth(hidden: ImageSource | None, ids: Tensor) -> list[Target | None]:

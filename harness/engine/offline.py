@@ -15,18 +15,16 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 from detectors.detector import Detector
 from detectors.methods.pseudo_labels import label_offline, offline_quality
-from harness.config import compose
-from harness.config.identity import config_sha256
-from harness.config.names import cell_name
+from harness.config.run import RunSettings
+from harness.config.sections import FeedOptions
 from harness.core import checksum, distributed, readback
 from harness.core.files import write_atomically
 from harness.core.readback import Count
@@ -40,7 +38,7 @@ from harness.engine.build import Data
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Train = Callable[[DictConfig, distributed.World, StopRequest], int]
+Train = Callable[[RunSettings, distributed.World, StopRequest], int]
 
 _STAGE_ONE = ("stage1", "stage1_overrides", "checkpoint")  # keys of `offline` that say who labels, not how
 
@@ -53,32 +51,39 @@ class Extra:
 
     steps: int = 0
     quality: dict[str, float] = field(default_factory=dict)
+    by_class: np.ndarray | None = None  # (C, 3), see `detectors.methods.pseudo_labels.count_by_class`
     stage_one: str | None = None  # what made its pseudo labels: the sha256 of a configuration or of a checkpoint
 
 
-def label(cfg: DictConfig, data: Data, world: distributed.World, stop: StopRequest, train: Train) -> tuple[Data, Extra]:
+def label(
+    settings: RunSettings, data: Data, world: distributed.World, stop: StopRequest, train: Train
+) -> tuple[Data, Extra]:
     """Replaces the unlabelled source by one with pseudo labels, if the method wants that.
 
     Labels are kept in the run folder, with what they were made by, so that a run that is taken up again uses the same,
     and another one makes its own.
 
     Args:
-        cfg, data, world, stop: of the run.
+        settings, data, world, stop: of the run.
         train: trains stage 1, which is a run like any other, where there is none yet.
 
     Raises:
         UserError: stage 1 is not finished, does not fit, or found nothing; or the run began with other labels.
     """
-    options = cfg.method.get("offline")
+    options, stage_one = settings.method.get("offline"), settings.stage_one
     if options is None or data.unlabeled is None:
         return data, Extra()
-    path = Path(cfg.run_dir) / LABELS
-    stage_one = compose.stage_one(cfg)
-    made_by = _made_by(cfg, stage_one, data)
+    assert stage_one is not None
+    path, given = settings.run_dir / LABELS, options.get("checkpoint")
+    made_by = _made_by(options, stage_one.config_sha256, data)
     if not distributed.from_main(world, lambda: _are_there(path, made_by)):
-        distributed.from_main(world, lambda: _refuse_other_labels(Path(cfg.run_dir), made_by))
-        file = _stage_one_checkpoint(cfg, stage_one, world, stop, train)
-        source, steps = _label_with(cfg, stage_one, data, file, world, stop)
+        distributed.from_main(world, lambda: _refuse_other_labels(settings.run_dir, made_by))
+        file = _stage_one_checkpoint(given, settings.runs_dir, stage_one, world, stop, train)
+        state = _labeller_state(file, data)
+        torch.manual_seed(settings.seed)
+        labeller = _labeller(stage_one, state, file, len(data.dataset.train.category_ids), world, stop)
+        thresholds = {key: value for key, value in options.items() if key not in _STAGE_ONE}
+        source, steps = _label_with(labeller, settings.feed, thresholds, data, world, stop), int(state["step"])
         if not len(source):
             raise UserError(
                 f"stage 1 found no box above method.offline.score_threshold in any of the {len(data.unlabeled)} "
@@ -87,16 +92,22 @@ def label(cfg: DictConfig, data: Data, world: distributed.World, stop: StopReque
         distributed.from_main(world, lambda: _write(path, source, made_by, steps))
     source, extra = _read(path, data.unlabeled, len(data.dataset.train.category_ids))
     if data.hidden is not None:
-        extra.quality = offline_quality(source, data.hidden)
+        classes = len(data.dataset.train.category_ids)
+        extra.quality, extra.by_class = offline_quality(source, data.hidden, classes)
     return dataclasses.replace(data, unlabeled=source), extra
 
 
-def _made_by(cfg: DictConfig, stage_one: DictConfig, data: Data) -> dict[str, str | None]:
-    """What pseudo labels depend on; a given stage 1 that is gone by now is None."""
-    thresholds = OmegaConf.to_container(cfg.method.offline, resolve=True)
-    assert isinstance(thresholds, dict)
+def _made_by(options: Mapping[str, Any], stage_one: str, data: Data) -> dict[str, str | None]:
+    """What pseudo labels depend on; a given stage 1 that is gone by now is None.
+
+    Args:
+        options: the keys of `method.offline`.
+        stage_one: hash of the configuration of the run that is stage 1, where none is given.
+        data: of the run.
+    """
+    thresholds = dict(options)
     given = thresholds.pop("checkpoint", None)
-    stage: str | None = config_sha256(stage_one)
+    stage: str | None = stage_one
     if given is not None:
         try:
             stage = hashlib.sha256(checkpoint.find(Path(str(given))).read_bytes()).hexdigest()
@@ -135,26 +146,25 @@ def _refuse_other_labels(run_dir: Path, made_by: dict[str, str | None]) -> None:
 
 
 def _stage_one_checkpoint(
-    cfg: DictConfig, stage_one: DictConfig, world: distributed.World, stop: StopRequest, train: Train
+    given: str | None, runs_dir: Path, stage_one: RunSettings, world: distributed.World, stop: StopRequest, train: Train
 ) -> Path:
     """Of the run that is given, of one that was trained by the same command before, or of one trained here."""
-    given = cfg.method.offline.get("checkpoint")
     if given is not None:
         return _finished(checkpoint.find(Path(given)))
-    before = Path(cfg.runs_dir) / "train" / cell_name(stage_one)
-    if distributed.from_main(world, lambda: _is_run_of(before, stage_one)):
+    before = runs_dir / "train" / stage_one.cell
+    if distributed.from_main(world, lambda: _is_run_of(before, stage_one.config_sha256)):
         return checkpoint.find(before)
     train(stage_one, world, stop)
-    return checkpoint.find(Path(stage_one.run_dir))
+    return checkpoint.find(stage_one.run_dir)
 
 
-def _is_run_of(run_dir: Path, cfg: DictConfig) -> bool:
+def _is_run_of(run_dir: Path, config_sha256: str) -> bool:
     """Whether a finished run of this configuration, with a checkpoint, is there."""
     path = run_dir / "record.json"
     if not path.exists() or not checkpoint.checkpoints(run_dir):
         return False
     record = read_record(path)
-    return record.status == "ok" and record.config_sha256 == config_sha256(cfg)
+    return record.status == "ok" and record.config_sha256 == config_sha256
 
 
 def _finished(file: Path) -> Path:
@@ -168,13 +178,11 @@ def _finished(file: Path) -> Path:
     return file
 
 
-def _label_with(
-    cfg: DictConfig, stage_one: DictConfig, data: Data, file: Path, world: distributed.World, stop: StopRequest
-) -> tuple[ImageSource, int]:
-    """Runs stage 1's reported network over the unlabelled images, over all ranks; also gives its steps.
+def _labeller_state(file: Path, data: Data) -> dict[str, Any]:
+    """The state of stage 1.
 
     Raises:
-        Interrupted: on every rank, if `stop` was asked on one of them; it is looked at before each batch.
+        UserError: it was trained on other data.
     """
     state = checkpoint.read(file)
     known = {"split": data.split.sha256, "dataset": data.dataset.train.sha256}
@@ -184,33 +192,60 @@ def _label_with(
                 f"the stage 1 checkpoint {file} was trained on another {what}: "
                 "set method.offline.checkpoint to a supervised run of the same split, or leave it null to train one"
             )
-    torch.manual_seed(int(cfg.seed))
+    return state
+
+
+def _labeller(
+    stage_one: RunSettings,
+    state: Mapping[str, Any],
+    file: Path,
+    num_classes: int,
+    world: distributed.World,
+    stop: StopRequest,
+) -> Detector:
+    """The network that stage 1 reports, with its weights.
+
+    Raises:
+        UserError: the state is of another detector.
+    """
     with stop.at_once():
-        network = build.detector(stage_one, len(data.dataset.train.category_ids))
-    trained = build.method(stage_one, network).to(world.device)
+        network = build.detector(stage_one.detector, stage_one.cache_dir, num_classes)
+    trained = build.method(stage_one.method, network, stage_one.schedule.steps).to(world.device)
     try:
         trained.load_state_dict(state["method"])
     except RuntimeError as error:
         raise UserError(
             f"the stage 1 checkpoint {file} holds another detector: train stage 1 with the same one"
         ) from error
-    reported: Detector = trained.networks()[trained.reported]
-    pipeline = build.pipeline(cfg, world, reported.normalize)
+    return trained.networks()[trained.reported]
+
+
+def _label_with(
+    labeller: Detector,
+    feed: FeedOptions,
+    thresholds: Mapping[str, Any],
+    data: Data,
+    world: distributed.World,
+    stop: StopRequest,
+) -> ImageSource:
+    """Runs stage 1's network over the unlabelled images, over all ranks.
+
+    Raises:
+        Interrupted: on every rank, if `stop` was asked on one of them; it is looked at before each batch.
+    """
+    pipeline = build.pipeline(feed, world, labeller.normalize)
     assert data.unlabeled is not None
-    options = OmegaConf.to_container(cfg.method.offline, resolve=True)
-    assert isinstance(options, dict)
-    thresholds = {str(k): v for k, v in options.items() if k not in _STAGE_ONE}
     try:
         usable = _without(data.unlabeled, data.bad_images)
         batches = _until_asked(pipeline.images(usable, "pseudo"), stop)
-        own = label_offline(reported, batches, usable, **thresholds)
+        own = label_offline(labeller, batches, usable, **thresholds)
     finally:
         pipeline.close()
     parts = distributed.gather(world, (own, stop.signal_number))
     signal_number = max(number for _, number in parts)
     if signal_number:
         raise Interrupted(signal_number)
-    return _merge([part for part, _ in parts], data.unlabeled), int(state["step"])
+    return _merge([part for part, _ in parts], data.unlabeled)
 
 
 def _until_asked(batches: Iterator[T], stop: StopRequest) -> Iterator[T]:

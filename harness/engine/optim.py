@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from omegaconf import DictConfig
 from torch import nn
 
 from detectors.detector import ParameterGroup
 from harness.config.make import make
+from harness.config.schema import ScheduleOptions
 from harness.core.types import UserError
 from harness.core.validate import NotNegative, Share
 
@@ -29,7 +29,7 @@ def adamw(params: Iterable[Any], lr: float, *, momentum: Share | None = None) ->
 
 
 def build_optimizer(
-    module: nn.Module, options: DictConfig, groups: Sequence[ParameterGroup] | None = None
+    module: nn.Module, options: Mapping[str, Any], groups: Sequence[ParameterGroup] | None = None
 ) -> torch.optim.Optimizer:
     """The optimiser that `schedule.optimizer._target_` names, over the trainable parameters.
 
@@ -49,7 +49,7 @@ def build_optimizer(
         for m in module.modules()
         for name, p in m.named_parameters(recurse=False)
         if getattr(m, "no_weight_decay", False)
-        or (not options.decay_norm_and_bias and (isinstance(m, _NORMS) or name == "bias"))
+        or (not options["decay_norm_and_bias"] and (isinstance(m, _NORMS) or name == "bias"))
     }
     groups = [ParameterGroup(tuple(module.parameters()))] if groups is None else groups
     _check_groups(module, groups)
@@ -57,13 +57,13 @@ def build_optimizer(
     for group in groups:
         trained = [p for p in group.parameters if p.requires_grad]
         for weight_decay, own in (
-            (options.weight_decay, [p for p in trained if id(p) not in spared]),
+            (options["weight_decay"], [p for p in trained if id(p) not in spared]),
             (0.0, [p for p in trained if id(p) in spared]),
         ):
             if own:
-                rate = options.lr * group.lr_scale
+                rate = options["lr"] * group.lr_scale
                 parts.append({"params": own, "lr": rate, "weight_decay": weight_decay, "lr_scale": group.lr_scale})
-    optimizer: torch.optim.Optimizer = make("schedule.optimizer", options, parts, lr=options.lr)
+    optimizer: torch.optim.Optimizer = make("schedule.optimizer", options, parts, lr=options["lr"])
     return optimizer
 
 
@@ -164,11 +164,11 @@ class LearningRateFactor:
         UserError: the decay cannot be built from its keys.
     """
 
-    def __init__(self, schedule: DictConfig) -> None:
+    def __init__(self, schedule: ScheduleOptions) -> None:
         self._warmup_steps, self._warmup_factor = schedule.warmup_steps, schedule.warmup_factor
         if isinstance(schedule.decay, str):
             kind, keys = DECAYS[schedule.decay]
-            self._decay = kind(schedule.steps, **{key: schedule[key] for key in keys})
+            self._decay = kind(schedule.steps, **{key: getattr(schedule, key) for key in keys})
         else:
             self._decay = make("schedule.decay", schedule.decay, steps=int(schedule.steps))
 
@@ -180,6 +180,6 @@ class LearningRateFactor:
         return warmup * self._decay.factor(step)
 
 
-def learning_rate_factor(step: int, schedule: DictConfig) -> float:
+def learning_rate_factor(step: int, schedule: ScheduleOptions) -> float:
     """`LearningRateFactor` of a schedule at one step."""
     return LearningRateFactor(schedule)(step)

@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from harness.config import compose, layouts
+from harness.config import compose, layouts, sections
 from harness.core.escape import plain
 from harness.core.files import trouble
 from harness.core.types import UserError
@@ -71,7 +71,8 @@ def recognize(root: Path, name: str, cache_dir: str) -> Recognized:
             "val.txt with one picture name per line, and start again"
         )
     cfg = compose.load([f"data={option}", *_with_folders(root, overrides), f"cache_dir={cache_dir}"])
-    return Recognized(FORMATS[option], _keys(cfg, root, name), build.dataset(cfg))
+    opened = build.dataset(sections.group(cfg, "data"), Path(cache_dir))
+    return Recognized(FORMATS[option], _keys(cfg, root, name), opened)
 
 
 def _keys(cfg: DictConfig, root: Path, name: str) -> dict[str, Any]:

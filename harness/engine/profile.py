@@ -21,6 +21,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
+from harness.config import sections
+from harness.config.sections import FeedOptions
 from harness.config.step import StepShape
 from harness.core.console import Console
 from harness.core.distributed import join, resolve_device
@@ -165,8 +167,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     world = join(resolve_device(cfg.device, cfg.devices))
-    policy, dataset = build.policy(cfg), build.dataset(cfg)
-    source = dataset.train.source()
+    augment = sections.group(cfg, "augment")
+    policy = Policy.from_config(augment)
+    source = build.dataset(sections.group(cfg, "data"), Path(cfg.cache_dir)).train.source()
     views = _views(policy, list(options.views) if options.views else None)
     workers = len(os.sched_getaffinity(0)) if options.workers is None else int(options.workers)
     batch, seconds, rounds = int(options.batch), float(options.seconds), int(options.rounds)
@@ -182,8 +185,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             settings = OmegaConf.merge(OmegaConf.load(known[name]), {"threads": threads})
             changed = OmegaConf.merge(cfg, {"pipeline": settings})
             assert isinstance(changed, DictConfig)
+            feed = FeedOptions(sections.group(changed, "pipeline"), augment, int(cfg.evaluation.batch))
             sampler = _Finite(len(source), 0, StepShape(batch, 0), seed=int(cfg.seed or 0))
-            pipeline = build.pipeline(changed, world, Normalize(), Views(views), sampler, source)
+            pipeline = build.pipeline(feed, world, Normalize(), Views(views), sampler, source)
             stack.enter_context(closing(pipeline))
             works[name] = _train(pipeline, sampler)
         meters = alternate(works, seconds, rounds, synchronize)

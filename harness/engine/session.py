@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from harness.config import saved, sections
-from harness.config.identity import config_sha256, differences, identity, without_circumstances
-from harness.config.names import cell_name
+from detectors.methods.pseudo_labels import shares_by_class
+from harness.config import saved
+from harness.config.identity import differences, identity, without_circumstances
+from harness.config.run import RunSettings, settings_of
 from harness.core import distributed
 from harness.core.console import STDERR
 from harness.core.distributed import World
@@ -40,6 +41,7 @@ from harness.engine.evaluate import METRICS, evaluate, write_predictions
 from harness.engine.log import RunLog
 from harness.engine.loop import REPORTED_MEASURES, Counters, train
 from harness.engine.matches import write_matches
+from pipelines.policy import Policy
 
 
 def say(world: World, text: str) -> None:
@@ -48,27 +50,41 @@ def say(world: World, text: str) -> None:
         STDERR.say(text)
 
 
-def train_to_record(cfg: DictConfig, world: World, stop: StopRequest) -> int:
-    """Takes up or starts the run in `cfg.run_dir` and ends it with a record."""
-    run_dir = Path(cfg.run_dir)
+def train_to_record(cfg: DictConfig, stage_one: DictConfig | None, world: World, stop: StopRequest) -> int:
+    """Takes up or starts the run in `cfg.run_dir` and ends it with a record.
+
+    Args:
+        cfg: of the run.
+        stage_one: of the run that makes its pseudo labels before training, as `harness.config.compose` gives it.
+        world: this process.
+        stop: looked at after every step.
+    """
+    settings = distributed.on_every_rank(world, lambda: settings_of(cfg, stage_one))
+    return train_run(settings, world, stop)
+
+
+def train_run(settings: RunSettings, world: World, stop: StopRequest) -> int:
+    """`train_to_record` by the settings of the run."""
+    run_dir = settings.run_dir
     lock = RunLock(run_dir)
     distributed.from_main(world, lambda: lock.acquire() and None)
     begun = False
     try:
-        if distributed.from_main(world, lambda: _is_finished(cfg, run_dir)):
+        if distributed.from_main(world, lambda: _is_finished(run_dir, settings.identity, settings.config_sha256)):
             say(
                 world,
                 f"the run in {run_dir} is finished: see {run_dir / 'record.json'}; delete the folder to run it anew",
             )
             return 0
         with stop.at_once():
-            opened = distributed.on_every_rank(world, lambda: build.data(cfg))
-            begin = distributed.on_every_rank(world, lambda: start.read(cfg, opened.dataset.train.category_names))
+            opened = distributed.on_every_rank(world, lambda: build.data(settings))
+            classes = opened.dataset.train.category_names
+            begin = distributed.on_every_rank(world, lambda: start.read(settings.detector, classes))
         for warning in opened.warnings:
             say(world, f"warning: {warning}")
-        data, extra = offline.label(cfg, opened, world, stop, train_to_record)
+        data, extra = offline.label(settings, opened, world, stop, train_run)
         with stop.at_once():
-            experiment = distributed.on_every_rank(world, lambda: build.experiment(cfg, world, data, begin))
+            experiment = distributed.on_every_rank(world, lambda: build.experiment(settings, world, data, begin))
         begun = True
         try:
             return _Session(experiment, extra, stop).run()
@@ -78,16 +94,16 @@ def train_to_record(cfg: DictConfig, world: World, stop: StopRequest) -> int:
         lock.release(discard=not begun)
 
 
-def _is_finished(cfg: DictConfig, run_dir: Path) -> bool:
-    """Whether an ok record of this configuration is there, beside the run's own config.yaml.
+def _is_finished(run_dir: Path, own: dict[str, Any], config_sha256: str) -> bool:
+    """Whether an ok record of the configuration of this identity is there, beside the run's own config.yaml.
 
     Raises:
         UserError: when something was trained in the folder under another configuration.
     """
-    path, own = run_dir / "record.json", identity(cfg)
+    path = run_dir / "record.json"
     record = read_record(path) if path.exists() else None
     finished = record is not None and record.status == "ok"
-    if record is not None and finished and record.config_sha256 != config_sha256(cfg):
+    if record is not None and finished and record.config_sha256 != config_sha256:
         before = without_circumstances(copy.deepcopy(record.config))
         checkpoint.refuse_foreign(run_dir, differences(before, own) or ["its record is of another run"])
     is_run = (run_dir / "config.yaml").exists()
@@ -101,10 +117,8 @@ class _Session:
     """The state of one process's part in a run."""
 
     def __init__(self, experiment: Experiment, extra: offline.Extra, stop: StopRequest) -> None:
-        self.run_, self.cfg, self.world, self.stop = experiment, experiment.cfg, experiment.world, stop
-        self.run_dir = Path(self.cfg.run_dir)
-        self.evaluation = sections.evaluation_options(self.cfg)
-        self.checkpointing = sections.checkpointing_options(self.cfg)
+        self.run_, self.settings, self.world, self.stop = experiment, experiment.settings, experiment.world, stop
+        self.run_dir, self.steps = self.settings.run_dir, self.settings.schedule.steps
         self.extra = extra
         self.counters = Counters()
         self.started = time.perf_counter()
@@ -141,13 +155,13 @@ class _Session:
 
     def _open(self) -> None:
         """What the main process writes before the first step."""
-        write_atomically(self.run_dir / "config.yaml", OmegaConf.to_yaml(self.cfg, resolve=True).encode())
+        write_atomically(self.run_dir / "config.yaml", self.settings.text.encode())
         self.log = RunLog(
             self.run_dir,
-            steps=int(self.cfg.schedule.steps),
-            title=cell_name(self.cfg),
-            every=int(self.cfg.logging.every),
-            loggers=list(self.cfg.logging.loggers),
+            steps=self.steps,
+            title=self.settings.cell,
+            every=self.settings.logging.every,
+            loggers=self.settings.logging.loggers,
             start_step=self.counters.step,
             console=STDERR,
         )
@@ -172,7 +186,7 @@ class _Session:
     def _identity(self) -> dict[str, str]:
         data = self.run_.data
         identity = {
-            "config": config_sha256(self.cfg),
+            "config": self.settings.config_sha256,
             "split": data.split.sha256,
             "dataset": data.dataset.train.sha256,
             "evaluation set": data.dataset.val.sha256,
@@ -198,9 +212,9 @@ class _Session:
             self._warn_of_threads()
         except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:  # whatever a load may find
             raise UserError(checkpoint.misfit(checkpoint.path_of(self.run_dir, state["step"]), error)) from error
-        if self.counters.step < self.cfg.schedule.steps:
+        if self.counters.step < self.steps:
             self.counters.resumed_from.append(self.counters.step)
-        say(self.world, f"continuing from step {self.counters.step} of {self.cfg.schedule.steps}")
+        say(self.world, f"continuing from step {self.counters.step} of {self.steps}")
 
     def _warn_of_threads(self) -> None:
         """Says so where steps to come are rounded in another way than those of the run so far.
@@ -238,7 +252,7 @@ class _Session:
         return state
 
     def _save(self) -> None:
-        keep = self.checkpointing
+        keep = self.settings.checkpointing
         state = self._state(self._pipeline_state())
         distributed.from_main(
             self.world, lambda: checkpoint.save(self.run_dir, state, keep.keep, keep.keep_every) and None
@@ -246,7 +260,7 @@ class _Session:
 
     def _rescue(self) -> None:
         """Saves from this rank alone, unless the step is saved: all ranks have the same method and optimiser."""
-        keep, pipeline = self.checkpointing, self.run_.pipeline.state()
+        keep, pipeline = self.settings.checkpointing, self.run_.pipeline.state()
         pipeline["bad_images"] = self.bad_images | pipeline["bad_images"]
         folder = os.open(self.run_dir, os.O_RDONLY)
         try:
@@ -259,9 +273,9 @@ class _Session:
     def _evaluate(self) -> None:
         """Scores the networks: at the end all, before it those that `evaluation.between` names."""
         data, begin = self.run_.data, time.perf_counter()
-        at_end = self.counters.step == self.cfg.schedule.steps
+        at_end = self.counters.step == self.steps
         for name, network in self.run_.method.networks().items():
-            if not at_end and self.evaluation.between == "reported" and name != self.run_.method.reported:
+            if not at_end and self.settings.evaluation.between == "reported" and name != self.run_.method.reported:
                 continue
             metrics, rows = evaluate(
                 network,
@@ -269,7 +283,7 @@ class _Session:
                 data.val,
                 data.dataset.val.coco_ground_truth(),
                 data.dataset.val.category_ids,
-                self.evaluation.score_threshold,
+                self.settings.evaluation.score_threshold,
                 self.world,
                 self.stop,
             )
@@ -297,6 +311,10 @@ class _Session:
         for name, analysis in found.items():
             self.record.scores[name] |= {key: v for key, v in analysis.scores.items() if key not in METRICS}
         self.record.per_class = found[reported].per_class
+        counts = np.array(self.counters.by_class) if self.counters.by_class else self.extra.by_class
+        if counts is not None:
+            for name, shares in shares_by_class(counts, dataset.train.category_names).items():
+                self.record.per_class.setdefault(name, {}).update(shares)
         self.record.errors = errors_by_kind(self.predictions[reported], truth)
         write_predictions(self.run_dir / "predictions.json", self.predictions[reported])
         write_matches(self.run_dir / MATCHES, found[reported].matches)
@@ -340,21 +358,22 @@ def _now() -> str:
 
 def new_record(run_: Experiment, extra: offline.Extra) -> RunRecord:
     """A record with all that is known before training, the reported network among it."""
-    cfg, data, method = run_.cfg, run_.data, run_.method
+    settings, data, method = run_.settings, run_.data, run_.method
+    feed, batch = settings.feed, settings.batch
     environ = environment()
     network = method.networks()[method.reported]
     record = RunRecord(
-        cell=cell_name(cfg),
+        cell=settings.cell,
         suite=os.environ.get("SSODBENCH_SUITE"),
-        method=cfg.method.name,
-        preset=str(cfg.get("preset_name", "")),
-        detector=cfg.detector.name,
-        augment=cfg.augment.name,
-        augment_deviations=list(build.policy(cfg).deviations),
-        pipeline=cfg.pipeline.name,
+        method=settings.method["name"],
+        preset=settings.preset,
+        detector=settings.detector["name"],
+        augment=feed.augment["name"],
+        augment_deviations=list(Policy.from_config(feed.augment).deviations),
+        pipeline=feed.pipeline["name"],
         pretraining=network.pretraining,
         reported_network=method.reported,
-        seed=int(cfg.seed),
+        seed=settings.seed,
         dataset=data.dataset.name,
         dataset_sha256=data.dataset.train.sha256,
         val_sha256=data.dataset.val.sha256,
@@ -372,22 +391,22 @@ def new_record(run_: Experiment, extra: offline.Extra) -> RunRecord:
         tune_boxes=len(data.dataset.tune.boxes) if data.dataset.tune else 0,
         empty_images=data.policy.empty_images,
         crowd_boxes=data.policy.crowd_boxes,
-        steps=int(cfg.schedule.steps),
+        steps=settings.schedule.steps,
         extra_steps=extra.steps,
-        batch_labeled=int(cfg.batch.labeled),
-        batch_unlabeled=int(cfg.batch.unlabeled) if method.views.unlabeled else 0,
+        batch_labeled=batch.labeled,
+        batch_unlabeled=batch.unlabeled if method.views.unlabeled else 0,
         micro_batch=run_.sampler.micro,
         world_size=run_.world.size,
         trainable_parameters=sum(p.numel() for p in method.trainable().parameters() if p.requires_grad),
         pseudo_precision=extra.quality.get("precision"),
         pseudo_recall=extra.quality.get("recall"),
         pseudo_iou=extra.quality.get("iou"),
-        score_threshold=float(cfg.evaluation.score_threshold),
-        config_sha256=config_sha256(cfg),
+        score_threshold=float(settings.evaluation.score_threshold),
+        config_sha256=settings.config_sha256,
         commit=environ.pop("commit", None),
-        command=shlex.join(["ssodbench", "train", *cfg.cli.overrides]),
+        command=shlex.join(["ssodbench", "train", *settings.command]),
         started=_now(),
         environment=environ,
     )
-    record.config = identity(cfg)
+    record.config = settings.identity
     return record

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
-from harness.config import saved
+from harness.config import saved, sections
 from harness.config.identity import differences
 from harness.core.record import read_record
 from harness.core.types import UserError
@@ -19,21 +17,21 @@ from harness.engine.build import Start
 _FREE = ("start", "start_sha256", "backbone_lr_scale", "cache_dir", "name", "frozen_stages", "rpn", "roi")
 
 
-def read(cfg: DictConfig, classes: Sequence[str]) -> Start | None:
+def read(detector: Mapping[str, Any], classes: Sequence[str]) -> Start | None:
     """The weights that `detector.start` names; None where it names none.
 
     Args:
-        cfg: the configuration of the run that will begin with them.
+        detector: the group of the run that will begin with them.
         classes: the names of its classes, in order.
 
     Raises:
         UserError: the run's detector or its classes are others, or its checkpoint is not that of its record.
     """
-    if not cfg.detector.get("start"):
+    if not detector.get("start"):
         return None
-    run_dir = Path(cfg.detector.start)
+    run_dir = Path(detector["start"])
     record = read_record(run_dir / "record.json")
-    _refuse_other_detector(run_dir, saved.read_config(run_dir), cfg)
+    _refuse_other_detector(run_dir, sections.group(saved.read_config(run_dir), "detector"), detector)
     file = checkpoint.find(run_dir)
     state = checkpoint.read(file)
     _refuse_other_classes(run_dir, state.get("classes"), classes)
@@ -43,11 +41,11 @@ def read(cfg: DictConfig, classes: Sequence[str]) -> Start | None:
         f"the {record.reported_network} of the finished run {record.cell} ({record.steps} steps, weights sha256 "
         f"{str(record.weights_sha256)[:12]}), which began with: {record.pretraining}"
     )
-    return Start(weights, words, str(file), str(cfg.detector.start_sha256))
+    return Start(weights, words, str(file), str(detector["start_sha256"]))
 
 
-def _refuse_other_detector(run_dir: Path, trained: DictConfig, cfg: DictConfig) -> None:
-    before, now = _plain(trained), _plain(cfg)
+def _refuse_other_detector(run_dir: Path, trained: Mapping[str, Any], detector: Mapping[str, Any]) -> None:
+    before, now = _plain(trained), _plain(detector)
     if "caffe" not in now:  # weights of a ResNet say what pixels it wants, and how it is normalised
         before.pop("weights", None)
         now.pop("weights", None)
@@ -59,11 +57,9 @@ def _refuse_other_detector(run_dir: Path, trained: DictConfig, cfg: DictConfig) 
         )
 
 
-def _plain(cfg: DictConfig) -> dict[str, Any]:
-    """The detector of a configuration, without what may differ."""
-    plain = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain["detector"].items() if key not in _FREE}
+def _plain(detector: Mapping[str, Any]) -> dict[str, Any]:
+    """A detector's keys, without what may differ."""
+    return {key: value for key, value in detector.items() if key not in _FREE}
 
 
 def _refuse_other_classes(run_dir: Path, before: Sequence[str] | None, now: Sequence[str]) -> None:

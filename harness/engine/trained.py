@@ -21,10 +21,11 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from detectors.detector import Detector
-from harness.config import saved
+from harness.config import saved, sections
 from harness.config.identity import config_sha256, differences, without_circumstances
 from harness.config.identity import identity as identity_of
 from harness.config.names import cell_name, group_name
+from harness.config.sections import FeedOptions
 from harness.core import files, readback
 from harness.core.distributed import World
 from harness.core.record import read_record
@@ -72,11 +73,10 @@ class Trained:
         """
         given = any(re.match(r"[+~]*pipeline\b", override) for override in cfg.cli.overrides)
         chosen = cfg.pipeline if given or self.shown_by is None else self.shown_by
-        own = OmegaConf.create(
-            {"augment": self.about.augment, "pipeline": chosen, "evaluation": {"batch": cfg.evaluation.batch}}
-        )
-        own.pipeline.on_bad_image = cfg.pipeline.on_bad_image
-        return build.pipeline(own, world, self.detector.normalize)
+        own = sections.group(OmegaConf.create({"pipeline": chosen}), "pipeline")
+        own["on_bad_image"] = cfg.pipeline.on_bad_image
+        feed = FeedOptions(own, self.about.augment, int(cfg.evaluation.batch))
+        return build.pipeline(feed, world, self.detector.normalize)
 
 
 def open_trained(cfg: DictConfig, device: torch.device | str = "cpu") -> Trained:
@@ -123,7 +123,8 @@ def of_run(run_dir: Path, network: str | None, cache_dir: str) -> Trained:
     classes, ids = _classes(cfg, state)
     pretraining = _pretraining(run_dir)
     options = detector_options(cfg, pretraining)
-    method = build.method(cfg, bare_detector(options, len(classes), cache_dir))
+    network_of = bare_detector(options, len(classes), cache_dir)
+    method = build.method(sections.group(cfg, "method"), network_of, cfg.schedule.steps)
     try:
         method.load_state_dict(state["method"])
     except RuntimeError as error:
@@ -185,7 +186,7 @@ def _classes(cfg: DictConfig, state: Mapping[str, Any]) -> tuple[list[str], list
     if "classes" in state and "category_ids" in state:
         return list(state["classes"]), [int(number) for number in state["category_ids"]]
     try:
-        opened = build.dataset(cfg)
+        opened = build.dataset(sections.group(cfg, "data"), Path(cfg.cache_dir))
     except UserError:
         if "classes" not in state:
             raise
@@ -219,8 +220,7 @@ def _test_view(cfg: DictConfig) -> dict[str, Any]:
 
 def bare_detector(options: Mapping[str, Any], num_classes: int, cache_dir: str) -> Detector:
     """A detector by its configuration, without this machine's cache folder in it."""
-    own = OmegaConf.create({"cache_dir": cache_dir, "detector": {**options, "cache_dir": cache_dir}})
-    return build.detector(own, num_classes)
+    return build.detector({**options, "cache_dir": cache_dir}, Path(cache_dir), num_classes)
 
 
 def _pretraining(run_dir: Path) -> str:

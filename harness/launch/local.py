@@ -18,8 +18,10 @@ from typing import Any, NoReturn
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from harness.config import compose
 from harness.config.checks import step_shape
 from harness.config.paths import places
+from harness.config.run import settings_of
 from harness.core import distributed, escape
 from harness.core.console import STDERR, settle
 from harness.core.distributed import World
@@ -47,7 +49,7 @@ class LocalLauncher:
         if cfg.devices > 1 and "LOCAL_RANK" not in os.environ:
             if device == "cpu":
                 _check_cores(int(cfg.devices))
-            build.data(cfg)  # a mistake is told once, and before many processes start
+            build.data(settings_of(cfg))  # a mistake is told once, and before many processes start
             return launch(_work, (plain, device), cfg.devices, [*stop_signals(), signal.SIGQUIT])
         return run_rank(plain, device)
 
@@ -90,7 +92,7 @@ def run_rank(plain: Any, device: str, signals: Sequence[int] | None = None) -> i
     stop = StopRequest()
     stop.install(signals)
     try:
-        return train_to_record(cfg, world, stop)
+        return train_to_record(cfg, compose.stage_one(cfg), world, stop)
     except Interrupted as stopped:
         say(world, f"{stopped}; start the same command again to continue")
         return 128 + stopped.signal_number

@@ -133,7 +133,8 @@ def _open(run: Run) -> Dataset:
     from harness.engine import build
 
     assert run.folder is not None
-    opened = build.dataset(read_config(run.folder))
+    cfg = read_config(run.folder)
+    opened = build.divided_dataset(cfg)
     if opened.val.sha256 != run.record.val_sha256:
         raise UserError(f"the data of {run.record.cell} has changed since it was evaluated")
     return opened

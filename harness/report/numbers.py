@@ -35,6 +35,7 @@ COSTS = (
     "peak_memory_mb",
     "peak_gpu_memory_mb",
 )
+CLASS_KEYS = ("ap", "ap50", "ar", "pseudo_precision", "pseudo_recall")
 PSEUDO = ("pseudo_precision", "pseudo_recall", "pseudo_iou")
 
 
@@ -96,7 +97,7 @@ def _cell(part: Part, row: Row, cell: Cell) -> dict[str, Any]:
         "networks": {name: cell.network_ap(name) for name in part.section.networks},
         "pseudo_labels": {key: vars(cell.of(key)) for key in PSEUDO},
         "compute": {key: cell.mean(key) for key in COSTS} | _cost(part.analysis.cost(row, cell)),
-        "classes": {name: {key: cell.of_class(name, key) for key in ("ap", "ap50", "ar")} for name in part.classes}
+        "classes": {name: {key: cell.of_class(name, key) for key in CLASS_KEYS} for name in part.classes}
         if cell.runs
         else {},
         "errors": {k: {key: cell.error(k, key) for key in ("count", "lost_ap50")} for k in part.kinds},

@@ -18,6 +18,14 @@ from harness.report.tables import Row, Section, method_label
 MORE_SCORES = (*(key for key in METRICS if key.startswith("ar")), "voc07_ap50", "voc_ap50")
 
 
+CLASS_METRICS = {
+    "ap": "AP",
+    "ar": "AR",
+    "pseudo_precision": "precision of the pseudo labels",
+    "pseudo_recall": "recall of the pseudo labels",
+}.items()
+
+
 @dataclass
 class Part:
     """What the templates show of one section."""
@@ -56,6 +64,15 @@ class Part:
         """The rows with scores by class at a ratio."""
         rows = [row for row in self.section.rows if percent in row.cells]
         return [row for row in rows if any(run.record.per_class for run in row.cells[percent].runs)]
+
+    def class_columns(self, percent: float) -> list[tuple[Row, str, str]]:
+        """Columns of the table of classes at a ratio: row, metric, heading. Those without any value are left out."""
+        columns = [(row, key, said) for key, said in CLASS_METRICS for row in self.class_rows(percent)]
+        return [
+            (row, key, said)
+            for row, key, said in columns
+            if any(row.cells[percent].of_class(name, key) is not None for name in self.classes)
+        ]
 
 
 def part_of(

@@ -12,7 +12,6 @@ from typing import BinaryIO
 
 from harness.core import files
 from harness.core.lock import RunLock
-from harness.core.types import UserError
 
 _TRIES, _PAUSE = 3, 0.1  # who asks for a holder locks the file for a moment, which is no claim
 
@@ -34,11 +33,11 @@ class Claims:
         """Makes the folder of claims.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: it cannot be written, or its file system has no locks.
         """
         files.make_folder(self.folder)
-        with files.open_to_append(self._path("suite")):  # whether files can be made there
-            pass
+        with files.open_to_append(self._path("suite")) as file, contextlib.suppress(BlockingIOError):
+            files.take_lock(file, wait=False)  # for a moment: whether that can be done
 
     def take(self, cell: str, run_dir: Path) -> bool:
         """Takes a cell, unless another process has it, still trains in its folder, or has just failed.
@@ -109,15 +108,21 @@ def _is_held(path: Path) -> bool:
 
 
 def require_suite_folder(claims: Claims, suite_dir: Path) -> None:
-    """Raises UserError where the suite's folder cannot be written."""
+    """Makes the suite's folder, and tries a lock in it.
+
+    Raises:
+        UserError: it cannot be written, or its file system has no locks.
+        RunError: the disk is full, or fails.
+    """
     try:
         claims.make_folder()
     except OSError as error:
+        kind = type(files.refusal(error, {"runs_dir": suite_dir}))
         # `make` passes no settings on, so its users are told the command behind it.
         made = "MAKELEVEL" in os.environ
         command = "run `.venv/bin/ssodbench suite suite=NAME runs_dir=DIR`" if made else "set runs_dir=DIR"
         what = f"cannot write the suite's folder {suite_dir} ({error.strerror})"
-        raise UserError(f"{what}: {command} with a folder that can be written") from error
+        raise kind(f"{what}: {command} with a folder that can be written") from error
 
 
 def remove_if_empty(claims: Claims, suite_dir: Path) -> None:

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness.config import compose
+from harness.config import compose, sections
 from harness.core.types import UserError, Views
-from harness.engine import build
 from pipelines.policy import Policy, Range
 
 POLICIES = sorted(p.stem for p in (Path(__file__).parents[2] / "harness" / "conf" / "augment").glob("*.yaml"))
@@ -104,7 +103,7 @@ STRONG_BASELINES = {
 def test_strong_supervised_baselines(name: str, policy_config: Config) -> None:
     """The unlabelled images' strong chain, after the labelled images' resize and flip."""
     cfg = compose.load(STRONG_BASELINES[name])
-    policy = build.policy(cfg)
+    policy = Policy.from_config(sections.group(cfg, "augment"))
     view = policy.view(str(cfg.method.labeled_view))
     theirs = Policy.from_config(policy_config("stac" if name == "labeled_strong" else "soft_teacher")).view("strong")
     assert (view.resize, view.flip) == (policy.view("labeled").resize, 0.5)

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from detectors.methods.pseudo_labels import confident, label_offline, offline_quality, quality
+from detectors.methods.pseudo_labels import (
+    confident,
+    count_by_class,
+    label_offline,
+    offline_quality,
+    quality,
+    shares_by_class,
+)
 from harness.core.types import ImageSource, Target, View
 
 
@@ -147,7 +154,36 @@ def test_offline_quality_counts_images_that_were_left_out():
     found = {0: target((2, 2, 18, 18, 1, 0.95)), 1: target(), 2: target((30, 30, 40, 40, 1, 0.99))}
     truth = make_source()
     labels = label_offline(Fixed(found), batches([0, 1, 2]), truth)
-    measured = offline_quality(labels, truth)
+    measured, by_class = offline_quality(labels, truth, 2)
+    assert by_class.sum(0).tolist() == [2, 1, 3]
     assert measured["precision"] == pytest.approx(1 / 2)
     assert measured["recall"] == pytest.approx(1 / 3)
     assert measured["iou"] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_labels_are_counted_class_by_class():
+    """Each class against `quality` of its boxes alone; random boxes, some shifted a little, some of another class."""
+    random = np.random.default_rng(0)
+    truth, labels = [], []
+    for _ in range(20):
+        corner = random.uniform(0, 80, (6, 2))
+        boxes = np.concatenate([corner, corner + random.uniform(5, 20, (6, 2))], 1)
+        classes = random.integers(1, 4, 6)
+        truth.append(target(*((*box, label, 1.0) for box, label in zip(boxes, classes, strict=True))))
+        moved, others = boxes + random.uniform(-3, 3, boxes.shape), np.where(random.random(6) < 0.7, classes, 1)
+        scores = random.random(6)
+        labels.append(target(*((*b, c, s) for b, c, s in zip(moved, others, scores, strict=True))))
+    counts = count_by_class(labels, truth, 3)
+    shares = shares_by_class(counts, ["a", "b", "c"])
+    for number, name in enumerate("abc"):
+        own = [found[found.labels == number + 1] for found in labels]
+        there = [true[true.labels == number + 1] for true in truth]
+        alone = quality(own, there)
+        assert counts[number, 0] == alone["labels"]
+        assert counts[number, 2] == alone["boxes"]
+        assert shares[name]["pseudo_precision"] == pytest.approx(100 * alone["precision"])
+        assert shares[name]["pseudo_recall"] == pytest.approx(100 * alone["recall"])
+    assert counts[:, 1].min() > 0
+    assert shares_by_class(np.zeros((1, 3), np.int64), ["a"]) == {
+        "a": {"pseudo_precision": None, "pseudo_recall": None}
+    }

@@ -50,7 +50,7 @@ def test_help_of_a_command_is_quick() -> None:
 @pytest.mark.parametrize("width", ["60", "200"])
 def test_help_fits_the_terminal(width: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", width)
-    meanings = [line for line in help_texts.of("predict").splitlines() if line.startswith(" " * 20)]
+    meanings = [line for line in help_texts.command_help("predict").splitlines() if line.startswith(" " * 20)]
     assert meanings
     assert max(map(len, meanings)) <= int(width)
 
@@ -131,7 +131,7 @@ def test_a_comment_belongs_to_its_key(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_sources_name_the_file_that_wins(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "tools.yaml").write_text("defaults: [coco]\nname: tools\nroot: /data/tools\n")
-    found = sources.of(
+    found = sources.sources_of(
         compose.load(
             ["data=tools", "preset=paper", "method=soft_teacher", "batch.labeled=13", "augment=stac"], [tmp_path]
         )
@@ -146,7 +146,7 @@ def test_sources_name_the_file_that_wins(tmp_path: Path) -> None:
     assert found["method.lambda_u"] == "method/soft_teacher.yaml"
     assert found["augment.name"] == "augment/stac.yaml"
     assert found["seed"] == "filled by the program (config.yaml: null)"
-    assert found["detector.style"].startswith("detector/faster_rcnn_r50.yaml, ${")
+    assert found["detector.style"].startswith("detector/faster_rcnn.yaml, ${")
 
 
 def test_config_prints_sources_only_where_it_can(capsys: pytest.CaptureFixture[str]) -> None:

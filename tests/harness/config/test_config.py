@@ -22,6 +22,7 @@ from harness.config import checks, compose
 from harness.config.identity import config_sha256, differences, identity
 from harness.config.names import cell_name
 from harness.config.paths import places, quote_path
+from harness.config.run import settings_of
 from harness.core import files
 from harness.core.types import Batch, UserError, Views
 from harness.engine import build
@@ -198,11 +199,11 @@ def test_common_configurations_do_not_import_the_methods() -> None:
 
 def test_devices_that_cannot_share_a_step_are_refused_before_data_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without batch.micro a step is one micro-batch; commands that train nothing do not mind."""
-    monkeypatch.setattr(build, "dataset", lambda _: pytest.fail("the data was opened"))
+    monkeypatch.setattr(build, "dataset", lambda *_: pytest.fail("the data was opened"))
     with pytest.raises(
         UserError, match=r"2 devices cannot share the 16 images .*batch\.micro=null makes 1 micro-batch "
     ):
-        build.data(compose.load(["devices=2"]))
+        build.data(settings_of(compose.load(["devices=2"])))
 
 
 def test_evaluate_makes_the_folder_of_out_or_tells_before_scoring(

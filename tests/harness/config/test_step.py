@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from harness.config import checks, compose
 from harness.config.identity import identity
+from harness.config.run import settings_of
 from harness.config.step import StepShape
 from harness.core.distributed import World
 from harness.core.types import UserError, Views
@@ -88,7 +90,10 @@ def _answers(cfg: DictConfig) -> list[str]:
     world = World(0, int(cfg.devices), torch.device("cpu"))
 
     def built() -> str:
-        return str(build.sampler(cfg, views, 0, source, source, world).micro)
+        run = settings_of(cfg)
+        shape = run.step_shape(bool(views.unlabeled), world.size)
+        pools = (source, source if views.unlabeled else None)
+        return str(build.sampler(shape, run.batch, 1, 6, 0, *pools).micro)
 
     def told_by_the_launcher() -> str:
         told = local._explain(cfg, world, torch.OutOfMemoryError())
@@ -156,18 +161,19 @@ def test_nodes_count_as_the_processes_of_a_step_do() -> None:
 def test_shipped_methods_say_what_they_draw(method: str) -> None:
     """The YAML agrees with the views of the method that is built, and is no part of a run's identity."""
     cfg = compose.load([f"method={method}", "detector.weights=scratch"])
-    built = build.method(cfg, build.detector(cfg, 3))
-    assert cfg.method.unlabeled == bool(built.views.unlabeled) == checks.draws_unlabeled(cfg)
+    network = build.detector(cfg.detector, Path(cfg.cache_dir), 3)
+    built = build.method(cfg.method, network, cfg.schedule.steps)
+    assert cfg.method.unlabeled == bool(built.views.unlabeled) == checks.draws_unlabeled(cfg.method)
     assert "unlabeled" not in identity(cfg)["method"]
-    without = OmegaConf.to_container(cfg)
+    without = OmegaConf.to_container(cfg.method, resolve=True)
     assert isinstance(without, dict)
-    del without["method"]["unlabeled"]  # as configurations that were saved before have it
+    del without["unlabeled"]  # as configurations that were saved before have it
     if hasattr(type(built), "views"):  # those that choose them when they are built are not asked
-        assert checks.draws_unlabeled(OmegaConf.create(without)) == bool(built.views.unlabeled)
-    assert build.method(OmegaConf.create(without), build.detector(cfg, 3)).views == built.views
+        assert checks.draws_unlabeled(without) == bool(built.views.unlabeled)
+    assert build.method(without, network, cfg.schedule.steps).views == built.views
 
 
 def test_a_method_that_draws_otherwise_than_it_says_is_refused() -> None:
     cfg = compose.load(["method=supervised", "detector.weights=scratch", "method.unlabeled=true"])
     with pytest.raises(UserError, match=r"method=supervised draws no unlabelled images.*method\.unlabeled=false"):
-        build.method(cfg, build.detector(cfg, 3))
+        build.method(cfg.method, build.detector(cfg.detector, Path(cfg.cache_dir), 3), cfg.schedule.steps)

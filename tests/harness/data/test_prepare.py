@@ -17,6 +17,7 @@ from PIL import Image
 
 from harness import cli
 from harness.config import compose as config_file
+from harness.config.run import settings_of
 from harness.core.types import UserError
 from harness.data import prepare, split_files
 from harness.data.datasets import Dataset, coco_dataset
@@ -752,11 +753,11 @@ def test_unlabelled_pictures_matter_to_full_alone(tmp_path: Path, capsys: pytest
     (tmp_path / "data" / "more").mkdir()
     keys = ["data.unlabeled_annotations=more.json", "data.unlabeled_images=more", f"cache_dir={tmp_path}/cache"]
     keys += ["data=custom", f"data.root={tmp_path}/data"]
-    data = build.data(config_file.load(keys))
+    data = build.data(settings_of(config_file.load(keys)))
     assert data.unlabeled is not None
     assert "unlabeled" not in vars(data.dataset)  # not opened
     with pytest.raises(UserError, match="3 of the 3 unlabeled pictures"):
-        build.data(config_file.load([*keys, "split.protocol=full"]))
+        build.data(settings_of(config_file.load([*keys, "split.protocol=full"])))
     assert run(tmp_path, *keys, f"export_dir={tmp_path}/out") == 0
     found = json.loads((tmp_path / "out" / "prepared.json").read_text())
     assert list(found["parts"]) == ["train", "val"]

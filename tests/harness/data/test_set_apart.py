@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from harness import cli
 from harness.config import compose
 from harness.config.identity import config_sha256
+from harness.config.run import settings_of
 from harness.core.types import UserError
 from harness.data import prepare
 from harness.data.datasets import Dataset
@@ -183,13 +184,13 @@ def test_coco_without_evaluation_images(tmp_path: Path) -> None:
     make_pets(tmp_path / "pets")
     (tmp_path / "pets" / "val.json").unlink()
     keys = [*KEYS, f"data.root={tmp_path}/pets", f"cache_dir={tmp_path}/cache"]
-    data = build.data(compose.load(keys))
+    data = build.data(settings_of(compose.load(keys)))
     assert (len(data.val), len(data.labeled)) == (4, 12)
     assert not set(data.val.paths) & set(data.labeled.paths)
-    again = build.data(compose.load(keys))
+    again = build.data(settings_of(compose.load(keys)))
     assert again.split.sha256 == data.split.sha256
     with pytest.raises(UserError, match=r"no images to evaluate on \(data\.val_annotations is null\)"):
-        build.data(compose.load([*keys[:-3], *keys[-2:]]))
+        build.data(settings_of(compose.load([*keys[:-3], *keys[-2:]])))
 
 
 def test_suites_open_the_data_of_each_split(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_a_graph_sees_what_the_pipeline_shows(network: trained.Trained, pets_run
 def test_every_detector_becomes_a_graph(name: str) -> None:
     cfg = compose.load([f"detector={name}", "detector.weights=scratch"])
     torch.manual_seed(0)
-    detector = build.detector(cfg, 3).eval()
+    detector = build.detector(cfg.detector, Path(cfg.cache_dir), 3).eval()
     about = export.Program(canvas=[128, 160], short=128, max=160, score=0.001)
     graph = export.capture(detector, about).module()
     eager = export.ExportedGraph(detector, 0.001)

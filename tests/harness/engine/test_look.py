@@ -68,7 +68,7 @@ def test_views_show_boxes_on_the_objects(tmp_path: Path, monkeypatch: pytest.Mon
     def keep(image: Image.Image, boxes: np.ndarray, *_: object) -> None:
         drawn.append((np.asarray(image).max(-1), boxes))
 
-    monkeypatch.setattr(look.annotate, "draw", keep)
+    monkeypatch.setattr(look.annotate, "draw_detections", keep)
     root = tmp_path / "squares"
     _squares(root)
     cfg = compose.load(
@@ -121,7 +121,7 @@ def test_pages_of_a_run_are_written_as_one_file_and_a_picture(pets_run: Path, tm
 
 
 def test_names_in_a_page_are_text_and_nothing_else() -> None:
-    panel = look.Panel("<script>x</script>", Image.new("RGB", (20, 20)), ["a & b"])
+    panel = look.ViewPanel("<script>x</script>", Image.new("RGB", (20, 20)), ["a & b"])
     page = look.Page("<i>", ["<u>"], [("<img>.jpg", [panel])])
     text = look.as_html(page)
     assert "<script>" not in text

@@ -45,7 +45,7 @@ def _taken(step: int, loss: float = 1.0, norm: float = 1.0) -> StepTaken:
 @pytest.fixture
 def run(tmp_path: Path) -> Any:
     """What `StepFlags` needs of an experiment."""
-    return SimpleNamespace(cfg=SimpleNamespace(run_dir=tmp_path, seed=7), world=SimpleNamespace(rank=0))
+    return SimpleNamespace(settings=SimpleNamespace(run_dir=tmp_path, seed=7), world=SimpleNamespace(rank=0))
 
 
 def _steps_read(flags: StepFlags, buffer: torch.Tensor, marked: dict[int, int], at_once: set[int], steps: int) -> int:
@@ -70,7 +70,7 @@ def test_loss_that_is_not_finite_is_told_with_its_own_step(run: Any, late: bool,
     buffer = torch.zeros(2)
     with pytest.raises(RunError, match=r"step 3 \(rpn_class\)"):
         _steps_read(StepFlags(run, buffer, late), buffer, {3: NOT_FINITE}, at_once, 8)
-    replay = json.loads((run.cfg.run_dir / "non_finite_rank0.json").read_text())
+    replay = json.loads((run.settings.run_dir / "non_finite_rank0.json").read_text())
     assert replay["step"] == 3
     shown = [(m["finite"], m["labeled_ids"], m["labeled_keys"]) for m in replay["micro_batches"]]
     assert shown == [(False, [3], [103]), (True, [4], [104])]
@@ -91,6 +91,7 @@ class _Labeller(Method):
     def __init__(self, labels: PaddedTargets) -> None:
         nn.Module.__init__(self)
         self.labels = {"all": labels}
+        self.student: Any = SimpleNamespace(num_classes=2)
 
     def forward(self, batch: Batch, step: int) -> Any:
         raise NotImplementedError
@@ -106,7 +107,7 @@ def _measured(hidden: ImageSource | None, ids: list[int], boxes: list[list[float
     run: Any = SimpleNamespace(
         data=SimpleNamespace(hidden=hidden),
         method=_Labeller(labels),
-        cfg=SimpleNamespace(schedule=SimpleNamespace(steps=10)),
+        settings=SimpleNamespace(schedule=SimpleNamespace(steps=10)),
     )
     log: Any = SimpleNamespace(pseudo=lambda _, quality: notes.append(quality["all"]))
     counters = Counters()
@@ -140,6 +141,7 @@ def test_pseudo_labels_are_measured_where_the_truth_is_known() -> None:
     assert noted == {"precision": 0.5, "recall": 0.5, "iou": 1.0, "labels": 2.0, "boxes": 2.0}
     assert counters.measured == {"precision": 0.5, "recall": 0.5, "iou": 1.0, "labels": 2.0, "boxes": 2.0}
     assert counters.measurements == 1
+    assert counters.by_class == [[2, 1, 2], [0, 0, 0]]
 
 
 def test_counters_of_older_checkpoints_are_read() -> None:

@@ -25,7 +25,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def opened(name: str, folder: str = "conf"):
-    return build.dataset(compose.load([f"data={name}"], [folder]))
+    cfg = compose.load([f"data={name}"], [folder])
+    return build.dataset(cfg.data, Path(cfg.cache_dir))
 
 
 def test_coco_files_beside_their_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import DictConfig
 
 from harness.cli import main
 from harness.config import compose
 from harness.config.identity import config_sha256, identity
+from harness.config.run import settings_of
 from harness.core.distributed import World
 from harness.core.types import UserError
 from harness.engine import build, start
@@ -55,11 +57,16 @@ def _reported(run_dir: Path) -> dict[str, torch.Tensor]:
     return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
 
 
+def _begun(cfg: DictConfig) -> build.Experiment:
+    settings = settings_of(cfg)
+    data = build.data(settings)
+    return build.experiment(settings, CPU, data, start.read(settings.detector, data.dataset.train.category_names))
+
+
 @pytest.mark.parametrize("method", ["supervised", "mean_teacher"])
 def test_student_and_teacher_begin_with_the_network_that_was_reported(first: Path, method: str) -> None:
     cfg = compose.load(_settings(first, f"method={method}"))
-    data = build.data(cfg)
-    begun = build.experiment(cfg, CPU, data, start.read(cfg, data.dataset.train.category_names))
+    begun = _begun(cfg)
     begun.pipeline.close()
     expected = _reported(first)
     assert _record(first)["reported_network"] == "teacher"
@@ -104,20 +111,20 @@ def test_a_run_that_starts_there_is_trained_recorded_taken_up_and_evaluated(
 )
 def test_another_detector_is_refused(first: Path, overrides: tuple[str, ...], words: str) -> None:
     cfg = compose.load(_settings(first, *overrides))
-    names = list(build.dataset(cfg).train.category_names)
+    names = list(build.dataset(cfg.data, Path(cfg.cache_dir)).train.category_names)
     with pytest.raises(UserError, match=re.escape(words)):
         _load(cfg, names)
 
 
 def _load(cfg: Any, names: list[str]) -> None:
-    begun = start.read(cfg, names)
+    begun = start.read(cfg.detector, names)
     assert begun is not None
-    begun.load_into(build.detector(cfg, len(names)))
+    begun.load_into(build.detector(cfg.detector, Path(cfg.cache_dir), len(names)))
 
 
 def test_other_classes_are_refused(first: Path) -> None:
     cfg = compose.load(_settings(first))
-    names = list(build.dataset(cfg).train.category_names)
+    names = list(build.dataset(cfg.data, Path(cfg.cache_dir)).train.category_names)
     _load(cfg, names)
     for others in (names[::-1], [*names, "another"], names[:-1]):
         with pytest.raises(UserError, match=r"was trained on the classes .* start from a run with the same classes"):
@@ -130,7 +137,7 @@ def test_weights_that_are_not_those_of_the_record_are_refused(first: Path, tmp_p
     (copy / "record.json").write_text(json.dumps({**record, "weights_sha256": "0" * 64}))
     cfg = compose.load(_settings(copy))
     with pytest.raises(UserError, match=r"are not those of the run's record\.json"):
-        _load(cfg, list(build.dataset(cfg).train.category_names))
+        _load(cfg, list(build.dataset(cfg.data, Path(cfg.cache_dir)).train.category_names))
     (copy / "record.json").write_text(json.dumps({**record, "status": "interrupted"}))
     with pytest.raises(UserError, match=r"is not finished \(status interrupted\)"):
         compose.load(_settings(copy))
@@ -143,8 +150,7 @@ def test_a_backbone_at_a_rate_of_its_own_trains_as_by_hand(first: Path) -> None:
     given = ["method=supervised", "schedule.optimizer.name=sgd", "+schedule.optimizer.momentum=0"]
     given += ["schedule.optimizer.weight_decay=0", "detector.backbone_lr_scale=0.1"]
     cfg = compose.load(_settings(first, *given))
-    data = build.data(cfg)
-    run = build.experiment(cfg, CPU, data, start.read(cfg, data.dataset.train.category_names))
+    run = _begun(cfg)
     run.pipeline.close()
     net = run.method.student
     before = {name: p.detach().clone() for name, p in net.named_parameters()}

@@ -29,7 +29,7 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two runs on generated images: the baseline finds every object, the other one a corner of each picture."""
     folder = tmp_path_factory.mktemp("gallery")
     cfg = compose.load([*SHAPES, f"cache_dir={folder / 'cache'}"])
-    opened = build.dataset(cfg)
+    opened = build.dataset(cfg.data, Path(cfg.cache_dir))
     truth = opened.val.coco_ground_truth()
     right = [
         {"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": 0.9}
@@ -81,7 +81,8 @@ def test_pseudo_labels_are_shown_beside_the_hidden_truth(suite: Path, tmp_path: 
         (tmp_path / path.relative_to(suite)).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path.relative_to(suite)).write_bytes(path.read_bytes())
     run_dir = tmp_path / "quick/stac-10-1"
-    train = build.dataset(read_config(run_dir)).train
+    cfg = read_config(run_dir)
+    train = build.dataset(cfg.data, Path(cfg.cache_dir)).train
     unlabelled = train.source(train.image_ids[2:7])
     offsets = np.array([0, *np.minimum(np.arange(1, 6), len(unlabelled.boxes))], np.int64)
     first = [int(unlabelled.offsets[row]) for row in range(5)]  # the first object of each image
