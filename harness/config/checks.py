@@ -201,6 +201,21 @@ def _check_method(method: dict[str, Any]) -> None:
     options = own.get("offline")
     if options and options["stage1"] == own["name"]:
         raise UserError(f"method.offline.stage1={own['name']} is the method itself: name another, such as supervised")
+    if options:
+        _check_labels(options)
+
+
+def _check_labels(options: dict[str, Any]) -> None:
+    """Checks that pseudo labels of a file come with who made them, and with nobody else."""
+    labels, labeller = options.get("labels"), options.get("labeller")
+    if labels and not labeller:
+        raise UserError("method.offline.labels needs method.offline.labeller=NAME: say who made them, for the record")
+    if labeller and not labels:
+        raise UserError(f"method.offline.labeller={labeller} made no labels: set method.offline.labels to their file")
+    if labels and options.get("checkpoint"):
+        raise UserError(
+            "method.offline.labels and method.offline.checkpoint both give pseudo labels: leave one of them null"
+        )
 
 
 def _as_shipped(place: str, overrides: Sequence[str], config_dirs: Sequence[str]) -> bool:

@@ -32,7 +32,7 @@ def load(overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()) -> Di
         UserError: for an unknown key or option, or values that cannot work.
     """
     cfg = _load(overrides, [files.home_path(str(folder), "--config-dir") for folder in config_dirs])
-    if cfg.method.get("offline") is not None:
+    if _has_stage_one(cfg):
         _check_stage_one(cfg)
     return cfg
 
@@ -132,7 +132,13 @@ def stage_one(cfg: DictConfig) -> DictConfig | None:
     What `offline.stage1_overrides` says differently counts where the command line does not say it. The split is this
     run's, whatever protocol a preset gives the other method.
     """
-    return None if cfg.method.get("offline") is None else load(*_stage_one_arguments(cfg))
+    return load(*_stage_one_arguments(cfg)) if _has_stage_one(cfg) else None
+
+
+def _has_stage_one(cfg: DictConfig) -> bool:
+    """Whether another method makes the pseudo labels, not a file."""
+    options = cfg.method.get("offline")
+    return options is not None and options.get("labels") is None
 
 
 def _stage_one_arguments(cfg: DictConfig) -> tuple[list[str], list[str]]:

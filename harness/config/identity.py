@@ -57,6 +57,8 @@ _ADDED = (
     "split.holdout",
     "split.tune",
     "evaluation.set",
+    "method.offline.labels",
+    "method.offline.labeller",
 )
 # The same of one form of datasets; of COCO's the key is as old as the form.
 _ADDED_TO_DATA = {

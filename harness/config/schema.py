@@ -180,6 +180,8 @@ class OfflineOptions:
     threshold: Share
     stage1_overrides: list[str] | None = None
     checkpoint: File | None = None
+    labels: File | None = None
+    labeller: Name | None = None
     keep_top1: bool = True
     score_threshold: Share = 0.05
     float16: bool = True

@@ -32,7 +32,7 @@ from harness.core.record import read_record
 from harness.core.stopping import Interrupted, StopRequest
 from harness.core.types import ImageSource, UserError
 from harness.data.annotations import positions
-from harness.engine import build, checkpoint
+from harness.engine import build, checkpoint, foreign_labels
 from harness.engine.build import Data
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,13 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Train = Callable[[RunSettings, distributed.World, StopRequest], int]
 
-_STAGE_ONE = ("stage1", "stage1_overrides", "checkpoint")  # keys of `offline` that say who labels, not how
+_STAGE_ONE = (
+    "stage1",
+    "stage1_overrides",
+    "checkpoint",
+    "labels",
+    "labeller",
+)  # keys of `offline` that say who labels, not how
 
 LABELS = "pseudo_labels.npz"  # in the run's folder
 
@@ -52,7 +58,8 @@ class Extra:
     steps: int = 0
     quality: dict[str, float] = field(default_factory=dict)
     by_class: np.ndarray | None = None  # (C, 3), see `detectors.methods.pseudo_labels.count_by_class`
-    stage_one: str | None = None  # what made its pseudo labels: the sha256 of a configuration or of a checkpoint
+    stage_one: str | None = None  # what made its pseudo labels: the sha256 of a configuration, checkpoint or file
+    labeller: str | None = None  # who made those of a file
 
 
 def label(
@@ -73,28 +80,44 @@ def label(
     options, stage_one = settings.method.get("offline"), settings.stage_one
     if options is None or data.unlabeled is None:
         return data, Extra()
-    assert stage_one is not None
-    path, given = settings.run_dir / LABELS, options.get("checkpoint")
-    made_by = _made_by(options, stage_one.config_sha256, data)
+    path, given, foreign = settings.run_dir / LABELS, options.get("checkpoint"), options.get("labels")
+    made_by = _made_by(options, stage_one.config_sha256 if stage_one else "", data)
     if not distributed.from_main(world, lambda: _are_there(path, made_by)):
         distributed.from_main(world, lambda: _refuse_other_labels(settings.run_dir, made_by))
-        file = _stage_one_checkpoint(given, settings.runs_dir, stage_one, world, stop, train)
-        state = _labeller_state(file, data)
-        torch.manual_seed(settings.seed)
-        labeller = _labeller(stage_one, state, file, len(data.dataset.train.category_ids), world, stop)
-        thresholds = {key: value for key, value in options.items() if key not in _STAGE_ONE}
-        source, steps = _label_with(labeller, settings.feed, thresholds, data, world, stop), int(state["step"])
-        if not len(source):
-            raise UserError(
-                f"stage 1 found no box above method.offline.score_threshold in any of the {len(data.unlabeled)} "
-                "unlabelled images: train it longer, or keep images without a box by method.offline.drop_empty=false"
-            )
-        distributed.from_main(world, lambda: _write(path, source, made_by, steps))
+        if foreign:
+            distributed.from_main(world, lambda: _write(path, _foreign(options, data), made_by, 0))
+        else:
+            assert stage_one is not None
+            file = _stage_one_checkpoint(given, settings.runs_dir, stage_one, world, stop, train)
+            state = _labeller_state(file, data)
+            torch.manual_seed(settings.seed)
+            labeller = _labeller(stage_one, state, file, len(data.dataset.train.category_ids), world, stop)
+            source = _label_with(labeller, settings.feed, _thresholds(options), data, world, stop)
+            if not len(source):
+                raise UserError(
+                    f"stage 1 found no box above method.offline.score_threshold in any of the {len(data.unlabeled)} "
+                    "unlabelled images: train it longer, or keep images without a box by "
+                    "method.offline.drop_empty=false"
+                )
+            distributed.from_main(world, lambda: _write(path, source, made_by, int(state["step"])))
     source, extra = _read(path, data.unlabeled, len(data.dataset.train.category_ids))
     if data.hidden is not None:
         classes = len(data.dataset.train.category_ids)
         extra.quality, extra.by_class = offline_quality(source, data.hidden, classes)
+    extra.labeller = options.get("labeller")
     return dataclasses.replace(data, unlabeled=source), extra
+
+
+def _thresholds(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key not in _STAGE_ONE}
+
+
+def _foreign(options: Mapping[str, Any], data: Data) -> ImageSource:
+    """The unlabelled images with the boxes of a file."""
+    assert data.unlabeled is not None
+    usable = _without(data.unlabeled, data.bad_images)
+    kept = {key: value for key, value in _thresholds(options).items() if key != "float16"}
+    return foreign_labels.read_labels(Path(options["labels"]), usable, data.dataset.train.category_ids, **kept)
 
 
 def _made_by(options: Mapping[str, Any], stage_one: str, data: Data) -> dict[str, str | None]:
@@ -102,16 +125,19 @@ def _made_by(options: Mapping[str, Any], stage_one: str, data: Data) -> dict[str
 
     Args:
         options: the keys of `method.offline`.
-        stage_one: hash of the configuration of the run that is stage 1, where none is given.
+        stage_one: hash of the configuration of the run that is stage 1, where none is given and no file of labels.
         data: of the run.
     """
     thresholds = dict(options)
-    given = thresholds.pop("checkpoint", None)
+    given, foreign = thresholds.pop("checkpoint", None), thresholds.pop("labels", None)
+    if thresholds.get("labeller") is None:
+        thresholds.pop("labeller", None)  # labels of before have no such key
     stage: str | None = stage_one
-    if given is not None:
+    if given is not None or foreign is not None:
         try:
-            stage = hashlib.sha256(checkpoint.find(Path(str(given))).read_bytes()).hexdigest()
-        except UserError:
+            file = Path(str(foreign)) if foreign is not None else checkpoint.find(Path(str(given)))
+            stage = hashlib.sha256(file.read_bytes()).hexdigest()
+        except (UserError, OSError):
             stage = None
     return {
         "options": json.dumps(thresholds, sort_keys=True),
@@ -141,7 +167,7 @@ def _refuse_other_labels(run_dir: Path, made_by: dict[str, str | None]) -> None:
     if begun is not None and begun["identity"].get("stage 1") != made_by["stage 1"]:
         raise UserError(
             f"the run in {run_dir} began with pseudo labels of another stage 1: give the same "
-            "method.offline.checkpoint to continue it, or another run_dir=DIR"
+            "method.offline.checkpoint or method.offline.labels to continue it, or another run_dir=DIR"
         )
 
 

@@ -386,6 +386,7 @@ def new_record(run_: Experiment, extra: offline.Extra) -> RunRecord:
         added_images=prepare.added_pictures(data.dataset, data.unlabeled),
         labeled_boxes=len(data.labeled.boxes),
         eval_images=len(data.val),
+        labeller=extra.labeller,
         evaluated_on=data.dataset.evaluated_on,
         tune_images=len(data.dataset.tune) if data.dataset.tune else 0,
         tune_boxes=len(data.dataset.tune.boxes) if data.dataset.tune else 0,

@@ -59,7 +59,7 @@ def borrows_stage_one(record: RunRecord) -> bool:
     method = record.config.get("method")
     offline = method.get("offline") if isinstance(method, dict) else None
     in_suite = record.suite is not None and record.preset == "paper"
-    return in_suite and isinstance(offline, dict) and not offline.get("stage1_overrides")
+    return in_suite and isinstance(offline, dict) and not (offline.get("stage1_overrides") or record.labeller)
 
 
 COLLECTED = "records.jsonl"  # a record in each line; what else a run left may lie in a folder of the cell's name

@@ -199,6 +199,11 @@ def facts(section: Section) -> list[tuple[str, str]]:
     lenders = sorted({method_label(run.record.method) for run in section.runs if borrows_stage_one(run.record)})
     if lenders:
         found.append((f"stage 1 of {', '.join(lenders)}", "the supervised baseline of this suite, not the paper's own"))
+    foreign = sorted(
+        {(method_label(run.record.method), run.record.labeller) for run in section.runs if run.record.labeller}
+    )
+    seen = "which may have seen these images, their labels or the evaluation images"
+    found += [(f"pseudo labels of {method}", f"a file made by {labeller}, {seen}") for method, labeller in foreign]
     machines = sorted({machine(run.record.environment) for run in section.runs})
     found += [
         ("machine", "; ".join(machines)),

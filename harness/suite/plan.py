@@ -155,8 +155,8 @@ def _link(cells: list[SuiteCell]) -> None:
     by_place = {(cell.method, cell.percent, cell.fold, cell.seed): cell for cell in cells}
     for cell in cells:
         stage1 = OmegaConf.select(cell.cfg, "method.offline.stage1")
-        given = OmegaConf.select(cell.cfg, "method.offline.checkpoint")
-        if stage1 is not None and given is None:
+        given = [OmegaConf.select(cell.cfg, f"method.offline.{key}") for key in ("checkpoint", "labels")]
+        if stage1 is not None and not any(given):
             cell.needs = by_place.get((stage1, cell.percent, cell.fold, cell.seed))
     for cell in cells:
         cell.urgency = cell.cost + max((c.cost for c in cells if c.needs is cell), default=0.0)

@@ -248,6 +248,9 @@ FULL = f"{PREPARE} split.protocol=full"
 ALONE = ("split.protocol=full", "data.unlabeled_images={tmp}/alone")
 CUSTOM = "data=custom data.root={tmp}/pets"
 
+LABELS = f"{TRAIN} split.percent=50 method=stac method.offline.labels={{tmp}}/labels.json"
+OWL = "method.offline.labeller=owl"
+
 CASES = [
     *(Case(f"prepare, {name}", PREPARE, ("train.json", *names), prepare) for name, prepare, names in VALUES),
     *(Case(f"train, {name}", TRAIN, ("train.json", *names), prepare) for name, prepare, names in VALUES[::5]),
@@ -356,6 +359,32 @@ CASES = [
         lambda folder: (make_pets(folder / "pets"), (folder / "bad").mkdir(), (folder / "bad/a.jpg").write_text("x")),
     ),
     Case("unlabelled pictures that are labelled", f"{FULL} data.unlabeled_images=train", "already", pets()),
+    Case("labels of nobody", f"{LABELS}", ("method.offline.labels", "method.offline.labeller=NAME"), pets()),
+    Case(
+        "a labeller without labels",
+        f"{TRAIN} method=stac method.offline.labeller=owl",
+        ("method.offline.labeller=owl", "set method.offline.labels"),
+        pets(),
+    ),
+    Case("labels gone", f"{LABELS} {OWL}", ("labels.json", "cannot be read"), pets()),
+    Case(
+        "labels that are none",
+        f"{LABELS} {OWL}",
+        ("labels.json", "no list of boxes"),
+        lambda folder: (make_pets(folder / "pets"), (folder / "labels.json").write_text("[3]")),
+    ),
+    Case(
+        "labels of other pictures",
+        f"{LABELS} {OWL}",
+        ("labels.json", "image ids"),
+        lambda folder: (make_pets(folder / "pets"), (folder / "labels.json").write_text("[]")),
+    ),
+    Case(
+        "labels and a stage 1",
+        f"{LABELS} {OWL} method.offline.checkpoint={{tmp}}/run",
+        ("method.offline.labels", "method.offline.checkpoint", "leave one"),
+        pets(),
+    ),
     Case(
         "nothing to evaluate on",
         f"{TRAIN} split.percent=50 data.val_annotations=null",

@@ -221,3 +221,21 @@ def test_labels_that_no_stage_one_gives_are_damaged(tmp_path: Path, changes: dic
     with pytest.raises(UserError, match=named):
         offline._decode(path)
     assert not offline._are_there(path, {"stage 1": "x"})
+
+
+def test_labels_of_a_file_need_no_stage_one(tmp_path: Path) -> None:
+    """A foreign labeller is a run of its own name, its record says who made the labels, and nothing else is trained."""
+    labels = tmp_path / "labels.json"
+    boxes = [{"image_id": n, "category_id": 1, "bbox": [5, 5, 20, 20], "score": 0.95} for n in range(1, 21)]
+    labels.write_text(json.dumps(boxes))
+    keys = ["method.name=stac_owl", f"method.offline.labels={labels}", "method.offline.labeller=OWL"]
+    run_dir = tmp_path / "run"
+    assert main(_command(tmp_path, "stac", *keys, f"run_dir={run_dir}")) == 0
+    record = json.loads((run_dir / "record.json").read_text())
+    assert (record["status"], record["method"], record["labeller"]) == ("ok", "stac_owl", "OWL")
+    assert (record["extra_steps"], (run_dir / "stage1").exists()) == (0, False)
+    assert record["pseudo_precision"] is not None  # measured like those of any stage 1
+    with np.load(run_dir / offline.LABELS) as kept:
+        assert kept["boxes"].tolist() == [[5, 5, 25, 25]] * record["unlabeled_images"]
+    labels.write_text("[]")  # a finished run needs the file no more
+    assert main(_command(tmp_path, "stac", *keys, f"run_dir={run_dir}")) == 0
