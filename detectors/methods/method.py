@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from detectors.detector import Detector, ParameterGroup, join_views
 from detectors.methods import ema
 from detectors.methods.pseudo_labels import Quality, measure, measure_classes
+from detectors.methods.watch import LossWatch, Spells
 from detectors.padded import PaddedTargets
 from harness.core import validate
 from harness.core.types import Batch, Target, UserError, View, Views
@@ -107,6 +108,7 @@ class Method(nn.Module, ABC):
         # What the last forward took for the truth of unlabelled images, in pixels of their view `labels_view`: by the
         # use that was made of it, the one that decides classes first.
         self.labels: dict[str, PaddedTargets] = {}
+        self.spells, self.loss_watch = Spells(), LossWatch()  # for `doubts`
         if reported not in self.networks():
             raise UserError(f"method.reported={reported} does not exist here: choose {' or '.join(self.networks())}")
 
@@ -201,13 +203,29 @@ class Method(nn.Module, ABC):
         return measure_classes(first, view, truth, self.student.num_classes)
 
     def doubts(self, steps: Sequence[int], metrics: Mapping[str, Tensor]) -> list[str]:  # noqa: ARG002
-        """What the user should be warned of, each in one sentence.
+        """What the user should be warned of, each in one sentence: once when it begins to be true.
 
         Args:
             steps: those that were made since this was last asked for.
-            metrics: of the last of them, means over its micro-batches and ranks.
+            metrics: of the last of them, means over its micro-batches and ranks; and `labeled_loss`, the sum of the
+                labelled images' losses.
         """
-        return []
+        loss = metrics.get("labeled_loss")
+        if loss is None or not self.spells.begins("diverges", self.loss_watch.diverges(float(loss))):
+            return []
+        return [
+            f"the student diverges: its loss on labelled images is {float(loss):.3g}, as high as in the beginning or "
+            "higher; lower schedule.optimizer.lr, or set schedule.clip_norm"
+        ]
+
+    def scored(self, steps: int, network: str, ap: float | None) -> None:
+        """Called after an evaluation, before `doubts` is asked for the next time.
+
+        Args:
+            steps: student steps made so far.
+            network: of `networks`.
+            ap: 0..100; None where there is none.
+        """
 
     @property
     def pseudo_labels(self) -> dict[str, list[Target]]:

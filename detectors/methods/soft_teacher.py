@@ -51,6 +51,7 @@ class SoftTeacher(TeacherMethod):
     student: FasterRcnn
     teacher: FasterRcnn
     terms = ("rpn_class", "rpn_box", "roi_class", "roi_box")
+    threshold_key = "method.initial_score"
     measures = ("pseudo_boxes", "pseudo_class", "pseudo_box", "background_weight")
 
     def __init__(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from detectors.detector import Detector, targets_of
 from detectors.methods.method import Losses, Method, first_step, mean_count, rising, student_features, unlabeled_terms
+from detectors.methods.watch import WINDOW, LabelWatch, TeacherWatch
 from detectors.padded import PaddedTargets
 from harness.core.types import Batch, View, Views
 
@@ -34,6 +35,7 @@ class TeacherMethod(Method):
     views = Views(labeled=("labeled",), unlabeled=("weak", "strong"))
     teacher: Detector
     terms: tuple[str, ...] = ()  # names of the unlabelled losses; empty: those of the labelled images
+    threshold_key = "method.score"  # what decides how many boxes are pseudo labels
     measures: tuple[str, ...] = ("pseudo_boxes",)  # names of the unlabelled images' metrics
 
     def __init__(
@@ -55,6 +57,7 @@ class TeacherMethod(Method):
         self.lambda_u = lambda_u
         self.rise = 0 if rise is None else round(rise * steps) if rise < 1 else int(rise)
         self.joint_forward = joint_forward
+        self.teacher_watch, self.label_watch = TeacherWatch(start), LabelWatch()
 
     @abstractmethod
     def unlabeled_losses(self, features: list[Tensor], strong: View, weak: View, keys: Tensor) -> tuple[Losses, Losses]:
@@ -96,14 +99,45 @@ class TeacherMethod(Method):
         """What L_u is multiplied with at a step."""
         return self.lambda_u * rising(step, self.unlabeled_from, self.rise)
 
+    def scored(self, steps: int, network: str, ap: float | None) -> None:
+        if network == "teacher":
+            self.teacher_watch.scored(steps, ap)
+
     def doubts(self, steps: Sequence[int], metrics: Mapping[str, Tensor]) -> list[str]:
-        """Warns, once, of a teacher that begins to teach and is sure of next to nothing."""
-        if self.unlabeled_from not in steps:
-            return []
-        found, usual = float(metrics["pseudo_boxes"]), float(metrics["labeled_boxes"])
-        if found >= FEW * usual:
+        """Warns of a teacher that knows next to nothing when it begins, gets worse, or labels nothing or one class."""
+        found = super().doubts(steps, metrics)
+        if steps[-1] < self.unlabeled_from:
+            return found
+        boxes, usual = float(metrics["pseudo_boxes"]), float(metrics["labeled_boxes"])
+        if self.unlabeled_from in steps and boxes < FEW * usual:
+            found.append(
+                f"the teacher gives {boxes:.2f} boxes per unlabelled image, where labelled ones have {usual:.2f}: it "
+                "knows too little to teach yet; lengthen method.burn_in, or lower its score thresholds"
+            )
+        self.label_watch.take(boxes, next(iter(self.labels.values()), None))
+        return found + self._teacher_fell() + self._labels_are_odd()
+
+    def _teacher_fell(self) -> list[str]:
+        fell = self.teacher_watch.fell()
+        if not self.spells.begins("fell", fell is not None) or fell is None:
             return []
         return [
-            f"the teacher gives {found:.2f} boxes per unlabelled image, where labelled ones have {usual:.2f}: it knows "
-            "too little to teach yet; lengthen method.burn_in, or lower its score thresholds"
+            f"the teacher has AP {fell[1]:.1f}, and had {fell[0]:.1f} at the end of the burn-in: its labels harm; "
+            f"raise {self.threshold_key}, or lower method.lambda_u"
         ]
+
+    def _labels_are_odd(self) -> list[str]:
+        found = []
+        if self.spells.begins("none", self.label_watch.are_missing()):
+            found.append(
+                f"there were no pseudo labels at the last {WINDOW} log lines, so that nothing is learnt of unlabelled "
+                f"images: lower {self.threshold_key}, or lengthen method.burn_in"
+            )
+        label = self.label_watch.only_class()
+        if self.spells.begins("one class", label is not None and self.student.num_classes > 1):
+            found.append(
+                f"nearly all pseudo labels of the last {WINDOW} log lines are of class {label} (of "
+                f"{self.student.num_classes}, in the dataset's order): unless it is as common among human labels, "
+                f"lower {self.threshold_key} so that others are found too, or lengthen method.burn_in"
+            )
+        return found

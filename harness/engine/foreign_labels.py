@@ -77,8 +77,8 @@ def read_labels(
     if not boxes:
         raise UserError(
             f"{_KEY}: {file} has no box with a score above {score_threshold:g} for any of the {len(source):,} "
-            f"unlabelled images, the first of which is {os.path.basename(source.paths[0])} (image_id {source.ids[0]}): give "
-            "their file names or image ids"
+            f"unlabelled images, the first of which is {os.path.basename(source.paths[0])} (image_id {source.ids[0]}): "
+            "give their file names or image ids"
         )
     kept = sorted(boxes) if drop_empty else list(range(len(source)))
     found = [confident(_target(boxes.get(row, []), source.sizes[row]), threshold, keep_top1) for row in kept]

@@ -288,6 +288,7 @@ class _Session:
                 self.stop,
             )
             self.scores[name], self.predictions[name] = metrics, rows
+            self.run_.method.scored(self.counters.step, name, metrics["ap"])
             if self.log is not None:
                 self.log.evaluation(self.counters.step - 1, name, metrics)
         self.counters.eval_seconds += time.perf_counter() - begin

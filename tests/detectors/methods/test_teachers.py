@@ -168,6 +168,78 @@ def test_teacher_that_knows_too_little_at_the_end_of_burn_in_is_warned_of_once(m
     assert [("lengthen method.burn_in" in doubt) for doubt in doubts] == [True] * warned
 
 
+def watched(make_small, **options) -> MeanTeacher:
+    return MeanTeacher(make_small(), 2000, ema=EASY, **{"burn_in": 0, **options})
+
+
+def told(method, lines, boxes=1.0, loss=1.0):
+    """The warnings at each of some log lines, every 20 steps."""
+    metrics = {"pseudo_boxes": boxes, "labeled_boxes": 3.0, "labeled_loss": loss}
+    metrics = {name: torch.tensor(value) for name, value in metrics.items()}
+    return [method.doubts(range(20 * line + 1, 20 * line + 21), metrics) for line in lines]
+
+
+def counts(found):
+    return [len(doubts) for doubts in found]
+
+
+def test_no_pseudo_labels_for_some_time_is_told_once_per_spell(make_small):
+    method = watched(make_small)
+    found = told(method, range(8), boxes=0.0)
+    assert counts(found) == [0, 0, 0, 0, 1, 0, 0, 0]
+    assert "no pseudo labels" in found[4][0]
+    assert "method.score" in found[4][0]
+    assert counts(told(method, [8, 9], boxes=0.5)) == [0, 0]
+    assert counts(told(method, range(10, 16), boxes=0.0)) == [0, 0, 0, 0, 1, 0]  # another spell
+
+
+def test_burn_in_without_pseudo_labels_is_no_doubt(make_small):
+    assert counts(told(watched(make_small, burn_in=1000), range(10), boxes=0.0)) == [0] * 10
+
+
+def test_teacher_below_its_score_at_the_end_of_burn_in(make_small):
+    """AP 10, 30 (end of burn-in at step 100), 26, 40: 27 is nine tenths of 30."""
+    method = watched(make_small, burn_in=100)
+    seen = []
+    for steps, ap in ((50, 10.0), (100, 30.0), (200, 28.0), (300, 26.0), (400, 26.5), (500, 40.0), (600, 5.0)):
+        method.scored(steps, "student", 0.0)
+        method.scored(steps, "teacher", ap)
+        seen += told(method, [steps // 20])
+    assert counts(seen) == [0, 0, 0, 1, 0, 0, 1]
+    assert "AP 26.0, and had 30.0" in seen[3][0]
+    assert "method.lambda_u" in seen[3][0]
+
+
+def test_student_that_diverges(make_small):
+    """Window means of five lines: 2 at first, down to 0.5, and up to 2 again with the fourth line of 2.5."""
+    method = watched(make_small)
+    assert counts(told(method, range(5), loss=2.0)) == [0] * 5
+    assert counts(told(method, range(5, 15), loss=0.5)) == [0] * 10
+    found = told(method, range(15, 21), loss=2.5)
+    assert counts(found) == [0, 0, 0, 1, 0, 0]
+    assert "schedule.optimizer.lr" in found[3][0]
+    assert counts(told(method, range(21, 26), loss=0.5)) == [0] * 5
+
+
+def test_student_that_rises_from_the_start(make_small):
+    method = watched(make_small)
+    assert counts(told(method, range(5), loss=2.0)) == [0] * 5
+    assert counts(told(method, range(5, 10), loss=4.0)) == [0, 0, 0, 0, 1]
+
+
+@pytest.mark.parametrize(("shown", "warned"), [([1] * 20, True), ([1] * 19 + [2], False)])
+def test_one_class_that_gets_all_labels(make_small, shown, warned):
+    """20 boxes at each of 5 log lines, two of which are padding."""
+    method = watched(make_small)
+    labels = torch.tensor([[*shown, 2, 2]])
+    valid = torch.arange(22)[None] < 20
+    box = torch.tensor([0.0, 0, 5, 5]).expand(1, 22, 4)
+    method.labels = {"classification": PaddedTargets(box, labels, torch.ones(1, 22), valid)}
+    found = told(method, range(7))
+    assert counts(found) == [0, 0, 0, 0, int(warned), 0, 0]
+    assert not warned or ("class 1 (of" in found[4][0] and "method.score" in found[4][0])
+
+
 def test_mean_teacher_is_silent_without_any_label(make_small, make_batch, monkeypatch):
     method = MeanTeacher(make_small(), 10, ema=EASY).train()
     batch = make_batch(pseudo=True)
