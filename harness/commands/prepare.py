@@ -30,8 +30,15 @@ from harness.data.prepare import Checks
 from harness.data.set_apart import set_apart
 from harness.splits.protocols import SplitOptions
 
+_FORMATS = {
+    "coco_dataset": "COCO's",
+    "voc_dataset": "Pascal VOC's",
+    "yolo_dataset": "YOLO's",
+    "shapes_dataset": "COCO's",
+}
 _PERCENTS, _FOLDS = (1.0, 2.0, 5.0, 10.0), (1, 2, 3, 4, 5)  # of the papers
 _LONG = 10_000  # pictures from which a check without a terminal reports each tenth
+_SHOWN = 8  # classes named in a sentence
 _FEW = 4  # classes up to which a table has a column for each
 
 
@@ -69,6 +76,8 @@ def describe(cfg: DictConfig) -> dict[str, Any]:
     described = _described(options, wanted)
     found: dict[str, Any] = {
         "dataset": dataset.name,
+        "format": _FORMATS.get(str(cfg.data._target_).rpartition(".")[2]),
+        "category_ids": dataset.train.category_ids.tolist(),
         "classes": list(dataset.train.category_names),
         "parts": {part: _part(index, checks.pictures[part], level) for part, index in indices.items()},
         "findings": [asdict(finding) for finding in checks.findings],
@@ -214,7 +223,31 @@ def _progress(console: Console, total: int, level: str) -> Iterator[Callable[[in
         yield advance
 
 
+def _seen(found: dict[str, Any]) -> str:
+    """One sentence on what was recognised."""
+    parts = found["parts"]
+    what = {"train": "to train on", "val": "to evaluate on", "unlabeled": "without labels"}
+    counts = [
+        f"{entry['images']:,} {'picture' if entry['images'] == 1 else 'pictures'} {what[part]}"
+        + (f" with {entry['boxes']:,} {'box' if entry['boxes'] == 1 else 'boxes'}" if part != "unlabeled" else "")
+        for part, entry in parts.items()
+    ]
+    names = found["classes"]
+    shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    classes = f"{len(names)} {'class' if len(names) == 1 else 'classes'} ({shown})"
+    form = f"in {found['format']} format" if found["format"] else "in a format of your own"
+    return f"{found['dataset']} is {form}: {'; '.join(counts)}; {classes}{_gaps(found['category_ids'])}"
+
+
+def _gaps(ids: list[int]) -> str:
+    """What is said of category ids that are not consecutive."""
+    if not ids or ids[-1] - ids[0] + 1 == len(ids):
+        return ""
+    return f"; category ids from {ids[0]} to {ids[-1]} with gaps, which predictions keep"
+
+
 def _print(console: Console, found: dict[str, Any]) -> None:
+    console.print(_seen(found), markup=False)
     table = _table(f"data={found['dataset']}", "part")
     for heading in ("images", "without boxes", "boxes", "crowd", "checked", "bad"):
         table.add_column(heading, justify="right")
