@@ -97,7 +97,7 @@ def _of_file(cfg: DictConfig) -> int:
     world = distributed.join(distributed.resolve_device(cfg.device, 1))
     torch.set_num_threads(int(cfg.threads))
     network = trained.open_trained(cfg, world.device)
-    opened = build.dataset(sections.group(cfg, "data"), Path(cfg.cache_dir))
+    opened = build.divided_dataset(cfg)
     _require_classes(opened, network.about.classes)
     name = network.about.network
     scores, _ = _scores({name: network.detector}, network.pipeline(cfg, world), opened, threshold, world)
@@ -175,7 +175,7 @@ def _open(cfg: DictConfig, own: DictConfig, other: bool, state: dict[str, Any]) 
     names = state.get("classes")  # checkpoints of before do not say
     cache_dir = Path(cfg.cache_dir)
     classes = list(names or build.dataset(sections.group(own, "data"), cache_dir).train.category_names)
-    opened = build.dataset(sections.group(cfg if other else own, "data"), cache_dir)
+    opened = build.divided_dataset(cfg if other else own)
     _require_classes(opened, classes)
     if not other and opened.val.sha256 != state["identity"]["evaluation set"]:
         STDERR.say(f"the evaluation images of data={opened.name} have changed since the run was trained")

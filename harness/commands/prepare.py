@@ -27,6 +27,7 @@ from harness.data import prepare, split_files
 from harness.data.datasets import CocoIndex, Dataset
 from harness.data.images import ImageCheck
 from harness.data.prepare import Checks
+from harness.data.set_apart import set_apart
 from harness.splits.protocols import SplitOptions
 
 _PERCENTS, _FOLDS = (1.0, 2.0, 5.0, 10.0), (1, 2, 3, 4, 5)  # of the papers
@@ -58,7 +59,7 @@ def describe(cfg: DictConfig) -> dict[str, Any]:
     export_dir = Path(cfg.export_dir) if cfg.export_dir else None
     if export_dir:
         split_files.check_folder(export_dir)
-    dataset = build.dataset(sections.group(cfg, "data"), Path(cfg.cache_dir))
+    dataset = build.divided_dataset(cfg)
     level = str(cfg.check)
     options, wanted = sections.split_options(cfg), sections.prepare_options(cfg)
     unlabeled = dataset.reads_unlabeled(options.chosen)
@@ -73,7 +74,9 @@ def describe(cfg: DictConfig) -> dict[str, Any]:
         "findings": [asdict(finding) for finding in checks.findings],
         "warnings": prepare.found_in_files(indices, checks),
         "fatal": checks.fatal,
-        "splits": [_split(dataset, one, checks) for one in described],
+        "evaluated_on": dataset.evaluated_on,
+        "tune": None if dataset.tune is None else _counts(dataset.tune),
+        "splits": [_split(dataset.whole, one, checks, cfg.evaluation.get("set")) for one in described],
         "files": [],
     }
     chosen = found["splits"][described.index(options)] if options in described else {}
@@ -107,16 +110,11 @@ def _splits(
 
 
 def _part(index: CocoIndex, pictures: ImageCheck, level: str) -> dict[str, Any]:
-    usable = ~index.crowd
     return {
         "name": index.name,
         "image_dir": index.image_dir,
         "sha256": index.sha256,
-        "images": len(index),
-        "boxes": int(usable.sum()),
-        "crowd_boxes": int(index.crowd.sum()),
-        "images_without_boxes": int((~index.boxed()).sum()),
-        "boxes_per_class": _named(index, index.boxes_per_class()),
+        **_counts(index),
         "findings": [asdict(finding) for finding in index.findings],
         "pictures": {
             "check": level,
@@ -127,14 +125,25 @@ def _part(index: CocoIndex, pictures: ImageCheck, level: str) -> dict[str, Any]:
     }
 
 
+def _counts(index: CocoIndex) -> dict[str, Any]:
+    return {
+        "images": len(index),
+        "boxes": int((~index.crowd).sum()),
+        "crowd_boxes": int(index.crowd.sum()),
+        "images_without_boxes": int((~index.boxed()).sum()),
+        "boxes_per_class": _named(index, index.boxes_per_class()),
+    }
+
+
 def _named(index: CocoIndex, counts: np.ndarray) -> dict[str, int]:
     return dict(zip(index.category_names, counts.tolist(), strict=True))
 
 
-def _split(dataset: Dataset, options: SplitOptions, checks: Checks) -> dict[str, Any]:
+def _split(whole: Dataset, options: SplitOptions, checks: Checks, evaluate_on: str | None) -> dict[str, Any]:
     """Counts of one split, or the error that says why there is none."""
     row: dict[str, Any] = {"protocol": options.protocol, "percent": options.percent, "fold": options.fold}
     try:
+        dataset = set_apart(whole, options, evaluate_on)
         split = prepare.resolve_split(dataset, options)
     except UserError as error:
         return {**row, "error": str(error)}
@@ -216,9 +225,23 @@ def _print(console: Console, found: dict[str, Any]) -> None:
         cells = [f"{n:,}" for n in (*counts, pictures["checked"], len(pictures["bad"]))]
         table.add_row(part, *cells, entry["sha256"][:12])
     console.print(table)
+    for line in _apart(found):
+        console.print(line, markup=False)
     _print_classes(console, found)
     _print_findings(console, found)
     _print_splits(console, found)
+
+
+def _apart(found: dict[str, Any]) -> list[str]:
+    """What was taken out of the training part."""
+    lines = []
+    if found["evaluated_on"] == "holdout":
+        lines.append("the evaluation images are labelled training images that split.holdout took out")
+    if found["tune"]:
+        use = ", and val is that set" if found["evaluated_on"] == "tune" else ""
+        images, boxes = found["tune"]["images"], found["tune"]["boxes"]
+        lines.append(f"split.tune took {images:,} images with {boxes:,} boxes out, to choose settings on{use}")
+    return lines
 
 
 def _table(title: str, first: str) -> Table:

@@ -54,6 +54,9 @@ _ADDED = (
     "method.ema.interval",
     "detector.backbone_lr_scale",
     "detector.start_sha256",
+    "split.holdout",
+    "split.tune",
+    "evaluation.set",
 )
 # The same of one form of datasets; of COCO's the key is as old as the form.
 _ADDED_TO_DATA = {

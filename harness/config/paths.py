@@ -11,9 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from harness.core import files
 
-_ENDS = r"root|_dir|init\.dir|_file|checkpoint|weights|out|model|annotations|images|logs"
+_ENDS = r"root|_dir|init\.dir|_file|checkpoint|weights|\bout|model|annotations|images|labels|logs"
 _PATH_KEY = re.compile(rf"^\+*([\w.]*({_ENDS})|detector\.start)=(.*)$", re.DOTALL)
-_PATH_NAME = re.compile(r"(^|_)(root|dir|file|checkpoint|weights|out|model|annotations|images|logs)$|^start$")
+_PATH_NAME = re.compile(r"(^|_)(root|dir|file|checkpoint|weights|out|model|annotations|images|labels|logs)$|^start$")
 
 
 def quote_path(override: str) -> str:

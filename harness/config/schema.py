@@ -51,6 +51,7 @@ class EvaluationOptions:
     between: Literal["all", "reported"]
     score_threshold: Share
     batch: Annotated[int, Limits(ge=1, le=4096)]
+    set: Literal["val", "tune"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

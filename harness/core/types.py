@@ -243,6 +243,11 @@ class RunRecord:
     added_images: int = 0  # of the unlabelled ones: those of the folder data.unlabeled_images
     labeled_boxes: int = 0
     eval_images: int = 0
+    evaluated_on: str = (
+        "val"  # val: the dataset's own; holdout: taken from the labelled images; tune: for choices alone
+    )
+    tune_images: int = 0  # labelled images that settings may be chosen on, and no training sees
+    tune_boxes: int = 0
     empty_images: str = ""  # policy for labelled images without a box: keep or drop
     crowd_boxes: str = ""  # policy for crowd boxes: drop or keep
     # for how much compute

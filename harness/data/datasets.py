@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -23,6 +23,8 @@ from harness.data.cache import build_once
 from harness.data.images import list_pictures, read_sizes
 from harness.data.index import CocoIndex
 from harness.splits.protocols import PROTOCOLS, SplitProtocol
+
+EvaluationSet = Literal["val", "holdout", "tune"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,15 @@ class Dataset:
     annotation_files: tuple[Path, ...] = ()  # what an export must not replace
     voc_ap: bool = False  # VOC's own AP50 is of interest beside COCO's AP
     adds_pictures: bool = False  # the unlabelled part is a folder of pictures, which every protocol takes
+    no_val: str = ""  # why there are no images for evaluation, where `val` is empty
+    tune: CocoIndex | None = None  # images of `split.tune`, of which no training sees anything
+    evaluated_on: EvaluationSet = "val"  # what `val` is: the dataset's own, or images that `set_apart` took out
+    undivided: Dataset | None = None  # what `set_apart` was given
+
+    @property
+    def whole(self) -> Dataset:
+        """The dataset before images were set apart."""
+        return self.undivided or self
 
     @cached_property
     def unlabeled(self) -> CocoIndex | None:
@@ -136,7 +147,7 @@ def coco_dataset(
     cache_dir: str | Path,
     train_annotations: File = "train.json",
     train_images: File = "train",
-    val_annotations: File = "val.json",
+    val_annotations: File | None = "val.json",
     val_images: File = "val",
     unlabeled_annotations: File | None = None,
     unlabeled_images: File | None = None,
@@ -148,7 +159,7 @@ def coco_dataset(
         name: how reports call it.
         root: folder that the other paths are relative to.
         cache_dir: root of the cache.
-        train_annotations, val_annotations: JSON files.
+        train_annotations, val_annotations: JSON files. Without images for evaluation, split.holdout takes some.
         train_images, val_images: folders that the file names in them are relative to.
         unlabeled_annotations: JSON file that lists more images; opened only for split.protocol=full.
         unlabeled_images: their folder; without a JSON file, every picture in it that is not in the other two parts, so
@@ -160,30 +171,35 @@ def coco_dataset(
         UserError: if a file is missing, cannot be used, or the classes of the parts differ.
     """
     root, cache = Path(root).expanduser(), Path(cache_dir)
-    train_file, val_file = (root / Path(file).expanduser() for file in (train_annotations, val_annotations))
-    train_folder, val_folder = (root / Path(folder).expanduser() for folder in (train_images, val_images))
     layout = ("coco", root, download)
-    require(train_file, name, "train_annotations", layout)
-    require(val_file, name, "val_annotations", layout)
-    require(train_folder, name, "train_images", layout, folder=True)
-    require(val_folder, name, "val_images", layout, folder=True)
-    train, val = coco_index(train_file, train_folder, cache), coco_index(val_file, val_folder, cache)
+    given = {"train": (train_annotations, train_images)} | (
+        {"val": (val_annotations, val_images)} if val_annotations else {}
+    )
+    places = {part: [root / Path(str(entry)).expanduser() for entry in pair] for part, pair in given.items()}
+    for part, (file, _) in places.items():
+        require(file, name, f"{part}_annotations", layout)
+    for part, (_, folder) in places.items():
+        require(folder, name, f"{part}_images", layout, folder=True)
+    train, *others = (coco_index(file, folder, cache) for file, folder in places.values())
+    val = others[0] if others else train.select([])
     check_same_classes(train, val)
+    no_val = "" if others else "data.val_annotations is null"
     more_file, pictures = (
         root / Path(entry).expanduser() if entry else None for entry in (unlabeled_annotations, unlabeled_images)
     )
-    files = tuple(file for file in (train_file, val_file, more_file) if file)
+    files = tuple(file for file, _ in places.values()) + ((more_file,) if more_file else ())
     missing = [entry for entry in (more_file, pictures) if entry and not entry.exists()]
     if missing or not pictures:
         why = f"{missing[0]} is not there" if missing else "data.unlabeled_images names none"
-        return Dataset(name, train, val, None, why, files, adds_pictures=bool(pictures) and not more_file)
+        adds = bool(pictures) and not more_file
+        return Dataset(name, train, val, None, why, files, adds_pictures=adds, no_val=no_val)
     if not more_file:
-        return with_pictures(Dataset(name, train, val, annotation_files=files), pictures, cache)
+        return with_pictures(Dataset(name, train, val, annotation_files=files, no_val=no_val), pictures, cache)
 
     def open_unlabeled() -> CocoIndex:
         return as_unlabeled(coco_index(more_file, pictures, cache, labeled=False), train)
 
-    return Dataset(name, train, val, open_unlabeled, annotation_files=files)
+    return Dataset(name, train, val, open_unlabeled, annotation_files=files, no_val=no_val)
 
 
 def with_pictures(dataset: Dataset, folder: Path, cache_dir: Path) -> Dataset:

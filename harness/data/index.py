@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -96,6 +96,26 @@ class CocoIndex:
         rows, _ = self.box_rows(np.arange(len(self)) if ids is None else self.positions(ids))
         rows = rows if crowd == "keep" else rows[~self.crowd[rows]]
         return np.bincount(self.labels[rows] - 1, minlength=self.num_classes)
+
+    def select(self, ids: np.ndarray | Sequence[int]) -> CocoIndex:
+        """Some of the images (K,) with their boxes, in the order of `ids`.
+
+        Everything else stays, `sha256` too: it is still that of the files.
+        """
+        images = self.positions(ids)
+        rows, owner = self.box_rows(images)
+        return replace(
+            self,
+            image_ids=self.image_ids[images],
+            file_names=[self.file_names[i] for i in images.tolist()],
+            sizes=self.sizes[images],
+            boxes=self.boxes[rows],
+            xywh=self.xywh[rows],
+            labels=self.labels[rows],
+            crowd=self.crowd[rows],
+            areas=self.areas[rows],
+            offsets=np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(images)))]).astype(np.int64),
+        )
 
     def source(
         self,

@@ -12,7 +12,7 @@ from harness.core.types import ImageSource, Split, UserError
 from harness.data.annotations import Finding, finding
 from harness.data.datasets import CocoIndex, Dataset
 from harness.data.images import LEVELS, ImageCheck, check_images
-from harness.splits.protocols import Candidates, SplitOptions, SplitProtocol, with_unlabeled
+from harness.splits.protocols import Candidates, SplitOptions, SplitProtocol, with_unlabeled, without_images
 
 _SHOWN = 5  # classes named in a warning
 _MOST_BAD = 0.1  # of the training pictures; more than that is a wrong folder rather than a few bad files
@@ -24,12 +24,14 @@ def resolve_split(dataset: Dataset, options: SplitOptions) -> Split:
     Raises:
         UserError: if there is no such split, or its labelled part shows no box.
     """
-    protocol, train = options.chosen, dataset.train
+    protocol, train = options.chosen, dataset.whole.train
     listed = protocol.read(options)
     more = _unlabeled_part(dataset, protocol) if dataset.reads_unlabeled(protocol) else None
     protocol.refuse_unread(options)
     others = more.image_ids if more and protocol.takes_unlabeled_part else None
     split = protocol.split(Candidates(train.image_ids, train.annotated(), train.boxed(), others), options, listed)
+    if dataset.undivided:
+        split = without_images(split, train.image_ids[~np.isin(train.image_ids, dataset.train.image_ids)])
     if more and not protocol.takes_unlabeled_part:
         split = with_unlabeled(split, more.image_ids, more.sha256)
     if not len(labeled_source(dataset, split, options).boxes):

@@ -35,7 +35,7 @@ def voc_dataset(
     root: str | Path,
     cache_dir: str | Path,
     train: File | Files,
-    val: File | Files,
+    val: File | Files | None,
     unlabeled: File | Sequence[File] | None = None,
     unlabeled_images: File | None = None,
     classes: Sequence[str | int | float | bool] | None = None,
@@ -49,7 +49,8 @@ def voc_dataset(
         root: folder that the lists are relative to.
         cache_dir: root of the cache.
         train, val: list files, such as VOC2007/ImageSets/Main/trainval.txt; the pictures and annotations of
-            a list lie in JPEGImages and Annotations two folders above it.
+            a list lie in JPEGImages and Annotations two folders above it. Without `val`, split.holdout takes images to
+            evaluate on.
         unlabeled: lists of more images; opened only for split.protocol=full.
         unlabeled_images: a folder of pictures that nobody labelled, in place of `unlabeled`; added to the unlabelled
             images of any protocol.
@@ -67,7 +68,7 @@ def voc_dataset(
     if difficult not in DIFFICULT:
         raise UserError(f"data.difficult={difficult} is not one of {', '.join(DIFFICULT)}")
     base = Path(root).expanduser()
-    train, val, unlabeled = (_as_list(lists) for lists in (train, val, unlabeled or ()))
+    train, val, unlabeled = (_as_list(lists) for lists in (train, val or (), unlabeled or ()))
     names = [str(name) for name in classes] if classes else None  # YAML reads names such as 7 or no as other things
     for key, lists in (("train", train), ("val", val)):
         for file in lists:
@@ -77,20 +78,21 @@ def voc_dataset(
         return voc_index(base, lists, Path(cache_dir), known, difficult)
 
     first = open_part(train, names)
-    second = with_ids_from(open_part(val, first.category_names), len(first) + 1)
+    opened = open_part(val, first.category_names) if val else first.select([])
+    second, no_val = with_ids_from(opened, len(first) + 1), "" if val else "data.val names no list"
     if unlabeled_images:
-        whole = Dataset(name, first, second, voc_ap=True)
+        whole = Dataset(name, first, second, voc_ap=True, no_val=no_val)
         return with_pictures(whole, base / Path(unlabeled_images).expanduser(), Path(cache_dir))
     missing = [base / file for file in unlabeled if not (base / file).exists()]
     if missing or not unlabeled:
         why = f"{missing[0]} is not there" if missing else "data.unlabeled names no list"
-        return Dataset(name, first, second, None, why, voc_ap=True)
+        return Dataset(name, first, second, None, why, voc_ap=True, no_val=no_val)
 
     def open_unlabeled() -> CocoIndex:
         third = open_part(unlabeled, first.category_names)
         return with_ids_from(third, len(first) + len(second) + 1)
 
-    return Dataset(name, first, second, open_unlabeled, voc_ap=True)
+    return Dataset(name, first, second, open_unlabeled, voc_ap=True, no_val=no_val)
 
 
 def _as_list(lists: str | Sequence[str]) -> list[str]:

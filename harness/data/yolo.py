@@ -63,8 +63,9 @@ def yolo_dataset(
         name: how reports call it.
         root: folder that holds the description.
         cache_dir: root of the cache.
-        description: ultralytics' `data.yaml`: keys train, val (each a folder, a list file or several of them), names (a
-            list, or number to name), and path, the folder they are relative to (default: where the file lies).
+        description: ultralytics' `data.yaml`: keys train, val (each a folder, a list file or several of them; without
+            val, split.holdout takes images to evaluate on), names (a list, or number to name), and path, the folder
+            they are relative to (default: where the file lies).
         unlabeled: a folder of more pictures, relative to the same; opened only for split.protocol=full.
         unlabeled_images: likewise, in place of `unlabeled`; added to the unlabelled images of any protocol.
         download: where to get the files, for the message when they are missing.
@@ -79,16 +80,23 @@ def yolo_dataset(
     require(file, name, "description", ("yolo", file.parent, download))
     said = _read_description(file)
     train = yolo_index(said, "train", cache)
-    val = with_ids_from(yolo_index(said, "val", cache), len(train) + 1)
+    opened = yolo_index(said, "val", cache) if "val" in said.parts else train.select([])
+    val = with_ids_from(opened, len(train) + 1)
+    no_val = "" if "val" in said.parts else f"{file} has no key val"
     if unlabeled_images:
-        whole = Dataset(name, train, val, annotation_files=(file,))
+        whole = Dataset(name, train, val, annotation_files=(file,), no_val=no_val)
         return with_pictures(whole, said.base / Path(unlabeled_images).expanduser(), cache)
     if unlabeled is None:
-        return Dataset(name, train, val, None, "data.unlabeled names no folder", (file,))
+        return Dataset(name, train, val, None, "data.unlabeled names no folder", (file,), no_val=no_val)
     pictures = said.base / unlabeled
     require(pictures, name, "unlabeled", ("yolo", said.base, download), folder=True)
     return Dataset(
-        name, train, val, lambda: as_unlabeled(folder_index(pictures, cache), train), annotation_files=(file,)
+        name,
+        train,
+        val,
+        lambda: as_unlabeled(folder_index(pictures, cache), train),
+        annotation_files=(file,),
+        no_val=no_val,
     )
 
 
@@ -119,6 +127,8 @@ def _parts(file: Path, content: Mapping[str, Any]) -> dict[str, list[str]]:
     found = {}
     for part in ("train", "val"):
         value = content.get(part)
+        if part == "val" and value is None:
+            continue  # split.holdout takes images to evaluate on
         places = [value] if isinstance(value, str) else value
         if not isinstance(places, list) or not places or not all(isinstance(place, str) and place for place in places):
             raise UserError(f"{file} names no pictures under the key {part}: give a folder, a list file or several")

@@ -28,6 +28,7 @@ from harness.core.types import ImageSource, Normalize, Pipeline, Split, UserErro
 from harness.data import prepare
 from harness.data.datasets import Dataset
 from harness.data.sampling import BatchSampler
+from harness.data.set_apart import set_apart
 from harness.engine import pretrain
 from harness.engine.optim import build_optimizer
 from harness.splits.protocols import ImagePolicy, SplitOptions
@@ -37,6 +38,12 @@ from pipelines.policy import Policy
 def dataset(options: Mapping[str, Any], cache_dir: Path) -> Dataset:
     """Opens the dataset of the group `data`, generating or caching it first where that is needed."""
     return make("data", options, cache_dir=cache_dir)
+
+
+def divided_dataset(cfg: DictConfig) -> Dataset:
+    """The dataset of a run: opened, and with the images set apart that `split.holdout` and `split.tune` take out."""
+    opened = dataset(sections.group(cfg, "data"), Path(cfg.cache_dir))
+    return set_apart(opened, sections.split_options(cfg), sections.evaluation_options(cfg).set)
 
 
 def detector(options: Mapping[str, Any], cache_dir: Path, num_classes: int) -> Detector:
@@ -210,7 +217,7 @@ def data(settings: RunSettings) -> Data:
         UserError: the devices cannot share a step, or what `harness.data.prepare` finds fatal.
     """
     settings.step_shape(config_checks.draws_unlabeled(settings.method), settings.processes)
-    opened = dataset(settings.data, settings.cache_dir)
+    opened = set_apart(dataset(settings.data, settings.cache_dir), settings.split, settings.evaluation.set)
     return split_data(opened, settings.split, settings.feed.pipeline["on_bad_image"])
 
 
@@ -280,11 +287,12 @@ def prepare_caches(cfgs: Sequence[DictConfig]) -> None:
     """
     opened: dict[str, Dataset] = {}
     for cfg in cfgs:
-        options = sections.group(cfg, "data")
-        key = json.dumps(options)
+        split = sections.split_options(cfg)
+        apart = [cfg.split.get("holdout"), cfg.split.get("tune")]
+        key = json.dumps([sections.group(cfg, "data"), sections.group(cfg, "split") if any(apart) else None])
         if key not in opened:
-            opened[key] = dataset(options, Path(cfg.cache_dir))
-        check_split(cell_name(cfg), sections.group(cfg, "method"), sections.split_options(cfg), opened[key])
+            opened[key] = divided_dataset(cfg)
+        check_split(cell_name(cfg), sections.group(cfg, "method"), split, opened[key])
     unlabeled = any(sections.split_options(cfg).chosen.takes_unlabeled_part for cfg in cfgs)
     for one in opened.values():
         prepare.require_usable(one, unlabeled=unlabeled or one.adds_pictures)

@@ -65,7 +65,7 @@ def views(cfg: DictConfig, world: World) -> Page:
         cfg: a training's configuration; `view.images` pictures and `view.draws` draws of each view are shown.
         world: this process.
     """
-    opened = build.dataset(sections.group(cfg, "data"), Path(cfg.cache_dir))
+    opened = build.divided_dataset(cfg)
     drawn = sections.split_options(cfg)
     split = prepare.resolve_split(opened, drawn)
     labeled, _ = prepare.sources(opened, split, drawn)

@@ -18,7 +18,6 @@ import msgspec
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from harness.config import sections
 from harness.config.saved import read_config
 from harness.core.readback import content_of, decode_json
 from harness.core.types import RunError, UserError
@@ -135,7 +134,7 @@ def _open(run: Run) -> Dataset:
 
     assert run.folder is not None
     cfg = read_config(run.folder)
-    opened = build.dataset(sections.group(cfg, "data"), Path(cfg.cache_dir))
+    opened = build.divided_dataset(cfg)
     if opened.val.sha256 != run.record.val_sha256:
         raise UserError(f"the data of {run.record.cell} has changed since it was evaluated")
     return opened

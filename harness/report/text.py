@@ -160,6 +160,12 @@ def filled(section: Section) -> list[tuple[Row, Cell]]:
     return [(row, cell) for row in rows for cell in row.cells.values() if cell.runs]
 
 
+_EVALUATED_ON = {
+    "holdout": ", taken from the labelled ones by split.holdout",
+    "tune": " of split.tune, which settings are chosen on",
+}
+
+
 def facts(section: Section) -> list[tuple[str, str]]:
     """What a reader must know to compare this table with another."""
     if not section.runs:
@@ -171,7 +177,8 @@ def facts(section: Section) -> list[tuple[str, str]]:
         ("folds and seeds", f"folds {_listed(section.distinct('fold'))}, seeds {_listed(section.distinct('seed'))}"),
         (
             "evaluation",
-            f"{one.eval_images:,} images, sha256 {hash_of(one.val_sha256)}; scores above {one.score_threshold:g} count",
+            f"{one.eval_images:,} images{_EVALUATED_ON.get(one.evaluated_on, '')}, sha256 {hash_of(one.val_sha256)}; "
+            f"scores above {one.score_threshold:g} count",
         ),
         (
             "detector",
@@ -180,6 +187,9 @@ def facts(section: Section) -> list[tuple[str, str]]:
         ("first weights", one.pretraining or "not recorded"),
         ("data pipeline", _listed(section.distinct("pipeline"))),
     ]
+    if one.tune_images:
+        labels = f"{one.tune_images:,} images with {one.tune_boxes:,} boxes, labels beside those of the training"
+        found.append(("set for choosing settings", labels))
     deviations = sorted({line for run in section.runs for line in run.record.augment_deviations})
     found += [("augmentation differs from the paper", "; ".join(deviations))] if deviations else []
     on_cpu = [run.record.environment for run in section.runs if not run.record.environment.get("gpus")]

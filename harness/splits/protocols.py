@@ -37,6 +37,7 @@ EmptyImages = Literal["keep", "drop", "drop_unannotated"]
 CrowdBoxes = Literal["keep", "drop"]
 Percent = Annotated[float, Limits(gt=0, le=100)]
 Fold = Annotated[int, Limits(ge=1, le=10)]
+Amount = Annotated[float, Limits(gt=0, le=1e9, words="a share below 1, or from 1 on a number of images: 0.2, 500")]
 
 _ANNOTATED = (
     "if nobody has labelled the images without a box, say split.protocol=annotated (labelled: the images with a box, "
@@ -65,6 +66,8 @@ class SplitOptions:
     empty_images: EmptyImages | None
     crowd_boxes: CrowdBoxes | None
     min_side: Annotated[int, Limits(ge=0, le=100_000)] | None
+    holdout: Amount | None = None
+    tune: Amount | None = None
 
     @property
     def chosen(self) -> SplitProtocol:
@@ -136,10 +139,7 @@ class SplitProtocol(ABC):
             UserError: there is no such split.
         """
         labeled, unlabeled, percent = self._choose(images, options, listed)
-        digest = hashlib.sha256()  # of the sorted ids, so that it names the two sets and nothing else
-        for part in (labeled, unlabeled):
-            digest.update(np.sort(part).astype("<i8").tobytes() + b"|")
-        return Split(labeled, unlabeled, float(percent), options.fold, self.name, digest.hexdigest())
+        return Split(labeled, unlabeled, float(percent), options.fold, self.name, _sha256(labeled, unlabeled))
 
     @abstractmethod
     def _choose(self, images: Candidates, options: SplitOptions, listed: Any) -> tuple[np.ndarray, np.ndarray, float]:
@@ -375,6 +375,20 @@ PROTOCOLS: dict[str, SplitProtocol] = {
 
 
 _LARGEST = 2**63 - 1  # that an id can be
+
+
+def _sha256(labeled: np.ndarray, unlabeled: np.ndarray) -> str:
+    """Of the sorted ids, so that it names the two sets and nothing else."""
+    digest = hashlib.sha256()
+    for part in (labeled, unlabeled):
+        digest.update(np.sort(part).astype("<i8").tobytes() + b"|")
+    return digest.hexdigest()
+
+
+def without_images(split: Split, ids: np.ndarray) -> Split:
+    """A split without images (K,) that no training may see; its percentage stays the one that was drawn."""
+    labeled, unlabeled = (part[~np.isin(part, ids)] for part in (split.labeled_ids, split.unlabeled_ids))
+    return replace(split, labeled_ids=labeled, unlabeled_ids=unlabeled, sha256=_sha256(labeled, unlabeled))
 
 
 def with_unlabeled(split: Split, ids: np.ndarray, sha256: str) -> Split:

@@ -356,6 +356,24 @@ CASES = [
         lambda folder: (make_pets(folder / "pets"), (folder / "bad").mkdir(), (folder / "bad/a.jpg").write_text("x")),
     ),
     Case("unlabelled pictures that are labelled", f"{FULL} data.unlabeled_images=train", "already", pets()),
+    Case(
+        "nothing to evaluate on",
+        f"{TRAIN} split.percent=50 data.val_annotations=null",
+        ("data.val_annotations is null", "split.holdout=0.2"),
+        pets(),
+    ),
+    Case(
+        "nothing to evaluate on, VOC",
+        f"{VOC} data.val=null",
+        ("data.val names no list", "split.holdout=0.2"),
+        voc(_as_it_is),
+    ),
+    Case("all held out", f"{PREPARE} split.percent=50 split.holdout=8", ("split.holdout=8", "give less"), pets()),
+    Case("half an image held out", f"{PREPARE} split.holdout=1.5", ("split.holdout=1.5", "whole number"), pets()),
+    Case("tuning set of all", f"{TRAIN} split.percent=50 split.tune=16", ("split.tune=16", "give less"), pets()),
+    Case(
+        "no tuning set", f"{TRAIN} split.percent=50 evaluation.set=tune", ("evaluation.set", "split.tune=0.1"), pets()
+    ),
     Case("ids no JSON", IDS, ("ids.json", "not JSON"), _ids("[1, 2")),
     Case("ids of names", IDS, ("ids.json", "[0]", "whole numbers"), _ids(["001.jpg"])),
     Case("ids with a fraction", IDS, "whole numbers", _ids([1.5])),
