@@ -24,7 +24,7 @@ from harness.core.files import refusal
 from harness.core.stopping import StopRequest
 from harness.core.types import RunError, UserError
 from harness.report import report
-from harness.suite.cells import Suite, default_jobs, environments, fork_server
+from harness.suite.cells import Suite, default_jobs, environments, fork_server, is_local
 from harness.suite.claims import Claims, remove_if_empty, require_suite_folder
 from harness.suite.plan import SuiteCell, first_state, plan, write_plan
 from harness.suite.view import SuiteView, status_of
@@ -75,7 +75,9 @@ def _run(cfg: DictConfig, cells: list[SuiteCell], suite_dir: Path, claims: Claim
     if missing:
         prepare(missing, console)
         write_plan(suite_dir, cfg, cells)
-    wait = cfg.suite.get("wait") is not False
+    wait = cfg.suite.get("wait")
+    if wait is None:
+        wait = is_local(cfg)
     stop = StopRequest(second_ends=False)
     with stop.installed():
         if missing:

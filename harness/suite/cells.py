@@ -249,8 +249,12 @@ def start(
 def fork_server(cfg: DictConfig, environment: dict[str, str]) -> ForkServer | None:
     """What forks the cells; None where they may use a GPU, or are started by another launcher."""
     on_gpu = cfg.device != "cpu" and torch.cuda.is_available()
-    local = str(cfg.launcher.get("_target_", "")).startswith("harness.launch.local.")
-    return None if on_gpu or not local else ForkServer(environment)
+    return None if on_gpu or not is_local(cfg) else ForkServer(environment)
+
+
+def is_local(cfg: DictConfig) -> bool:
+    """Whether cells are trained on this machine, not on a cluster."""
+    return str(cfg.launcher.get("_target_", "")).startswith("harness.launch.local.")
 
 
 def end_with_suite() -> None:
