@@ -69,7 +69,7 @@ def examine(cfg: DictConfig, run_dir: Path | None = None) -> Iterator[Outcome]:
         _packages,
         _torch,
         lambda: _gpu(cfg.device),
-        lambda: _dali(cfg, "cpu"),
+        lambda: _dali(str(cfg.pipeline.name), "cpu"),
         _cores,
         _memory,
         _shared_memory,
@@ -80,7 +80,7 @@ def examine(cfg: DictConfig, run_dir: Path | None = None) -> Iterator[Outcome]:
         lambda: _slurm(cfg.launcher.name),
     ]
     if torch.cuda.is_available():
-        checks.insert(5, lambda: _dali(cfg, "cuda"))
+        checks.insert(5, lambda: _dali(str(cfg.pipeline.name), "cuda"))
     if run_dir is not None:
         checks.append(lambda: mount(run_dir))
     for check in checks:
@@ -149,8 +149,8 @@ def _driver() -> str | None:
         return None
 
 
-def _dali(cfg: DictConfig, device: str) -> Outcome:
-    what, needed = f"DALI on the {'GPU' if device == 'cuda' else 'CPU'}", cfg.pipeline.name == "dali"
+def _dali(pipeline: str, device: str) -> Outcome:
+    what, needed = f"DALI on the {'GPU' if device == 'cuda' else 'CPU'}", pipeline == "dali"
     state: State = "fails" if needed else "note"
     other = "pipeline=torchvision does without"
     if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
-from omegaconf import DictConfig, OmegaConf
 
 from harness.config import compose, layouts, sections
 from harness.core.escape import plain
@@ -72,14 +71,12 @@ def recognize(root: Path, name: str, cache_dir: str) -> Recognized:
         )
     cfg = compose.load([f"data={option}", *_with_folders(root, overrides), f"cache_dir={cache_dir}"])
     opened = build.dataset(sections.group(cfg, "data"), Path(cache_dir))
-    return Recognized(FORMATS[option], _keys(cfg, root, name), opened)
+    return Recognized(FORMATS[option], _keys(sections.group(cfg, "data"), root, name), opened)
 
 
-def _keys(cfg: DictConfig, root: Path, name: str) -> dict[str, Any]:
+def _keys(data: Mapping[str, Any], root: Path, name: str) -> dict[str, Any]:
     """The keys of the YAML, without what suits the format's own dataset alone."""
-    keys = OmegaConf.to_container(cfg.data, resolve=True)
-    assert isinstance(keys, dict)
-    chosen: dict[str, Any] = {"_target_": keys.pop("_target_")} | {str(key): value for key, value in keys.items()}
+    chosen = {"_target_": data["_target_"], **data}
     for key in ("small", "download", "classes"):
         chosen.pop(key, None)
     for key, value in chosen.items():

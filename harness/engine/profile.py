@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,9 +139,9 @@ def _table(title: str, results: dict[str, dict[str, float]]) -> Table:
     return table
 
 
-def _known(cfg: DictConfig) -> dict[str, Path]:
+def _known(config_dirs: Sequence[str]) -> dict[str, Path]:
     """Name -> YAML of the pipelines that there are, in the folders that --config-dir gave too."""
-    folders = [_PIPELINES, *(Path(folder) / "pipeline" for folder in cfg.cli.config_dirs)]
+    folders = [_PIPELINES, *(Path(folder) / "pipeline" for folder in config_dirs)]
     return {path.stem: path for folder in folders for path in folder.glob("*.yaml")}
 
 
@@ -157,7 +157,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """
     options = cfg.profile
     names = list(options.pipelines)
-    known = _known(cfg)
+    known = _known(cfg.cli.config_dirs)
     for name in names:
         if name not in known:
             raise UserError(f"profile.pipelines names {name!r}, which is none of {', '.join(sorted(known))}")

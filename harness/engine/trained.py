@@ -120,11 +120,11 @@ def of_run(run_dir: Path, network: str | None, cache_dir: str) -> Trained:
     state = checkpoint.read(file)
     refuse_other_run(run_dir, file, state["identity"], cfg)
     cfg.cache_dir = cache_dir
-    classes, ids = _classes(cfg, state)
+    classes, ids = _classes(sections.group(cfg, "data"), Path(cache_dir), state)
     pretraining = _pretraining(run_dir)
-    options = detector_options(cfg, pretraining)
-    network_of = bare_detector(options, len(classes), cache_dir)
-    method = build.method(sections.group(cfg, "method"), network_of, cfg.schedule.steps)
+    options = detector_options(sections.group(cfg, "detector"), pretraining)
+    bare = bare_detector(options, len(classes), cache_dir)
+    method = build.method(sections.group(cfg, "method"), bare, cfg.schedule.steps)
     try:
         method.load_state_dict(state["method"])
     except RuntimeError as error:
@@ -137,7 +137,7 @@ def of_run(run_dir: Path, network: str | None, cache_dir: str) -> Trained:
         classes=classes,
         category_ids=ids,
         detector=options,
-        augment=_test_view(cfg),
+        augment=_test_view(sections.group(cfg, "augment")),
         normalize=_plain(detector.normalize),
         network=name,
         step=int(state["step"]),
@@ -181,12 +181,12 @@ def refuse_other_run(run_dir: Path, file: Path, identity: Mapping[str, str], tra
         )
 
 
-def _classes(cfg: DictConfig, state: Mapping[str, Any]) -> tuple[list[str], list[int]]:
+def _classes(data: Mapping[str, Any], cache_dir: Path, state: Mapping[str, Any]) -> tuple[list[str], list[int]]:
     """Names and ids of the classes; checkpoints of before leave them to the dataset."""
     if "classes" in state and "category_ids" in state:
         return list(state["classes"]), [int(number) for number in state["category_ids"]]
     try:
-        opened = build.dataset(sections.group(cfg, "data"), Path(cfg.cache_dir))
+        opened = build.dataset(data, cache_dir)
     except UserError:
         if "classes" not in state:
             raise
@@ -194,17 +194,15 @@ def _classes(cfg: DictConfig, state: Mapping[str, Any]) -> tuple[list[str], list
     return list(opened.train.category_names), opened.train.category_ids.tolist()
 
 
-def detector_options(cfg: DictConfig, pretraining: str) -> dict[str, Any]:
+def detector_options(options: Mapping[str, Any], pretraining: str) -> dict[str, Any]:
     """A run's detector without the first weights of its backbone, which its own take the place of.
 
     Args:
-        cfg: the run's configuration.
+        options: the group `detector` of the run.
         pretraining: what its record says about those weights, which tells the layout of their file, and that what
             pixels the network wants.
     """
-    options = OmegaConf.to_container(cfg.detector, resolve=True)
-    assert isinstance(options, dict)
-    plain = {str(key): value for key, value in options.items() if key not in ("cache_dir", "start")}
+    plain = {key: value for key, value in options.items() if key not in ("cache_dir", "start")}
     if str(plain.get("_target_", "")).startswith("detectors.") and plain.get("weights", "scratch") != "scratch":
         plain["weights"] = "later"
         if plain.get("caffe", False) is None:
@@ -212,9 +210,7 @@ def detector_options(cfg: DictConfig, pretraining: str) -> dict[str, Any]:
     return plain
 
 
-def _test_view(cfg: DictConfig) -> dict[str, Any]:
-    policy = OmegaConf.to_container(cfg.augment, resolve=True)
-    assert isinstance(policy, dict)
+def _test_view(policy: Mapping[str, Any]) -> dict[str, Any]:
     return {**policy, "views": {"test": policy["views"]["test"]}}
 
 

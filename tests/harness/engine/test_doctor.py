@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from harness.cli import main
-from harness.config import compose
 from harness.core import files
 from harness.engine import doctor
 
@@ -64,11 +63,11 @@ def test_broken_dali_fails_only_the_pipeline_that_needs_it(monkeypatch: pytest.M
         raise subprocess.CalledProcessError(1, "python", stderr="Traceback\nImportError: libcuda.so.1\n")
 
     monkeypatch.setattr(subprocess, "run", fail)
-    needed = doctor._dali(compose.load([]), "cpu")
+    needed = doctor._dali("dali", "cpu")
     assert (needed.state, "libcuda.so.1" in needed.said) == ("fails", True)
-    assert doctor._dali(compose.load(["pipeline=torchvision"]), "cpu").state == "note"
+    assert doctor._dali("torchvision", "cpu").state == "note"
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    missing = doctor._dali(compose.load([]), "cpu")
+    missing = doctor._dali("dali", "cpu")
     assert missing.said == "not installed"
     assert "cu13" in missing.remedy
     assert "pipeline=torchvision" in missing.remedy
