@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -27,8 +26,8 @@ class _Box(msgspec.Struct):
     """An entry of the file."""
 
     category_id: int
-    bbox: Annotated[list[float], msgspec.Meta(min_length=4, max_length=4)]  # x, y, width, height in stored pixels
-    score: Annotated[float, msgspec.Meta(ge=0, le=1)]
+    bbox: tuple[float, float, float, float]  # x, y, width, height in stored pixels
+    score: float
     image_id: int | str | None = None  # a text is a file name
     file_name: str | None = None  # goes before image_id, which may be a numbering of the labeller's own
 
@@ -59,7 +58,7 @@ def read_labels(
     entries = _decode(file)
     rows = _Pictures(source, file)
     label_of = {int(number): label for label, number in enumerate(category_ids.tolist(), 1)}
-    boxes: dict[int, list[tuple[list[float], int, float]]] = defaultdict(list)
+    boxes: dict[int, list[tuple[Sequence[float], int, float]]] = defaultdict(list)
     others = 0
     for place, entry in enumerate(entries):
         if entry.category_id not in label_of:
@@ -67,6 +66,8 @@ def read_labels(
                 f"{_KEY}: [{place}].category_id of {file} is {entry.category_id}, which is no category of the data: "
                 f"give its ids, {', '.join(map(str, list(label_of)[:10]))}{', ...' if len(label_of) > 10 else ''}"
             )
+        if not 0 <= entry.score <= 1:
+            raise UserError(f"{_KEY}: [{place}].score of {file} is {entry.score:g}: give scores of 0 to 1")
         row = rows.find(entry, place)
         if row is None:
             others += 1

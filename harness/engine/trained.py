@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 import torch
-from msgspec import Meta
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_safetensors
@@ -30,6 +29,7 @@ from harness.core import files, readback
 from harness.core.distributed import World
 from harness.core.record import read_record
 from harness.core.types import Pipeline, UserError
+from harness.core.validate import Limits
 from harness.engine import build, checkpoint
 
 FORMAT: Literal["ssodbench.detector/1"] = "ssodbench.detector/1"
@@ -41,7 +41,7 @@ class Description(msgspec.Struct, kw_only=True):
     """What a file says about its network: all that is needed to build and use it, and where it comes from."""
 
     format: Literal["ssodbench.detector/1"] = FORMAT
-    classes: Annotated[list[str], Meta(min_length=1)]  # label 1 is the first
+    classes: Annotated[list[str], Limits(least=1)]  # label 1 is the first
     category_ids: list[int]  # of the classes, in the data that the run was trained on
     detector: dict[str, Any]  # its configuration, `_target_` among it
     augment: dict[str, Any]  # the policy's view `test`: how pictures become the network's input
@@ -258,10 +258,10 @@ def read(path: Path, cache_dir: str) -> Trained:
         raise UserError(f"model={path} cannot be read ({error.strerror}): give a file that export wrote") from error
     description, state = _decode(path, content)
     try:
-        about = msgspec.convert(description, Description)
+        about = readback.convert(description, Description)
         readback.require_shallow(path, description, _REMEDY)
-    except (msgspec.ValidationError, RecursionError) as error:
-        raise readback.damaged(path, readback.reason(error), _REMEDY) from error
+    except (ValueError, RecursionError) as error:
+        raise readback.damaged(path, str(error), _REMEDY) from error
     if len(about.category_ids) != len(about.classes):
         raise readback.damaged(path, f"{len(about.classes)} classes, {len(about.category_ids)} ids", _REMEDY)
     detector = bare_detector(about.detector, len(about.classes), cache_dir)
