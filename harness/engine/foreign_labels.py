@@ -122,7 +122,7 @@ class _Pictures:
         return rows[0] if rows else None
 
 
-def _target(found: list[tuple[list[float], int, float]], size: np.ndarray) -> Target:
+def _target(found: list[tuple[Sequence[float], int, float]], size: np.ndarray) -> Target:
     """Boxes of one image as xyxy, cut at its borders, the surest first; those that are empty then are left out."""
     found = sorted(found, key=lambda one: -one[2])
     xywh = torch.tensor([box for box, _, _ in found], dtype=torch.float32).reshape(-1, 4)
