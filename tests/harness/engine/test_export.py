@@ -166,4 +166,4 @@ def test_an_exported_file_scores_what_its_run_does(pets_run: Path, tmp_path: Pat
     scores = json.loads((tmp_path / "scores.json").read_text())["networks"]
     record = json.loads((pets_run / "record.json").read_text())
     assert list(scores) == ["teacher"]
-    assert scores["teacher"] == {name: record[name] for name in scores["teacher"]}
+    assert scores["teacher"] == record["scores"]["teacher"]
