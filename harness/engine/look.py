@@ -66,8 +66,8 @@ def views(cfg: DictConfig, world: World) -> Page:
         world: this process.
     """
     opened = build.dataset(sections.group(cfg, "data"), Path(cfg.cache_dir))
-    split = prepare.resolve_split(opened, cfg.split)
-    labeled, _ = prepare.sources(opened, split, cfg.split)
+    chosen = sections.split_options(cfg)
+    labeled, _ = prepare.sources(opened, prepare.resolve_split(opened, chosen), chosen)
     names = list(opened.train.category_names)
     own = trained.detector_options(sections.group(cfg, "detector"), "")
     detector = trained.bare_detector(own, len(names), cfg.cache_dir)
