@@ -9,7 +9,8 @@ import torch
 from detectors.padded import PaddedTargets
 
 WINDOW = 5  # log lines that are looked at together
-FALLEN = 0.9  # of the teacher's AP at the end of burn-in, below which it has got worse
+FALLEN = 0.9  # of the teacher's AP at the end of burn-in, below which it has got worse,
+FALLEN_BY = 2.0  # if also by so many AP, which is more than noise
 ONE_CLASS = 0.99  # share of the pseudo labels that are of one class
 ENOUGH = 30  # pseudo labels from which that share means something
 
@@ -65,7 +66,9 @@ class TeacherWatch:
 
     def fell(self) -> tuple[float, float] | None:
         """AP at the end of burn-in and now, where the latter is clearly below."""
-        if self._at_start is None or self._now is None or self._now >= FALLEN * self._at_start:
+        if self._at_start is None or self._now is None:
+            return None
+        if self._now >= FALLEN * self._at_start or self._now > self._at_start - FALLEN_BY:
             return None
         return self._at_start, self._now
 
