@@ -47,11 +47,12 @@ def run(cfg: DictConfig) -> int:
     Raises:
         UserError: no suite was chosen, or a value cannot work.
     """
+    begun = time.time()
     checks.check_extras(cfg, logs=True)
     cells = plan(cfg)
     suite_dir = Path(cfg.runs_dir) / cfg.suite.name
     console = Console()
-    claims = Claims(suite_dir)
+    claims = Claims(suite_dir, begun)
     if cfg.suite.get("status"):
         return status(cells, suite_dir, claims, console)
     require_suite_folder(claims, suite_dir)

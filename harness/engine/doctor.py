@@ -35,11 +35,15 @@ _PATIENCE = 120  # seconds for DALI, which compiles on its first start
 _JPEG = """
 import sys, numpy, tempfile, os
 from PIL import Image
+from harness.core.types import ImageSource
 from pipelines.dali import operators
 from pipelines.dali.pipeline import DecodeOnly
 path = os.path.join(tempfile.mkdtemp(), "a.jpg")
 Image.fromarray(numpy.full((48, 64, 3), 90, numpy.uint8)).save(path)
-decoder = DecodeOnly([path], 2, 1, sys.argv[1])
+none, ones = numpy.zeros(0, numpy.int64), numpy.ones(1, numpy.int64)
+boxes, sizes = numpy.zeros((0, 4), numpy.float32), numpy.array([[48, 64]])
+source = ImageSource([path], ones, sizes, boxes, none, none.astype(numpy.float32), numpy.zeros(2, numpy.int64))
+decoder = DecodeOnly(source, 2, 1, sys.argv[1])
 decoder.run(2)
 decoder.close()
 os.unlink(path)

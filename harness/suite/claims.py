@@ -22,11 +22,13 @@ class Claims:
     Args:
         suite_dir: the suite's folder; `claims/CELL.lock` in it is locked by the process that runs the cell. If the
             cell fails it says why, so that the others do not try the same.
+        begun: when this process began, in seconds since the epoch; what failed later in another one is not tried again.
+            None: now.
     """
 
-    def __init__(self, suite_dir: Path) -> None:
+    def __init__(self, suite_dir: Path, begun: float | None = None) -> None:
         self.folder = suite_dir / "claims"
-        self.begun = time.time()
+        self.begun = time.time() if begun is None else begun
         self._taken: dict[str, BinaryIO] = {}
 
     def make_folder(self) -> None:

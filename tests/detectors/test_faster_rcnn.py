@@ -150,7 +150,7 @@ def test_norm_of_the_style(style, given, kind, tmp_path):
         pyramid_channels=32, style=style,
     )  # fmt: skip
     assert type(detector.backbone.body.layer3[0].bn1) is kind
-    options = {"name": "sgd", "lr": 0.1, "weight_decay": 0.5, "decay_norm_and_bias": True}
+    options = {"_target_": "harness.engine.optim.sgd", "lr": 0.1, "weight_decay": 0.5, "decay_norm_and_bias": True}
     groups = build_optimizer(detector, OmegaConf.create(options)).param_groups
     spared = {id(p) for group in groups if group["weight_decay"] == 0 for p in group["params"]}
     own = {id(p) for m in detector.modules() if isinstance(m, FrozenStatistics) for p in m.parameters()}

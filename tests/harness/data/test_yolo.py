@@ -145,7 +145,7 @@ def test_where_labels_lie() -> None:
     [
         ({**GOOD, "names": []}, {}, "class names"),
         ({**GOOD, "names": {1: "cat"}}, {}, "number its names from 0"),
-        ({"names": ["cat"], "train": "images/train"}, {}, "the key val"),
+        ({"names": ["cat"], "val": "images/val"}, {}, "the key train"),
         ({**GOOD, "train": "elsewhere"}, {}, "elsewhere is not there"),
         ("- a list", {}, "no keys"),
         ("{", {}, "cannot be read as YAML"),

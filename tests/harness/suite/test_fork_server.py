@@ -40,8 +40,8 @@ def test_output_and_exit_codes(server: ForkServer, tmp_path: Path) -> None:
 
 def test_environment_is_the_cells_own(server: ForkServer, tmp_path: Path) -> None:
     for name in ("one", "two"):
-        assert run(server, tmp_path / name, "config", SSODBENCH_CACHE=str(tmp_path / f"cache {name}")) == 0
-        assert f"cache_dir: {tmp_path / f'cache {name}'}" in (tmp_path / name).read_text()
+        assert run(server, tmp_path / f"{name}.log", "config", SSODBENCH_CACHE=str(tmp_path / name)) == 0
+        assert f"cache_dir: {tmp_path / name}" in (tmp_path / f"{name}.log").read_text()
 
 
 @pytest.mark.parametrize("end", ["terminate", "kill", "the suite is killed"])
