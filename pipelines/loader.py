@@ -249,7 +249,7 @@ class LoaderPipeline(BasePipeline):
             worker_init_fn=_start_worker,
             collate_fn=_unchanged,
         )
-        for batches in loader:
+        for batches in _of_workers(loader):
             job = waiting.pop(0)
             if isinstance(batches, UserError):
                 raise batches
@@ -269,3 +269,17 @@ class LoaderPipeline(BasePipeline):
 
 def _unchanged(item: Any) -> Any:
     return item
+
+
+def _of_workers(loader: DataLoader[Any]) -> Iterator[Any]:
+    """What the workers give.
+
+    Raises:
+        RuntimeError: a worker has ended; torch itself says so unless it ended while it handed something over.
+    """
+    try:
+        yield from loader
+    except (ConnectionError, EOFError) as error:
+        raise RuntimeError(
+            f"DataLoader worker has ended while it handed images over ({type(error).__name__})"
+        ) from error

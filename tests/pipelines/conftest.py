@@ -140,7 +140,7 @@ def training(photos: ImageSource, unlabeled: ImageSource) -> Callable[..., dict[
     def arguments(
         labeled: int = 3, unlabeled_images: int = 5, views: Views | None = None, **sampler: Any
     ) -> dict[str, Any]:
-        shape = StepShape(labeled, unlabeled_images, sampler.pop("micro", None))
+        shape = StepShape(labeled, unlabeled_images, sampler.pop("micro", None), ratio=sampler.pop("ratio", "exact"))
         return {
             "views": views or Views(("labeled",), ("weak", "strong")),
             "sampler": BatchSampler(len(photos), len(unlabeled), shape, **{"seed": 7, **sampler}),

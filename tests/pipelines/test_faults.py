@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -167,6 +168,7 @@ def test_killed_worker_ends_the_iteration(photos: ImageSource, build: Any) -> No
         next(batches)
         with pytest.raises(RuntimeError, match="DataLoader worker") as raised:
             _kill_children_and_go_on(batches)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         told = _explain(OmegaConf.create({"pipeline": {"name": "torchvision"}}), None, raised.value)  # type: ignore[arg-type]
         assert told is not None
         assert told[1] == 1
