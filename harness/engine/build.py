@@ -245,7 +245,7 @@ def split_data(opened: Dataset, options: SplitOptions, on_bad_image: str) -> Dat
     labeled, unlabeled = prepare.sources(opened, split, options)
     hidden = None if unlabeled is None else prepare.known_truth(opened, split, options, unlabeled)
     warnings = prepare.found_in_files(prepare.parts(opened, needs_unlabeled), checks)
-    warnings += prepare.about_split(opened, split, options, labeled)
+    warnings += prepare.about_split(opened, split, options, labeled) + prepare.about_evaluation(opened)
     val = opened.val.source()
     return Data(opened, split, options.policy, labeled, unlabeled, hidden, val, bad, tuple(warnings))
 
