@@ -198,6 +198,9 @@ class Pipeline(Protocol):
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """Endless micro-batches of this rank, from the first one of `start_step` on."""
 
+    def batch_of(self, micro: MicroBatch) -> Batch:
+        """One micro-batch at once, of images that the sampler did not draw; changes nothing that `state` gives."""
+
     def images(self, source: ImageSource, view: str = "test") -> Iterator[tuple[View, Tensor]]:
         """(View, image ids), every image of `source` exactly once over all ranks."""
 
