@@ -98,7 +98,7 @@ def look(rows: Iterable[Row]) -> dict[str, tuple[str, str]]:
     looks, spare = {}, 0
     taken: set[str] = set()
     for row in rows:
-        if row.method in _KNOWN and row.method not in taken:
+        if row.method in _KNOWN and row.method not in taken and not row.labeller:
             looks[row.label] = _KNOWN[row.method]
             taken.add(row.method)
         else:
@@ -254,11 +254,12 @@ def published_pairs(
     """(row, published AP, our mean AP, whether the split protocol is the same) where method and share of labels agree.
 
     A published method is ours if its name is ours, or begins with it and goes on with a bracket or a comma, and if its
-    backbone has our depth, by which the names of detectors end (faster_rcnn_r50).
+    backbone has our depth, by which the names of detectors end (faster_rcnn_r50). None is ours with the pseudo labels
+    of somebody else.
     """
     for section in sections:
         depth = str(section.keys["detector"]).rpartition("_")[2].upper()
-        for row in [*section.rows, *section.reference]:
+        for row in [row for row in [*section.rows, *section.reference] if not row.labeller]:
             for source in published:
                 name, ours = source["method"].lower(), method_label(row.method).lower()
                 if name != ours and not name.startswith((f"{ours} (", f"{ours},")):

@@ -109,6 +109,7 @@ def summary(parts: list[Part]) -> pd.DataFrame:
                     **part.section.keys,
                     "method": row.method,
                     "variant": row.variant,
+                    "labeller": row.labeller,
                     "percent": percent,
                 }
                 line |= {"n": cell.n, "missing": len(cell.missing), "reason": cell.reason}

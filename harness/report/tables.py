@@ -37,6 +37,7 @@ TABLE_KEYS = (
     "dataset",
     "dataset_sha256",
     "val_sha256",
+    "evaluated_on",
     "protocol",
     "empty_images",
     "crowd_boxes",
@@ -47,6 +48,10 @@ TABLE_KEYS = (
 )
 _ORDER = (BASELINE, "stac", "unbiased_teacher", "soft_teacher", "mean_teacher")  # then others, by name
 _LABELS = {"stac": "STAC"}
+_EVALUATED_ON = {
+    "holdout": ", evaluated on held-out training images",
+    "tune": ", evaluated on the images that settings are chosen on",
+}
 
 
 def method_label(name: str) -> str:
@@ -164,12 +169,14 @@ class Row:
     method: str
     variant: str
     cells: dict[float, Cell]
+    labeller: str | None = None  # who made its pseudo labels, where they are of a file
 
     @property
     def label(self) -> str:
         """The method's name, with what is particular about its configuration."""
         borrows = any(borrows_stage_one(run.record) for cell in self.cells.values() for run in cell.runs)
-        notes = [self.variant, "stage 1: the suite's baseline" if borrows else ""]
+        labels = f"labels by {self.labeller}" if self.labeller else ""
+        notes = [labels, self.variant, "stage 1: the suite's baseline" if borrows else ""]
         shown = ", ".join(note for note in notes if note)
         return method_label(self.method) + (f" ({shown})" if shown else "")
 
@@ -203,7 +210,8 @@ class Section:
     def title(self) -> str:
         """Dataset, protocol and suite."""
         suite = f"suite {self.keys['suite']}" if self.keys["suite"] else "single runs"
-        return f"{self.keys['dataset']}, split protocol {self.keys['protocol']}, {suite}"
+        text = f"{self.keys['dataset']}, split protocol {self.keys['protocol']}, {suite}"
+        return text + _EVALUATED_ON.get(self.keys["evaluated_on"], "")
 
     def column(self, percent: float) -> str:
         """The heading of a column: "10 %"; the protocol is named where it does not draw by a percentage."""
@@ -309,6 +317,8 @@ def _planned_record(suite: str, cell: PlannedCell, of_suite: list[RunRecord]) ->
     record = RunRecord(**{key: getattr(template, key) for key in TABLE_KEYS})
     record.suite, record.cell, record.method = suite, cell.name, cell.method
     record.percent, record.fold, record.seed = cell.percent, cell.fold, cell.seed
+    labellers = {other.labeller for other in of_suite if other.method == cell.method}
+    record.labeller = labellers.pop() if len(labellers) == 1 else None
     record.status, record.error = cell.state, cell.reason or "not run"
     return record
 
@@ -359,7 +369,7 @@ def _without_copies(runs: list[Run], problems: list[str]) -> list[Run]:
     newest: dict[str, Run] = {}
     for one in sorted(runs, key=lambda run: (run.record.status == "ok", run.record.started)):
         r = one.record
-        place = [*(getattr(r, key) for key in TABLE_KEYS), r.method, _variable_part(r), r.percent, r.fold, r.seed]
+        place = [*(getattr(r, key) for key in TABLE_KEYS), _kind(r), _variable_part(r), r.percent, r.fold, r.seed]
         key = json.dumps(place)
         if key in newest:
             problems.append(f"{newest[key].folder} is not counted: {one.folder} is a newer run of the same cell.")
@@ -394,25 +404,31 @@ def _name_variants(runs: list[Run], steps: int) -> None:
         one.variant = ", ".join(values[:3]) + (f" and {len(values) - 3} more" if len(values) > 3 else "")
 
 
-def _place(method: str) -> tuple[int, str]:
-    return (_ORDER.index(method) if method in _ORDER else len(_ORDER), method)
+def _kind(record: RunRecord) -> tuple[str, str]:
+    """What is compared: a method, with somebody else's pseudo labels another one than without."""
+    return record.method, record.labeller or ""
+
+
+def _place(kind: tuple[str, str]) -> tuple[int, str, str]:
+    method, labeller = kind
+    return (_ORDER.index(method) if method in _ORDER else len(_ORDER), method, labeller)
 
 
 def _section(runs: list[Run]) -> Section:
     """Sorts the runs that share a table into rows and columns."""
-    methods = sorted({run.record.method for run in runs}, key=_place)
+    kinds = sorted({_kind(run.record) for run in runs}, key=_place)
     percents = sorted({run.share for run in runs})
     columns = [percent for percent in percents if percent < ALL_LABELS] or percents
     rows, reference = [], []
     steps = _usual_steps(runs)
-    for method in methods:
-        _name_variants([run for run in runs if run.record.method == method], steps)
+    for kind in kinds:
+        _name_variants([run for run in runs if _kind(run.record) == kind], steps)
     baselines = _baselines(runs)
-    for method in methods:
-        own = [run for run in runs if run.record.method == method]
+    for method, labeller in kinds:
+        own = [run for run in runs if _kind(run.record) == (method, labeller)]
         for variant in sorted({run.variant for run in own}):
-            row = Row(method, variant, {})
-            extra = Row(method, variant, {})
+            row = Row(method, variant, {}, labeller or None)
+            extra = Row(method, variant, {}, labeller or None)
             for percent in percents:
                 here = [run for run in own if run.variant == variant and run.share == percent]
                 cell = _cell(percent, here, baselines)
