@@ -29,7 +29,7 @@ from harness.core.types import Batch, ImageSource, Normalize, Target, UserError,
 from harness.data import prepare
 from harness.engine import annotate, build, checkpoint, trained
 from harness.engine.annotate import Color
-from harness.engine.taught import Labelled, labelled, parts_of, sort_out
+from harness.engine.taught import Labelled, label_batch, parts_of, sort_out
 from pipelines.policy import Policy
 
 _SMALLEST_PANEL = 260  # px of a panel's short side, to which small views are enlarged by whole factors
@@ -148,7 +148,7 @@ def pseudo_labels(run_dir: Path, cfg: DictConfig, world: World) -> Page:
 def _labelled(batches: Iterator[Batch], method: Method, step: int) -> Iterator[Labelled]:
     """The unlabelled pictures of a training's batches, as the method labels them."""
     for batch in batches:
-        yield from labelled(method, batch, step)
+        yield from label_batch(method, batch, step)
 
 
 def _panels(one: Labelled, method: Method, hidden: ImageSource | None, names: Sequence[str]) -> list[ViewPanel]:

@@ -40,7 +40,7 @@ class Labelled:
     uses: dict[str, Target]  # in the strong view, by what they teach
 
 
-def labelled(method: Method, batch: Batch, step: int) -> list[Labelled]:
+def label_batch(method: Method, batch: Batch, step: int) -> list[Labelled]:
     """The unlabelled images of a batch as the method labels them at a step; leaves the method as it was."""
     strong = batch.unlabeled.get(method.labels_view)
     if strong is None:
@@ -166,7 +166,7 @@ def keep(run: Experiment) -> None:
     none = np.zeros(1, np.int64)
     micro = MicroBatch(steps - 1, 0, none, rows, none, np.arange(len(rows)))
     with torch.autocast(run.world.device.type, torch.bfloat16, enabled=run.settings.precision == "bf16"):
-        each = labelled(method, run.pipeline.batch_of(micro), steps - 1)
+        each = label_batch(method, run.pipeline.batch_of(micro), steps - 1)
     sizes = dict(zip(data.unlabeled.ids[rows].tolist(), data.unlabeled.sizes[rows], strict=True))
     shown = {one.image: one for one in each if one.image in sizes}  # a bad picture was replaced by another
     if not any(one.uses for one in shown.values()):

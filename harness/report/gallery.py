@@ -21,7 +21,7 @@ from harness.core.draws import first_by_hash
 from harness.core.readback import content_of, decode_json
 from harness.core.types import RunError, UserError
 from harness.data.ground_truth import from_index
-from harness.report.pictures import Found, Line, line
+from harness.report.pictures import FoundBoxes, Line, line
 from harness.report.statistics import Pair
 from harness.report.tables import Row, Run, Section
 
@@ -90,8 +90,8 @@ def show(section: Section, count: int) -> tuple[Gallery | None, str]:
     return Gallery(caption, lines, pseudo_caption, pseudo), ""
 
 
-def _of_image(boxes: dict[str, np.ndarray], image: int) -> dict[str, Found]:
-    return {label: Found(rows[rows[:, 0] == image]) for label, rows in boxes.items()}
+def _of_image(boxes: dict[str, np.ndarray], image: int) -> dict[str, FoundBoxes]:
+    return {label: FoundBoxes(rows[rows[:, 0] == image]) for label, rows in boxes.items()}
 
 
 def _runs(section: Section) -> tuple[float, Pair, dict[str, Run]]:
@@ -146,7 +146,7 @@ class _Labels:
     """A run's pseudo labels: of which images they are kept, and what there is on one of them."""
 
     images: set[int]
-    of: Callable[[int], Found]
+    of: Callable[[int], FoundBoxes]
     all_are_kept: bool  # an image that is missing was left out of training
 
 
@@ -213,9 +213,9 @@ def _labels(run: Run, category_ids: np.ndarray) -> _Labels | None:
         ids, rows = offline.kept_labels(run.folder, category_ids)
         images = set(ids.tolist())
 
-        def of_stage_one(image: int) -> Found:
+        def of_stage_one(image: int) -> FoundBoxes:
             left_out = () if image in images else ("left out of training: nothing was found",)
-            return Found(rows[rows[:, 0] == image], notes=left_out)
+            return FoundBoxes(rows[rows[:, 0] == image], notes=left_out)
 
         return _Labels(images, of_stage_one, all_are_kept=True)
     if not (run.folder / taught.PSEUDO_LABELS).is_file():
@@ -224,7 +224,7 @@ def _labels(run: Run, category_ids: np.ndarray) -> _Labels | None:
     return _Labels(set(kept), lambda image: _of_teacher(image, kept[image]), all_are_kept=False)
 
 
-def _of_teacher(image: int, boxes: list[KeptBox]) -> Found:
+def _of_teacher(image: int, boxes: list[KeptBox]) -> FoundBoxes:
     def rows(some: list[KeptBox]) -> np.ndarray:
         found = [(image, *box.bbox, box.score, box.category_id) for box in some]
         return np.array(found, np.float64).reshape(-1, 7)
@@ -232,4 +232,4 @@ def _of_teacher(image: int, boxes: list[KeptBox]) -> Found:
     used, unused = [box for box in boxes if box.use is not None], [box for box in boxes if box.use is None]
     notes = [f"{n} for {use}" for use, n in Counter(box.use for box in used).items()]
     notes += [f"{n} not used: {why}" for why, n in Counter(box.why for box in unused).items()]
-    return Found(rows(used), rows(unused), tuple(notes))
+    return FoundBoxes(rows(used), rows(unused), tuple(notes))

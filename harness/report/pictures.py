@@ -42,7 +42,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundBoxes:
     """Boxes of one image as from `harness.engine.evaluate.predictions`, (N, 7) float64 each."""
 
     boxes: np.ndarray
@@ -76,7 +76,7 @@ def line(
     index: CocoIndex,
     truth: GroundTruth,
     image: int,
-    found: dict[str, Found],
+    found: dict[str, FoundBoxes],
     *,
     name: str = "truth",
     known: bool = True,
@@ -114,7 +114,7 @@ def _ids(truth: GroundTruth, rows: np.ndarray) -> np.ndarray:
     return truth.category_ids[truth.classes[rows]]
 
 
-def _panel(drawing: _Drawing, objects: int, label: str, found: Found, known: bool) -> Panel:
+def _panel(drawing: _Drawing, objects: int, label: str, found: FoundBoxes, known: bool) -> Panel:
     """What one method found on an image."""
     from harness.engine.errors import RIGHT, classify
 

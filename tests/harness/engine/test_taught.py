@@ -104,6 +104,7 @@ def test_keeping_labels_leaves_everything_as_it_was(cache: Path, tmp_path: Path,
         _assert_equal(before, _everything(run))
     finally:
         run.pipeline.close()
+    assert run.method.class_names == tuple(run.data.dataset.train.category_names)  # for warnings
     images = read_kept(tmp_path).images
     assert run.data.unlabeled is not None
     assert {image.image_id for image in images} == set(by_hash(run.data.unlabeled.ids)[:KEPT_IMAGES])

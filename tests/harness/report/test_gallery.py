@@ -196,7 +196,9 @@ def test_labels_of_images_whose_truth_nobody_knows_are_neither_right_nor_wrong(s
     truth = from_index(opened.train)
     boxes = np.array([[unlabelled.ids[0], 1, 1, 9, 9, 0.9, opened.train.category_ids[0]]])
     image = int(unlabelled.ids[0])
-    shown = pictures.line(opened.train, truth, image, {"T": pictures.Found(boxes)}, name="hidden truth", known=False)
+    shown = pictures.line(
+        opened.train, truth, image, {"T": pictures.FoundBoxes(boxes)}, name="hidden truth", known=False
+    )
     assert [panel.alt for panel in shown.panels] == [f"image {image}: nobody labelled it", "T: 1 box"]
 
 
