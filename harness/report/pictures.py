@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _SIDE = 256  # px, the longer side of a picture
 _QUALITY = 70
 _MOST_NAMED = 8  # boxes of a picture; names on more hide it
-_TRUTH, _RIGHT, _WRONG, _UNKNOWN, _UNUSED, _DARK = "#ffffff", "#4cc9f0", "#ff9f1c", "#ffe066", "#9a9a9a", "#000000"
+_TRUTH, _RIGHT, _WRONG, _UNKNOWN, _UNUSED, _DARK = "#ffffff", "#4cc9f0", "#ff9f1c", "#ffe066", "#bdbdbd", "#000000"
 
 
 @dataclass(frozen=True)

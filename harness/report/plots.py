@@ -166,7 +166,7 @@ def _ap_by_ratio(section: Section) -> str | None:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlim(percents[0] / 1.4, percents[-1] * 1.4)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.04 * axes.get_ylim()[1])  # room for the highest marker
         axes.set_xlabel("labelled images")
         axes.set_ylabel("AP (COCO, 0.50:0.95)")
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
