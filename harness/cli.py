@@ -14,7 +14,7 @@ import harness
 from harness.commands import help
 from harness.commands.usage import COMMANDS
 from harness.core.console import STDERR, settle
-from harness.core.escape import plain
+from harness.core.escape import never_refuse, plain
 from harness.core.files import open_closed_streams, refusal, require_working_folder
 from harness.core.types import RunError, UserError
 from harness.core.validate import near
@@ -87,6 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str] | None) -> int:
     open_closed_streams()
+    for stream in (sys.stdout, sys.stderr):
+        never_refuse(stream)
     places: dict[str, str] = {}
     try:
         require_working_folder()

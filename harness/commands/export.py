@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from harness.commands import usage
-from harness.config.checks import need
+from harness.config.extras import need
 from harness.core.console import Console
 from harness.core.files import require_writable, write_atomically
 from harness.core.types import UserError

@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from harness.commands import usage
-from harness.config import checks, compose
+from harness.config import compose, targets
 from harness.core.console import Console
 from harness.core.files import require_writable, write_atomically
 from harness.core.types import UserError
@@ -57,7 +57,7 @@ def run(cfg: DictConfig) -> int:
 def _name(root: Path) -> str:
     """The folder's name in characters that a command line takes; not that of a dataset which comes with the program."""
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", root.absolute().name).strip("-") or "own"
-    shipped = {file.stem for file in (checks.CONF_DIR / "data").glob("*.yaml")}
+    shipped = {file.stem for file in (targets.CONF_DIR / "data").glob("*.yaml")}
     return f"{name}-own" if name in shipped else name
 
 

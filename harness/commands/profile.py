@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from harness.config.checks import check_extras
+from harness.config.extras import check_extras
 
 
 def run(cfg: DictConfig) -> int:

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from rich.markup import escape
 from rich.table import Table
 
-from harness.config import checks
+from harness.config import extras
 from harness.core.console import STDERR, Console
 from harness.core.files import refusal
 from harness.core.stopping import StopRequest
@@ -48,7 +48,7 @@ def run(cfg: DictConfig) -> int:
         UserError: no suite was chosen, or a value cannot work.
     """
     begun = time.time()
-    checks.check_extras(cfg, logs=True)
+    extras.check_extras(cfg, logs=True)
     cells = plan(cfg)
     suite_dir = Path(cfg.runs_dir) / cfg.suite.name
     console = Console()

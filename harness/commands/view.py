@@ -8,7 +8,7 @@ import torch
 from omegaconf import DictConfig
 
 from harness.commands import usage
-from harness.config.checks import check_extras
+from harness.config.extras import check_extras
 from harness.core import distributed
 from harness.core.console import Console
 from harness.core.files import require_writable

@@ -16,7 +16,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
-from harness.config import checks, explain, layouts, moved, names, paths, yaml_files
+from harness.config import checks, explain, layouts, moved, names, paths, targets, yaml_files
+from harness.config.plain import resolved
 from harness.core import files
 from harness.core.types import UserError
 
@@ -51,7 +52,7 @@ def _load(overrides: Sequence[str], config_dirs: Sequence[str | Path]) -> DictCo
         cfg.cli = {"overrides": list(given), "config_dirs": [str(folder) for folder in config_dirs]}
         if cfg.cache_dir is None:
             cfg.cache_dir = str(paths.default_cache_dir())
-        checks.check_values(checks.resolved(cfg))
+        checks.check_values(resolved(cfg))
         _cap_intervals(cfg)
         checks.check_together(cfg)
     except UserError as error:
@@ -91,17 +92,17 @@ def _composed(overrides: Sequence[str]) -> DictConfig:
     """The files and the command line composed by Hydra, with the method's policy where none is chosen."""
     GlobalHydra.instance().clear()
     _know_old_options()
-    with initialize_config_dir(str(checks.CONF_DIR), version_base="1.3"):
+    with initialize_config_dir(str(targets.CONF_DIR), version_base="1.3"):
         # The policy that `augment.KEY` changes may be the method's, which is known only then.
         own = [override for override in overrides if re.match(r"[+~]*augment\.", override)]
         cfg = _compose([override for override in overrides if override not in own])
         if cfg.get("augment") is not None:
             cfg = _compose(overrides) if own else cfg
         else:
-            checks.check_method(cfg)
+            checks.check_method(resolved(cfg).get("method"))
             cfg = _compose([*overrides, f"augment={paths.quote(str(cfg.method.augment))}"])
     OmegaConf.set_struct(cfg, False)
-    checks.resolved(cfg)  # tells of values that cannot be looked at
+    resolved(cfg)  # tells of values that cannot be looked at
     moved.current(cfg)
     return cfg
 

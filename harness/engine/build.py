@@ -16,13 +16,12 @@ from omegaconf import DictConfig
 from detectors.detector import Detector
 from detectors.methods.method import Method
 from detectors.weights import Generated
-from harness.config import checks as config_checks
-from harness.config import schema, sections
+from harness.config import extras, schema, sections
 from harness.config.make import make
 from harness.config.names import cell_name
 from harness.config.run import RunSettings
 from harness.config.sections import FeedOptions
-from harness.config.step import StepShape
+from harness.config.step import StepShape, draws_unlabeled, shape_of
 from harness.core.distributed import World
 from harness.core.types import ImageSource, Normalize, Pipeline, Split, UserError, Views
 from harness.data import prepare
@@ -66,7 +65,7 @@ def method(options: Mapping[str, Any], network: Detector, steps: int) -> Method:
     """
     made: Method = make("method", options, detector=network, steps=steps)
     draws = bool(made.views.unlabeled)
-    if options.get("unlabeled") is not None and draws != config_checks.draws_unlabeled(options):
+    if options.get("unlabeled") is not None and draws != draws_unlabeled(options):
         what = "draws unlabelled images" if draws else "draws no unlabelled images"
         raise UserError(
             f"method={options.get('name', 'method')} {what}, and its configuration says otherwise: "
@@ -86,7 +85,7 @@ def pipeline(
     known_bad: Mapping[str, str] | None = None,
 ) -> Pipeline:
     """A pipeline: for training with all arguments, for evaluation without the last five."""
-    config_checks.check_pipeline(str(options.pipeline.get("name")), str(options.pipeline["_target_"]))
+    extras.check_pipeline(str(options.pipeline.get("name")), str(options.pipeline["_target_"]))
     made: Pipeline = make(
         "pipeline",
         options.pipeline,
@@ -216,7 +215,8 @@ def data(settings: RunSettings) -> Data:
     Raises:
         UserError: the devices cannot share a step, or what `harness.data.prepare` finds fatal.
     """
-    settings.step_shape(config_checks.draws_unlabeled(settings.method), settings.processes)
+    name = str(settings.method["name"])
+    shape_of(settings.batch, name, draws_unlabeled(settings.method), settings.processes)
     opened = set_apart(dataset(settings.data, settings.cache_dir), settings.split, settings.evaluation.set)
     return split_data(opened, settings.split, settings.feed.pipeline["on_bad_image"])
 
@@ -269,7 +269,7 @@ def experiment(settings: RunSettings, world: World, data: Data, start: Start | N
         for part in trained.networks().values():
             part.backbone.compile()
     draws = bool(trained.views.unlabeled)
-    shape = settings.step_shape(draws, world.size)
+    shape = shape_of(settings.batch, str(settings.method["name"]), draws, world.size)
     if draws and not data.unlabeled:
         refuse_no_unlabeled(str(settings.method["name"]), settings.split)
     pools = (data.labeled, data.unlabeled if draws else None)
@@ -315,7 +315,7 @@ def check_split(cell: str, method: Mapping[str, Any], options: SplitOptions, ope
     """
     try:
         _, unlabeled = prepare.sources(opened, prepare.resolve_split(opened, options), options)
-        if config_checks.draws_unlabeled(method) and not unlabeled:
+        if draws_unlabeled(method) and not unlabeled:
             refuse_no_unlabeled(str(method["name"]), options)
     except UserError as error:
         raise UserError(

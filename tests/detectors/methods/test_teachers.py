@@ -21,7 +21,7 @@ from detectors.methods.soft_teacher import SoftTeacher
 from detectors.methods.supervised import Supervised
 from detectors.methods.unbiased_teacher import UnbiasedTeacher
 from detectors.padded import PaddedTargets, pad
-from harness.config.checks import GROUPS
+from harness.config.targets import GROUPS
 from harness.core.draws import stream_key
 from harness.core.types import Target, UserError
 

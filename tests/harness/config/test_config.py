@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from detectors.methods.method import Losses, Method
 from harness import cli
-from harness.config import checks, compose
+from harness.config import compose, extras
 from harness.config.identity import config_sha256, differences, identity
 from harness.config.names import cell_name
 from harness.config.paths import places, quote_path
@@ -343,11 +343,11 @@ def test_extras_that_are_not_chosen_are_not_needed(monkeypatch: pytest.MonkeyPat
     for module in ("nvidia.dali", "wandb", "submitit"):
         monkeypatch.setitem(sys.modules, module, None)
     cfg = compose.load(["pipeline=torchvision", "logging.loggers=[wandb]"])
-    checks.check_extras(cfg)
+    extras.check_extras(cfg)
     with pytest.raises(UserError, match=r"ssodbench\[wandb\]"):
-        checks.check_extras(cfg, logs=True)
+        extras.check_extras(cfg, logs=True)
     with pytest.raises(UserError, match=r"ssodbench\[cu13\]"):
-        checks.check_extras(compose.load([]))
+        extras.check_extras(compose.load([]))
 
 
 @pytest.mark.parametrize(
