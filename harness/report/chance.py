@@ -14,8 +14,9 @@ from harness.engine.accumulate import scores
 from harness.engine.analysis import MATCHES
 from harness.engine.matches import Matches, read_matches
 from harness.report.bootstrap import ImageInterval, Resampled, average, difference, resample
+from harness.report.collect import Run
 from harness.report.resample_cache import place_of, read_resampled, write_resampled
-from harness.report.tables import Cell, Run, Section
+from harness.report.tables import Cell, Section
 
 _SEED = 0
 _OFF = 0.01  # AP by which matches may differ from their record: the order of equal scores

@@ -1,7 +1,7 @@
 """What moves numbers besides the method: a column for each condition, and a footnote where a table's rows differ in it.
 
 Suite, dataset, evaluation set, split protocol, detector, first weights, preset and score threshold never differ within
-a table (`harness.report.tables.TABLE_KEYS`). What else may differ is told here.
+a table (`harness.report.collect.TABLE_KEYS`). What else may differ is told here.
 """
 
 from __future__ import annotations

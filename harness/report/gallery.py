@@ -21,9 +21,10 @@ from harness.core.draws import first_by_hash
 from harness.core.readback import content_of, decode_json
 from harness.core.types import RunError, UserError
 from harness.data.ground_truth import from_index
+from harness.report.collect import Run
 from harness.report.pictures import FoundBoxes, Line, line
 from harness.report.statistics import Pair
-from harness.report.tables import Row, Run, Section
+from harness.report.tables import Row, Section
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

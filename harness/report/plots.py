@@ -16,8 +16,9 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter, NullLoca
 
 from harness.core.escape import figure_label
 from harness.core.readback import EvalLine, Line, PseudoLine, TrainLine, read_metrics
+from harness.report.collect import UNKNOWN_SHARE, Run
 from harness.report.costs import Cost
-from harness.report.tables import UNKNOWN_SHARE, Row, Run, Section, method_label
+from harness.report.tables import Row, Section, method_label
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; markers repeat the distinction. A method keeps its
 # colour in every figure and report.
