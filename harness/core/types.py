@@ -38,8 +38,10 @@ class Target:
         return Target(self.boxes[keep], self.labels[keep], self.scores[keep])
 
     def to(self, device: torch.device | str) -> Target:
-        """The same target on another device."""
-        return Target(*(t.to(device, non_blocking=True) for t in (self.boxes, self.labels, self.scores)))
+        """The same target on another device; on the CPU it is whole when this returns."""
+        # A copy from a GPU that does not block goes to pinned memory, which may be read before it is filled.
+        waits = str(device) == "cpu"
+        return Target(*(t.to(device, non_blocking=not waits) for t in (self.boxes, self.labels, self.scores)))
 
 
 @dataclass

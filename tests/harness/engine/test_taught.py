@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from harness.cli import main
 from harness.config import compose
 from harness.config.run import settings_of
 from harness.core.distributed import World
+from harness.core.record import read_record
 from harness.core.types import MicroBatch, Target, UnusableImages, UserError, View
 from harness.engine import build, taught
 from harness.engine.taught import KEPT_IMAGES, PSEUDO_LABELS, Labelled, keep, read_kept, sort_out
@@ -218,3 +220,23 @@ def test_damaged_file_is_told(tmp_path: Path, content: str) -> None:
     (tmp_path / PSEUDO_LABELS).write_text(content)
     with pytest.raises(UserError, match=r"pseudo_labels.json is damaged .* delete it"):
         read_kept(tmp_path)
+
+
+def test_labels_that_cannot_be_kept_cost_no_finished_run(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And kept ones change nothing: record and weights are the same."""
+
+    def fail(_: build.Experiment) -> None:
+        raise RuntimeError("no such kernel")
+
+    records = []
+    for name in ("kept", "failed"):
+        command = ["train", *SMALL, "method=mean_teacher", "pipeline=torchvision", "logging.loggers=[]"]
+        assert main([*command, f"cache_dir={cache}", f"run_dir={tmp_path / name}"]) == 0
+        records.append(read_record(tmp_path / name / "record.json"))
+        assert (tmp_path / name / PSEUDO_LABELS).exists() == (name == "kept")
+        monkeypatch.setattr(taught, "keep", fail)
+    assert "warning: no pseudo labels are kept for reports (RuntimeError: no such kernel)" in capfd.readouterr().err
+    for key in ("status", "ap", "scores", "per_class", "weights_sha256", "config_sha256", "bad_images"):
+        assert getattr(records[0], key) == getattr(records[1], key)
