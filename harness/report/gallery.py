@@ -184,7 +184,7 @@ def _pseudo_lines(cfg: DictConfig, opened: Dataset, runs: dict[str, Run], count:
     caption = (
         f"Pseudo labels on {len(lines)} unlabelled images, the first by a hash of their ids, beside the truth that "
         "training does not see: those that a stage 1 made once, and those that a teacher gives after its last step. "
-        "Blue and orange as above; grey: found and not used; yellow: the truth is unknown."
+        "Blue and orange as above; thin and grey: found and not used; yellow: the truth is unknown."
     )
     return caption + without, lines
 

@@ -240,3 +240,20 @@ def test_labels_that_cannot_be_kept_cost_no_finished_run(
     assert "warning: no pseudo labels are kept for reports (RuntimeError: no such kernel)" in capfd.readouterr().err
     for key in ("status", "ap", "scores", "per_class", "weights_sha256", "config_sha256", "bad_images"):
         assert getattr(records[0], key) == getattr(records[1], key)
+
+
+@pytest.mark.parametrize("pipeline", ["dali", "torchvision", "opencv"])
+def test_batch_of_given_images_is_the_one_that_training_draws(cache: Path, tmp_path: Path, pipeline: str) -> None:
+    run = experiment(cache, tmp_path, "method=mean_teacher", f"pipeline={pipeline}")
+    try:
+        expected, given = next(run.pipeline.batches(2)), run.pipeline.batch_of(run.sampler.draw(2))
+    finally:
+        run.pipeline.close()
+    for part in ("labeled", "unlabeled"):
+        views, made = getattr(expected, part), getattr(given, part)
+        assert list(views) == list(made)
+        for name, one in views.items():
+            assert torch.equal(one.images, made[name].images)
+            assert torch.equal(one.to_view, made[name].to_view)
+        for key in ("ids", "keys"):
+            assert torch.equal(getattr(expected, f"{part}_{key}"), getattr(given, f"{part}_{key}"))
