@@ -140,6 +140,7 @@ class _Session:
             self._evaluate()
             self._finish()
             self._close_log()
+            say(self.world, f"finished: {self.run_dir / 'record.json'}; `{_next(self.run_dir)}` shows what it finds")
             return 0
         except Interrupted as stopped:
             with contextlib.suppress(OSError):  # the state is saved, which matters more
@@ -349,6 +350,10 @@ class _Session:
         record.bad_images = len(self.run_.data.bad_images | self.bad_images | self.run_.pipeline.bad_images)
         if world.is_main or alone:
             write_record(self.run_dir / "record.json", record)
+
+
+def _next(run_dir: Path) -> str:
+    return f"ssodbench predict {shlex.quote(f'run_dir={run_dir}')} images=FOLDER"
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from typing import Protocol
 
 from omegaconf import DictConfig
 
+from harness.config.make import make
+
 
 class Launcher(Protocol):
     """Starts the processes of a run; the `_target_` of the group `launcher` names one.
@@ -24,3 +26,9 @@ class Launcher(Protocol):
             UserError: the launcher cannot be used here.
             RunError: the processes ended without a result.
         """
+
+
+def launch(cfg: DictConfig) -> int:
+    """Trains the run of a configuration by its launcher; see `Launcher.run`."""
+    launcher: Launcher = make("launcher", cfg.launcher)
+    return launcher.run(cfg)
