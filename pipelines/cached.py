@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from harness.core.types import Batch, ImageSource, Pipeline, View
+from harness.core.types import Batch, ImageSource, MicroBatch, Pipeline, View
 
 
 class CachedPipeline:
@@ -24,6 +24,10 @@ class CachedPipeline:
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """The batches from `start_step` on, kept as they are drawn, then over and over."""
         return itertools.cycle(itertools.islice(self._pipeline.batches(start_step), self._count))
+
+    def batch_of(self, micro: MicroBatch) -> Batch:
+        """As the wrapped pipeline."""
+        return self._pipeline.batch_of(micro)
 
     def images(self, source: ImageSource, view: str = "test") -> Iterator[tuple[View, Tensor]]:
         """As the wrapped pipeline."""

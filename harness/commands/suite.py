@@ -121,8 +121,11 @@ def conclude(suite_dir: Path, cfg: DictConfig, cells: list[SuiteCell], console: 
     steps: list[Callable[[], Any]] = [lambda: write_plan(suite_dir, cfg, cells)]
     if any((cell.run_dir / "record.json").exists() for cell in cells):
         html = suite_dir / "report" / "report.html"
-        drawn = (0, 0) if quickly else (cfg.report.resamples, cfg.report.gallery)
-        steps += [lambda: report.run(suite_dir, html.parent, *drawn), lambda: report.show(suite_dir, console)]
+        resamples, gallery = (0, 0) if quickly else (cfg.report.resamples, cfg.report.gallery)
+        steps += [
+            lambda: report.run(suite_dir, html.parent, resamples, gallery, Path(cfg.cache_dir)),
+            lambda: report.show(suite_dir, console),
+        ]
         steps += [lambda: console.print(f"report: {html}", soft_wrap=True, highlight=False, markup=False)]
     else:
         steps += [lambda: console.print(_no_record(cells), soft_wrap=True, highlight=False, markup=False)]

@@ -34,7 +34,7 @@ from harness.core.stopping import Interrupted, StopRequest
 from harness.core.types import RunRecord, UserError
 from harness.data import prepare
 from harness.data.ground_truth import from_index
-from harness.engine import build, checkpoint, offline, start
+from harness.engine import build, checkpoint, offline, start, taught
 from harness.engine.analysis import MATCHES, analyse, errors_by_kind
 from harness.engine.build import Experiment
 from harness.engine.evaluate import METRICS, evaluate, write_predictions
@@ -303,7 +303,15 @@ class _Session:
         self._pipeline_state()  # the evaluation may have met bad images
         if self.world.is_main:
             self._analyse()
+            self._keep_pseudo_labels()
         self._write_record("ok")
+
+    def _keep_pseudo_labels(self) -> None:
+        """A few for reports to show; whatever goes wrong with them is told, and costs no finished run."""
+        try:
+            taught.keep(self.run_)
+        except Exception as error:
+            say(self.world, f"warning: no pseudo labels are kept for reports ({type(error).__name__}: {error})")
 
     def _analyse(self) -> None:
         """What the report reads beside COCO's metrics: in the record, in predictions.json and in matches.npz."""
