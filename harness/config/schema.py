@@ -230,7 +230,7 @@ class Config:
     out: File | None
     model: File | None
     network: Literal["student", "teacher"] | None
-    images: File | Annotated[list[File], Limits(least=1)] | None
+    images: File | Annotated[list[File], Limits(least=1, words="a list of paths, [A,B]")] | None
     predict: PredictOptions
     format: Literal["safetensors", "pt", "onnx", "pt2"] | None
     export: ExportOptions
