@@ -75,7 +75,9 @@ class LoggingOptions:
 class ProfileOptions:
     """The keys of `profile`."""
 
-    pipelines: Annotated[list[Name], Limits(least=1)]
+    pipelines: Annotated[list[Name], Limits(least=1)] | None
+    sweep: dict[str, list[Any]] | None
+    trace: File | None
     seconds: Annotated[float, Limits(gt=0, le=86_400)]
     rounds: Annotated[int, Limits(ge=1, le=1000)]
     batch: Annotated[int, Limits(ge=1, le=4096)]
