@@ -52,6 +52,7 @@ class EvaluationOptions:
     score_threshold: Share
     batch: Annotated[int, Limits(ge=1, le=4096)]
     set: Literal["val", "tune"] | None = None
+    scorer: Literal["quick", "pycocotools"] = "quick"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +164,7 @@ class SuiteOptions:
     wait: bool | None = None
     retry_failed: bool = True
     status: bool = False
+    dry_run: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -146,19 +146,21 @@ class _Enough:
         stop: what it is asked by.
         seconds: of the steps that count.
         decides: whether this process is the one that asks; the others hear of it through the step's all-reduce.
+        fewest: steps that count, however slow they are.
     """
 
-    def __init__(self, stop: StopRequest, seconds: float, decides: bool) -> None:
+    def __init__(self, stop: StopRequest, seconds: float, decides: bool, fewest: int) -> None:
         self._stop, self._seconds, self._decides = stop, seconds, decides
+        self._warm_up_steps, self._fewest = min(WARM_UP_STEPS, fewest), fewest
         self._begin = time.perf_counter()
         self.warm_up = 0  # steps that do not count
 
     def __call__(self, steps: int) -> None:
         now = time.perf_counter()
         if not self.warm_up:
-            if steps >= WARM_UP_STEPS and now - self._begin >= WARM_UP_SHARE * self._seconds:
+            if steps >= self._warm_up_steps and now - self._begin >= WARM_UP_SHARE * self._seconds:
                 self.warm_up, self._begin = steps, now
-        elif self._decides and steps - self.warm_up >= FEWEST_STEPS and now - self._begin >= self._seconds:
+        elif self._decides and steps - self.warm_up >= self._fewest and now - self._begin >= self._seconds:
             self._stop.signal_number = self._stop.signal_number or signal.SIGALRM
 
 
@@ -179,7 +181,12 @@ def endless(settings: RunSettings, first_step: int) -> RunSettings:
 
 
 def measure(
-    run: Experiment, stop: StopRequest, seconds: float, first_step: int, trace: bool = False
+    run: Experiment,
+    stop: StopRequest,
+    seconds: float,
+    first_step: int,
+    trace: bool = False,
+    fewest: int = FEWEST_STEPS,
 ) -> tuple[list[StepTimes], Usage]:
     """Trains for some seconds after a warm-up and measures its steps.
 
@@ -189,11 +196,12 @@ def measure(
         seconds: of the steps that count.
         first_step: the number of the first one.
         trace: whether the stages also show in a trace of torch.profiler that is being made.
+        fewest: steps that count, however slow they are.
 
     Raises:
         Interrupted: `stop` was asked from outside.
     """
-    enough = _Enough(stop, seconds, run.world.is_main)
+    enough = _Enough(stop, seconds, run.world.is_main, fewest)
     recorder = Recorder(run.world.device, trace, after_step=enough)
     endless_run = dataclasses.replace(run, settings=endless(run.settings, first_step))
     with measured(recorder), used(run.world.device) as usage:
