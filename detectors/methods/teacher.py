@@ -14,6 +14,7 @@ from detectors.methods.method import Losses, Method, first_step, mean_count, ris
 from detectors.methods.watch import WINDOW, LabelWatch, TeacherWatch
 from detectors.padded import PaddedTargets
 from harness.core.escape import plain
+from harness.core.stages import stage
 from harness.core.types import Batch, View, Views
 
 FEW = 0.1  # pseudo labels per image, as a share of the labelled images' boxes, below which a warning is given
@@ -83,16 +84,19 @@ class TeacherMethod(Method):
         labeled, truth, keys = self.labeled_part(batch)
         metrics = {"labeled_boxes": mean_count(truth.valid)}
         if step < self.unlabeled_from or not batch.unlabeled:
-            supervised = self.labeled_losses(self.student.features(labeled.images), labeled, truth, keys)
+            (view,), (features,) = student_features(self.student, (labeled,), joint=False)
+            with stage("losses"):
+                supervised = self.labeled_losses(features, view, truth, keys)
             zero = torch.zeros((), device=labeled.images.device)
             unsupervised = dict.fromkeys(self.terms or supervised, zero)
             metrics.update(dict.fromkeys(self.measures, zero))
             self.labels = {}
         else:
             weak, strong = batch.unlabeled["weak"], batch.unlabeled["strong"]
-            seen, features = student_features(self.student, (labeled, strong), self.joint_forward)
-            supervised = self.labeled_losses(features[0], seen[0], truth, keys)
-            unsupervised, measured = self.unlabeled_losses(features[1], seen[1], weak, batch.unlabeled_keys)
+            seen, both = student_features(self.student, (labeled, strong), self.joint_forward)
+            with stage("losses"):
+                supervised = self.labeled_losses(both[0], seen[0], truth, keys)
+                unsupervised, measured = self.unlabeled_losses(both[1], seen[1], weak, batch.unlabeled_keys)
             metrics.update(measured)
         return {**supervised, **unlabeled_terms(unsupervised, self.unlabeled_weight(step))}, metrics
 

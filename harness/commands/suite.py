@@ -55,6 +55,10 @@ def run(cfg: DictConfig) -> int:
     claims = Claims(suite_dir, begun)
     if cfg.suite.get("status"):
         return status(cells, suite_dir, claims, console)
+    if cfg.suite.get("dry_run"):
+        from harness.suite import estimate
+
+        return estimate.tell(cfg, cells, suite_dir, console)
     require_suite_folder(claims, suite_dir)
     try:
         return _run(cfg, cells, suite_dir, claims, console)

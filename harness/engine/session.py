@@ -275,6 +275,7 @@ class _Session:
         """Scores the networks: at the end all, before it those that `evaluation.between` names."""
         data, begin = self.run_.data, time.perf_counter()
         at_end = self.counters.step == self.steps
+        quick = not at_end and self.settings.evaluation.scorer == "quick"
         for name, network in self.run_.method.networks().items():
             if not at_end and self.settings.evaluation.between == "reported" and name != self.run_.method.reported:
                 continue
@@ -282,7 +283,7 @@ class _Session:
                 network,
                 self.run_.pipeline,
                 data.val,
-                data.dataset.val.coco_ground_truth(),
+                from_index(data.dataset.val) if quick else data.dataset.val.coco_ground_truth(),
                 data.dataset.val.category_ids,
                 self.settings.evaluation.score_threshold,
                 self.world,

@@ -25,7 +25,7 @@ from harness.core.files import refusal, require_writable, write_atomically
 from harness.core.readback import read_published
 from harness.core.record import BASELINE
 from harness.core.types import UserError
-from harness.report import numbers, plots
+from harness.report import numbers, plots, stage_bars
 from harness.report import text as formatting
 from harness.report.comparison import shown_labels
 from harness.report.numbers import COSTS, PSEUDO, SCORES
@@ -65,12 +65,14 @@ def run(
     ]
     on_coco = [part.section for part in parts if part.section.keys["dataset"] == COCO]
     lines = published(problems) if on_coco else []
+    profiles = stage_bars.read(folder, problems)
     problems = list(dict.fromkeys(problems))
     published_plot = plots.published_against_ours(on_coco, lines) if lines else None
     content = {
         "parts": parts,
         "published": lines,
         "published_plot": published_plot,
+        "profile_plot": stage_bars.svg(profiles) if profiles else None,
         "problems": problems,
         "baseline": method_label(BASELINE),
         "scores": SCORES,
