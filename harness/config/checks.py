@@ -20,6 +20,8 @@ from harness.config.step import StepShape, check_annealing
 from harness.core import validate
 from harness.core.types import UserError, Views
 
+# What says to libraries how many threads they may have.
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 CONF_DIR = Path(__file__).parents[1] / "conf"
 
 
@@ -68,7 +70,6 @@ _EXTRAS = {
     "mlflow": "pip install 'ssodbench[mlflow]'",
     "onnx": "pip install 'ssodbench[onnx]'",
     "onnxscript": "pip install 'ssodbench[onnx]'",
-    "submitit": "pip install 'ssodbench[slurm]'",
 }
 
 
@@ -298,7 +299,7 @@ def check_extras(cfg: DictConfig, logs: bool = False, pipelines: Sequence[str] =
 
     Args:
         cfg: the configuration.
-        logs: whether scalars will be logged and the launcher used.
+        logs: whether scalars will be logged.
         pipelines: the pipelines that will be opened; default: the one that is configured.
 
     Raises:
@@ -312,8 +313,6 @@ def check_extras(cfg: DictConfig, logs: bool = False, pipelines: Sequence[str] =
     for chosen in cfg.logging.loggers:
         if chosen in ("wandb", "mlflow"):
             need(chosen, f"logging.loggers names {chosen}, which", "leave it out")
-    if str(cfg.launcher.get("_target_")).startswith("harness.launch.slurm."):
-        need("submitit", "launcher=slurm needs submitit, which", "launcher=local")
 
 
 def check_pipeline(name: str, target: str) -> None:

@@ -161,6 +161,8 @@ class SuiteOptions:
     wait: bool | None = None
     retry_failed: bool = True
     status: bool = False
+    report: bool = False
+    cancel: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
