@@ -165,6 +165,8 @@ class SuiteOptions:
     retry_failed: bool = True
     status: bool = False
     dry_run: bool = False
+    report: bool = False
+    cancel: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

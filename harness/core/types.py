@@ -296,6 +296,7 @@ class RunRecord:
     command: str = ""
     started: str = ""
     finished: str | None = None
+    job: dict[str, Any] | None = None  # of Slurm: id, hosts, requeues
     environment: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)  # what decides the result: no folders, no devices
 

@@ -9,6 +9,7 @@ import fcntl
 import os
 import resource
 import shlex
+import socket
 import time
 import warnings
 from collections.abc import Sequence
@@ -50,7 +51,9 @@ def say(world: World, text: str) -> None:
         STDERR.say(text)
 
 
-def train_to_record(cfg: DictConfig, stage_one: DictConfig | None, world: World, stop: StopRequest) -> int:
+def train_to_record(
+    cfg: DictConfig, stage_one: DictConfig | None, world: World, stop: StopRequest, lock_seconds: float = 0.0
+) -> int:
     """Takes up or starts the run in `cfg.run_dir` and ends it with a record.
 
     Args:
@@ -58,19 +61,21 @@ def train_to_record(cfg: DictConfig, stage_one: DictConfig | None, world: World,
         stage_one: of the run that makes its pseudo labels before training, as `harness.config.compose` gives it.
         world: this process.
         stop: looked at after every step.
+        lock_seconds: how long to wait where another process has the run folder.
     """
     settings = distributed.on_every_rank(world, lambda: settings_of(cfg, stage_one))
-    return train_run(settings, world, stop)
+    return train_run(settings, world, stop, lock_seconds)
 
 
-def train_run(settings: RunSettings, world: World, stop: StopRequest) -> int:
+def train_run(settings: RunSettings, world: World, stop: StopRequest, lock_seconds: float = 0.0) -> int:
     """`train_to_record` by the settings of the run."""
     run_dir = settings.run_dir
     lock = RunLock(run_dir)
-    distributed.from_main(world, lambda: lock.acquire() and None)
+    with stop.at_once():
+        distributed.from_main(world, lambda: lock.wait_and_acquire(lock_seconds, STDERR.say) and None)
     begun = False
     try:
-        if distributed.from_main(world, lambda: _is_finished(run_dir, settings.identity, settings.config_sha256)):
+        if distributed.from_main(world, lambda: is_finished(run_dir, settings.identity, settings.config_sha256)):
             say(
                 world,
                 f"the run in {run_dir} is finished: see {run_dir / 'record.json'}; delete the folder to run it anew",
@@ -94,7 +99,7 @@ def train_run(settings: RunSettings, world: World, stop: StopRequest) -> int:
         lock.release(discard=not begun)
 
 
-def _is_finished(run_dir: Path, own: dict[str, Any], config_sha256: str) -> bool:
+def is_finished(run_dir: Path, own: dict[str, Any], config_sha256: str) -> bool:
     """Whether an ok record of the configuration of this identity is there, beside the run's own config.yaml.
 
     Raises:
@@ -371,6 +376,21 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def _job(world: World) -> dict[str, Any] | None:
+    """The Slurm job that this run is: its number, its machines, how often it was put into the queue again; else None.
+
+    Every rank calls it.
+    """
+    given = os.environ
+    if "SLURM_JOB_ID" not in given:
+        return None
+    hosts = distributed.gather(world, given.get("SLURMD_NODENAME") or socket.gethostname())
+    number = given["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in given:
+        number = f"{given['SLURM_ARRAY_JOB_ID']}_{given['SLURM_ARRAY_TASK_ID']}"
+    return {"id": number, "hosts": sorted(set(hosts)), "requeues": int(given.get("SLURM_RESTART_COUNT", 0))}
+
+
 def new_record(run_: Experiment, extra: offline.Extra) -> RunRecord:
     """A record with all that is known before training, the reported network among it."""
     settings, data, method = run_.settings, run_.data, run_.method
@@ -422,6 +442,7 @@ def new_record(run_: Experiment, extra: offline.Extra) -> RunRecord:
         commit=environ.pop("commit", None),
         command=shlex.join(["ssodbench", "train", *settings.command]),
         started=_now(),
+        job=_job(run_.world),
         environment=environ,
     )
     record.config = settings.identity

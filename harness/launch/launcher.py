@@ -8,6 +8,9 @@ from omegaconf import DictConfig
 
 from harness.config.make import make
 
+# What says to libraries how many threads a process may have.
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
 
 class Launcher(Protocol):
     """Starts the processes of a run; the `_target_` of the group `launcher` names one.

@@ -340,7 +340,7 @@ def test_version_and_help_do_not_load_a_configuration(capsys: pytest.CaptureFixt
 
 
 def test_extras_that_are_not_chosen_are_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("nvidia.dali", "wandb", "submitit"):
+    for module in ("nvidia.dali", "wandb"):
         monkeypatch.setitem(sys.modules, module, None)
     cfg = compose.load(["pipeline=torchvision", "logging.loggers=[wandb]"])
     extras.check_extras(cfg)
