@@ -18,6 +18,6 @@ def run(cfg: DictConfig) -> int:
     from harness.suite.cells import end_with_suite
 
     end_with_suite()
-    from harness.launch.launcher import launch
+    from harness.launch import launcher
 
-    return launch(cfg)
+    return launcher.train(cfg)
