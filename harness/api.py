@@ -29,13 +29,14 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from harness.commands import suite as suite_command
-from harness.commands import train as train_command
 from harness.config import compose, paths, saved
+from harness.config.extras import check_extras
 from harness.core import distributed
 from harness.core.record import read_record
 from harness.core.types import RunError, RunRecord, UserError
 from harness.engine import predict, trained
 from harness.engine.evaluate import detect_all
+from harness.launch.launcher import launch
 
 __all__ = ["Boxes", "Network", "Run", "load_config", "open_network", "open_run", "records", "run_suite", "train"]
 
@@ -67,7 +68,8 @@ def train(cfg: DictConfig) -> Run:
         UserError: a mistake in the configuration or the data.
         RunError: the run ended without a result; its record says why.
     """
-    code = train_command.run(cfg)
+    check_extras(cfg, logs=True)
+    code = launch(cfg)
     if code:
         raise RunError(f"the run in {cfg.run_dir} ended with exit code {code}: see its output and record.json")
     return open_run(cfg.run_dir)

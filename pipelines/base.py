@@ -201,6 +201,23 @@ class BasePipeline:
                 batch = self._batch(lane, dict(zip(parts, resolved, strict=True)))
             yield batch
 
+    def batch_of(self, micro: MicroBatch) -> Batch:
+        """One micro-batch at once, beside those that are under way; `state` is as it was before.
+
+        Raises:
+            UnusableImages: as `batches`.
+        """
+        drawn, bad = [known.clone() for known in self._drawn], dict(self.bad_images)
+        try:
+            parts = self._parts(micro)
+            return self._batch(
+                micro.index, {name: self._resolve(job, self._render_now(job)) for name, job in parts.items()}
+            )
+        finally:
+            self.bad_images = bad
+            for known, before in zip(self._drawn, drawn, strict=True):
+                known.copy_(before)
+
     def _parts(self, micro: MicroBatch) -> dict[str, Job]:
         """Jobs of the labelled and the unlabelled images of a micro-batch, where it has any."""
         assert self._views is not None

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from harness.core.types import Batch, ImageSource, Pipeline, View
+from harness.core.types import Batch, ImageSource, MicroBatch, Pipeline, View
 
 
 class CachedPipeline:
@@ -35,6 +35,10 @@ class CachedPipeline:
             if hasattr(stream, "close"):
                 stream.close()
         return itertools.cycle(self._kept[start_step])
+
+    def batch_of(self, micro: MicroBatch) -> Batch:
+        """As the wrapped pipeline."""
+        return self._pipeline.batch_of(micro)
 
     def images(self, source: ImageSource, view: str = "test") -> Iterator[tuple[View, Tensor]]:
         """As the wrapped pipeline."""

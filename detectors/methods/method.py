@@ -110,6 +110,9 @@ class Method(nn.Module, ABC):
         # use that was made of it, the one that decides classes first.
         self.labels: dict[str, PaddedTargets] = {}
         self.spells, self.loss_watch = Spells(), LossWatch()  # for `doubts`
+        self.class_names: Sequence[
+            str
+        ] = ()  # of the C classes, for `doubts`; set by who builds the method for a dataset
         if reported not in self.networks():
             raise UserError(f"method.reported={reported} does not exist here: choose {' or '.join(self.networks())}")
 

@@ -13,6 +13,7 @@ from detectors.detector import Detector, targets_of
 from detectors.methods.method import Losses, Method, first_step, mean_count, rising, student_features, unlabeled_terms
 from detectors.methods.watch import WINDOW, LabelWatch, TeacherWatch
 from detectors.padded import PaddedTargets
+from harness.core.escape import plain
 from harness.core.stages import stage
 from harness.core.types import Batch, View, Views
 
@@ -130,6 +131,10 @@ class TeacherMethod(Method):
             f"raise {self.threshold_key}, or lower method.lambda_u"
         ]
 
+    def _class_name(self, label: int | None) -> str:
+        """The name of a label in 1..C; its number where names were not given."""
+        return plain(self.class_names[label - 1]) if label is not None and self.class_names else str(label)
+
     def _labels_are_odd(self) -> list[str]:
         found = []
         if self.spells.begins("none", self.label_watch.are_missing()):
@@ -140,8 +145,8 @@ class TeacherMethod(Method):
         label = self.label_watch.only_class()
         if self.spells.begins("one class", label is not None and self.student.num_classes > 1):
             found.append(
-                f"nearly all pseudo labels of the last {WINDOW} log lines are of class {label} (of "
-                f"{self.student.num_classes}, in the dataset's order): unless it is as common among human labels, "
+                f"nearly all pseudo labels of the last {WINDOW} log lines are of class {self._class_name(label)} (of "
+                f"{self.student.num_classes} classes): unless it is as common among human labels, "
                 f"lower {self.threshold_key} so that others are found too, or lengthen method.burn_in"
             )
         return found

@@ -18,8 +18,6 @@ def run(cfg: DictConfig) -> int:
     from harness.suite.cells import end_with_suite
 
     end_with_suite()
-    from harness.config.make import make
-    from harness.launch.launcher import Launcher
+    from harness.launch.launcher import launch
 
-    launcher: Launcher = make("launcher", cfg.launcher)
-    return launcher.run(cfg)
+    return launch(cfg)

@@ -5,6 +5,7 @@ Never `@hydra.main`: it would scatter output folders and own our exit codes.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Sequence
@@ -170,23 +171,30 @@ def _fill_defaults(cfg: DictConfig) -> None:
         cfg.run_dir = str(Path(cfg.runs_dir) / "train" / names.cell_name(cfg))
 
 
-def _start_sha256(run_dir: Path) -> str:
-    """`weights_sha256` of the network that a finished run reports; by it the run that starts there is known.
+def _start_sha256(start: Path) -> str:
+    """By what a run knows the network that it starts from: `weights_sha256` of the one that a finished run reports, or
+    the hash of an exported file.
 
     Raises:
-        UserError: there is no finished run.
+        UserError: there is no finished run, and no file that can be read.
     """
+    if start.is_file():
+        try:
+            return hashlib.sha256(files.read_bytes(start)).hexdigest()
+        except OSError as error:
+            raise UserError(f"detector.start={start} cannot be read ({error.strerror}): give another file") from error
     from harness.core.record import read_record  # it imports torch
 
-    path = run_dir / "record.json"
+    path = start / "record.json"
     if why := files.trouble(path):
         raise UserError(
-            f"detector.start={run_dir} holds no run (record.json: {why}): name the folder of a finished one"
+            f"detector.start={start} holds no run (record.json: {why}): name the folder of a finished one, or a file "
+            "that export wrote"
         )
     record = read_record(path)
     if record.status != "ok" or not record.weights_sha256:
         raise UserError(
-            f"detector.start={run_dir} is not finished (status {record.status}): finish it first, by the command that "
+            f"detector.start={start} is not finished (status {record.status}): finish it first, by the command that "
             "started it, or name another run"
         )
     return record.weights_sha256

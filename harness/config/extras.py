@@ -16,7 +16,6 @@ _INSTALL = {  # package -> how it is installed
     "mlflow": "pip install 'ssodbench[mlflow]'",
     "onnx": "pip install 'ssodbench[onnx]'",
     "onnxscript": "pip install 'ssodbench[onnx]'",
-    "submitit": "pip install 'ssodbench[slurm]'",
 }
 
 
@@ -30,7 +29,7 @@ def check_extras(cfg: DictConfig, logs: bool = False, pipelines: Sequence[str] =
 
     Args:
         cfg: the configuration.
-        logs: whether scalars will be logged and the launcher used.
+        logs: whether scalars will be logged.
         pipelines: the pipelines that will be opened; default: the one that is configured.
 
     Raises:
@@ -44,8 +43,6 @@ def check_extras(cfg: DictConfig, logs: bool = False, pipelines: Sequence[str] =
     for chosen in cfg.logging.loggers:
         if chosen in ("wandb", "mlflow"):
             need(chosen, f"logging.loggers names {chosen}, which", "leave it out")
-    if str(cfg.launcher.get("_target_")).startswith("harness.launch.slurm."):
-        need("submitit", "launcher=slurm needs submitit, which", "launcher=local")
 
 
 def check_pipeline(name: str, target: str) -> None:

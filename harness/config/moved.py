@@ -31,6 +31,12 @@ OPTIONS: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
 NAMED = {
     "schedule.optimizer": {"sgd": "harness.engine.optim.sgd", "adamw": "harness.engine.optim.adamw"},
 }
+# Keys of launcher=slurm that have become others: the key, and how a value is written there.
+_SLURM_KEYS = {
+    "launcher.minutes": lambda minutes: f"launcher.time='0-{int(minutes) // 60}:{int(minutes) % 60:02d}:00'",
+    "launcher.cpus_per_device": lambda cores: f"launcher.cpus={int(cores)}",
+    "launcher.memory_gb": lambda size: f"launcher.memory={round(float(size) * 1024)}M",
+}
 _FIRST = {new: old for old, new in MOVED.items()}
 
 
@@ -61,9 +67,16 @@ def override(text: str) -> str:
     although the key `name` is not there.
 
     Raises:
-        UserError: there is no such name.
+        UserError: there is no such name, or a key is another one today.
     """
     key, _, value = text.lstrip("+").partition("=")
+    if key in _SLURM_KEYS:
+        try:
+            raise UserError(f"{key} is another key today: say {_SLURM_KEYS[key](value)}")
+        except ValueError as error:
+            raise UserError(f"{key} is another key today: see harness/conf/launcher/slurm.yaml") from error
+    if key == "launcher.parameters" or key.startswith("launcher.parameters."):
+        return f"++{key}={value}"  # any option of sbatch is taken
     if key in NAMED and value.startswith("{"):
         return f"++{key}={value}"
     place, _, last = key.rpartition(".")

@@ -165,6 +165,8 @@ class SuiteOptions:
     retry_failed: bool = True
     status: bool = False
     dry_run: bool = False
+    report: bool = False
+    cancel: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,7 +236,7 @@ class Config:
     out: File | None
     model: File | None
     network: Literal["student", "teacher"] | None
-    images: File | Annotated[list[File], Limits(least=1)] | None
+    images: File | Annotated[list[File], Limits(least=1, words="a list of paths, [A,B]")] | None
     predict: PredictOptions
     format: Literal["safetensors", "pt", "onnx", "pt2"] | None
     export: ExportOptions

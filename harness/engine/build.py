@@ -173,6 +173,7 @@ class Start:
     words: str  # for records
     place: str  # the file that they are from
     sha256: str  # of the network with these weights
+    normalize: Normalize | None = None  # how it wants its pixels, where the configuration does not tell
 
     def load_into(self, network: Detector) -> None:
         """Gives a detector the weights.
@@ -192,6 +193,11 @@ class Start:
             raise UserError(
                 f"detector.start: the weights in {self.place} are not those of the run's record.json: put the files "
                 "back as one run wrote them, or start from another run"
+            )
+        if self.normalize is not None and network.normalize != self.normalize:
+            raise UserError(
+                f"detector.start: the network in {self.place} wants {self.normalize}, and this detector "
+                f"{network.normalize}: set detector.caffe as its run had it, or start from another"
             )
         network.pretraining = self.words
 
@@ -245,7 +251,7 @@ def split_data(opened: Dataset, options: SplitOptions, on_bad_image: str) -> Dat
     labeled, unlabeled = prepare.sources(opened, split, options)
     hidden = None if unlabeled is None else prepare.known_truth(opened, split, options, unlabeled)
     warnings = prepare.found_in_files(prepare.parts(opened, needs_unlabeled), checks)
-    warnings += prepare.about_split(opened, split, options, labeled)
+    warnings += prepare.about_split(opened, split, options, labeled) + prepare.about_evaluation(opened)
     val = opened.val.source()
     return Data(opened, split, options.policy, labeled, unlabeled, hidden, val, bad, tuple(warnings))
 
@@ -262,6 +268,7 @@ def experiment(settings: RunSettings, world: World, data: Data, start: Start | N
     if start is not None:
         start.load_into(network)
     trained = method(settings.method, network, schedule.steps).to(world.device)
+    trained.class_names = tuple(data.dataset.train.category_names)
     if settings.channels_last:
         trained = trained.to(memory_format=torch.channels_last)
     if settings.compile:

@@ -256,7 +256,7 @@ def _steps(
                 labeled_loss = sum(value for name, value in losses.items() if not name.startswith("unlabeled_"))
                 told = {**metrics, "labeled_loss": torch.as_tensor(labeled_loss)}
                 for doubt in method.doubts(range(step + 1 - settings.logging.every, step + 1), told):
-                    logger.warning("at step %d %s", step, doubt)
+                    logger.warning("warning: at step %d %s", step, doubt)
                 inspect(run, work.batch, step, counters, log)
         end_step()
         if stop_asked and not last:

@@ -38,7 +38,9 @@ TEMPLATES = Path(__file__).parent / "templates"
 PUBLISHED = Path(__file__).parents[2] / "results" / "published.csv"
 
 
-def run(folder: Path, out: Path | None = None, resamples: int = 1000, gallery: int = 6) -> Path:
+def run(
+    folder: Path, out: Path | None = None, resamples: int = 1000, gallery: int = 6, cache_dir: Path | None = None
+) -> Path:
     """Writes the report of all records below a folder.
 
     Args:
@@ -46,6 +48,7 @@ def run(folder: Path, out: Path | None = None, resamples: int = 1000, gallery: i
         out: where the report goes, by default `folder/report`.
         resamples: of the evaluation images, for intervals of runs that have matches.npz; 0: none.
         gallery: how many evaluation images to show with truth and boxes, where the data is there; 0: none.
+        cache_dir: root of the cache, where resampled scores are kept for the next report; None: they are not.
 
     Returns:
         Path of report.html.
@@ -56,7 +59,10 @@ def run(folder: Path, out: Path | None = None, resamples: int = 1000, gallery: i
     """
     out = folder / "report" if out is None else out
     sections, problems = load(folder)
-    parts = [part_of(number, section, resamples, gallery, problems) for number, section in enumerate(sections, 1)]
+    parts = [
+        part_of(number, section, resamples, gallery, problems, cache_dir=cache_dir)
+        for number, section in enumerate(sections, 1)
+    ]
     on_coco = [part.section for part in parts if part.section.keys["dataset"] == COCO]
     lines = published(problems) if on_coco else []
     profiles = stage_bars.read(folder, problems)
@@ -111,6 +117,7 @@ def summary(parts: list[Part]) -> pd.DataFrame:
                     **part.section.keys,
                     "method": row.method,
                     "variant": row.variant,
+                    "labeller": row.labeller,
                     "percent": percent,
                 }
                 line |= {"n": cell.n, "missing": len(cell.missing), "reason": cell.reason}

@@ -300,13 +300,6 @@ def test_cells_of_another_process_are_left_to_it(bench):
     assert bench.started() == [cell("supervised", 1)]
 
 
-def test_on_a_cluster_nobody_waits_for_cells_of_others(bench):
-    claims = Claims(bench.folder)
-    assert claims.take(cell("supervised", 1), bench.folder / cell("supervised", 1))
-    assert bench.run(*ONE, "launcher=slurm") == 3
-    claims.release(cell("supervised", 1))
-
-
 def test_a_killed_process_holds_nothing(bench):
     code = f"""
 import os, signal
