@@ -36,6 +36,7 @@ def run(cfg: DictConfig) -> int:
 def _step(cfg: DictConfig) -> int:
     """Measures in this process, or in one for each device."""
     check_extras(cfg)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # what makes traces is silent, also about GPUs that are not there
     from harness.core import distributed
     from harness.core.files import require_writable
     from harness.core.stopping import stop_signals
