@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.docs
 
-.PHONY: bench test test-all test-cluster lint format benchmarks reference docs
+.PHONY: bench test test-all test-cluster lint format benchmarks gpu reference docs
 bench: $(STAMP)            ## generate the dataset, run the quick suite, print the table
 	$(BIN)/ssodbench suite suite=quick
 
@@ -28,8 +28,11 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-benchmarks: $(STAMP)       ## speed, never part of the tests
-	$(BIN)/python -m pytest benchmarks --benchmark-only --timeout 3000
+benchmarks: $(STAMP)       ## speed, never part of the tests, beside the baseline of this kind of machine; ARGS=--write makes that
+	$(BIN)/python benchmarks/compare.py $(ARGS)
+
+gpu: $(STAMP)              ## what a GPU is to prove, within 9 minutes; a reduced form where there is none. OUT=DIR
+	$(BIN)/python benchmarks/gpu.py $(if $(OUT),--out $(OUT)) $(ARGS)
 
 reference: $(STAMP)        ## docs/reference/keys.md, out of the comments in harness/conf
 	mkdir -p docs/reference

@@ -23,8 +23,8 @@ from torchvision.ops import MultiScaleRoIAlign
 import harness
 from detectors.faster_rcnn import FasterRcnn
 from detectors.methods.method import Method
-from harness.config.checks import GROUPS
 from harness.config.make import make
+from harness.config.targets import GROUPS
 from harness.core.draws import image_keys
 from harness.core.types import Batch, Target, View
 

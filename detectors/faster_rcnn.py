@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from detectors.backbones import Depth, Norm, Pyramid, ResNetBackbone, SmallBackbone, Stages, build_resnet, pyramid_norm
+from detectors.backbones import Depth, Norm, Pyramid, ResNetBackbone, SmallBackbone, Stages
 from detectors.detector import Detector
 from detectors.padded import PaddedTargets
 from detectors.roi import RoiSettings, RoiStage
 from detectors.rpn import Anchors, Proposals, Rpn, RpnSettings
+from detectors.timm_backbones import SimplePyramid, TimmName, large_pyramid, timm_pyramid
 from detectors.weights import LATER, Generated, load_backbone
 from harness.core.types import Normalize, UserError, View
 from harness.core.validate import Channels, File, Limits, Pixels, Positive, keys_of
@@ -68,7 +69,7 @@ class FasterRcnn(Detector):
         *,
         num_classes: int,
         name: str,
-        backbone: Pyramid,
+        backbone: Pyramid | SimplePyramid,
         anchors: Anchors,
         rpn: RpnSettings,
         roi: RoiSettings,
@@ -139,6 +140,8 @@ class FasterRcnn(Detector):
         return self.roi.detections(logits, deltas, proposals, view.sizes, score_threshold)
 
 
+_SMALL_NORMALIZE = Normalize(mean=(120.0, 120.0, 120.0), std=(60.0, 60.0, 60.0))
+
 Style = Annotated[str, Limits(one_of=tuple(STYLES))]
 
 
@@ -169,9 +172,12 @@ def small_faster_rcnn(
     *,
     num_classes: int,
     name: str,
-    cache_dir: str | Path,  # noqa: ARG001 - where `generated` weights lie, for whoever makes them
+    cache_dir: str | Path,
     weights: File = "generated",
     generated: Generated | None = None,
+    backbone: TimmName | None = None,
+    norm: Norm | None = None,
+    frozen_stages: Stages | None = None,
     channels: Annotated[Sequence[Channels], Limits(least=4, most=4)] = (24, 32, 64, 96),
     pyramid_channels: Channels = 48,
     anchor_sizes: Annotated[Sequence[Pixels], Limits(least=1)] = (12, 18, 28),
@@ -184,11 +190,13 @@ def small_faster_rcnn(
 
     Args:
         num_classes, name: see `Detector`.
-        cache_dir: where generated first weights lie; not read here.
+        cache_dir: where generated first weights lie, and for timm's downloads.
         weights: `generated`, `scratch`, the path of a file with the backbone's state, or `later` for those of a whole
             detector, which will replace them.
         generated: the weights that `generated` means.
-        channels: of the backbone.
+        backbone: `timm:NAME` in place of the small one; `weights` are then those of `timm_pyramid`.
+        norm, frozen_stages: of that network, see `timm_pyramid`; None: its BatchNorm is `batch`.
+        channels: of the small backbone.
         pyramid_channels: of every pyramid level.
         anchor_sizes: one for each of the three levels, in pixels.
         anchor_ratios: height / width.
@@ -199,11 +207,45 @@ def small_faster_rcnn(
         UserError: a file is missing or does not fit, or a key is unknown.
     """
     _check_style(style)
+    if len(anchor_sizes) != 3:
+        raise UserError(f"detector.anchor_sizes={list(anchor_sizes)} must be three numbers, one per pyramid level")
+    if backbone is not None:
+        pyramid, normalize, pretraining = timm_pyramid(
+            backbone,
+            weights=weights,
+            norm=norm,
+            usual_norm="batch",
+            frozen_stages=frozen_stages,
+            cache_dir=cache_dir,
+            strides=SmallBackbone.strides,
+            channels=pyramid_channels,
+            after=nn.BatchNorm2d,
+        )
+    elif norm is not None or frozen_stages is not None:
+        raise UserError(
+            "detector.norm and detector.frozen_stages are those of detector.backbone=timm:NAME: give it too"
+        )
+    else:
+        body, pretraining = _small_backbone(channels, weights, generated)
+        pyramid, normalize = Pyramid(body, pyramid_channels, norm=nn.BatchNorm2d), _SMALL_NORMALIZE
+    return FasterRcnn(
+        num_classes=num_classes,
+        name=name,
+        backbone=pyramid,
+        anchors=_anchors(style, anchor_sizes, anchor_ratios, SmallBackbone.strides),
+        rpn=_settings(RpnSettings, style, "rpn", rpn),
+        roi=_settings(RoiSettings, style, "roi", roi),
+        normal_init=style != "torchvision",
+        normalize=normalize,
+        pretraining=pretraining,
+    )
+
+
+def _small_backbone(channels: Sequence[int], weights: str, generated: Generated | None) -> tuple[SmallBackbone, str]:
+    """The small backbone with its first weights, and where they come from."""
     width = tuple(int(c) for c in channels)
     if len(width) != 4:
         raise UserError(f"detector.channels={list(channels)} must be four numbers")
-    if len(anchor_sizes) != 3:
-        raise UserError(f"detector.anchor_sizes={list(anchor_sizes)} must be three numbers, one per pyramid level")
     body = SmallBackbone((width[0], width[1], width[2], width[3]))
     if weights == "generated":
         assert generated is not None, "whoever builds the detector makes these weights"
@@ -219,17 +261,7 @@ def small_faster_rcnn(
             raise UserError(f"detector.weights={weights} is no file: give generated, scratch, or the path of a file")
         load_backbone(body, torch.load(path, map_location="cpu", weights_only=True), weights)
         pretraining = f"small backbone from the file {path.name}"
-    return FasterRcnn(
-        num_classes=num_classes,
-        name=name,
-        backbone=Pyramid(body, pyramid_channels, norm=nn.BatchNorm2d),
-        anchors=_anchors(style, anchor_sizes, anchor_ratios, SmallBackbone.strides),
-        rpn=_settings(RpnSettings, style, "rpn", rpn),
-        roi=_settings(RoiSettings, style, "roi", roi),
-        normal_init=style != "torchvision",
-        normalize=Normalize(mean=(120.0, 120.0, 120.0), std=(60.0, 60.0, 60.0)),
-        pretraining=pretraining,
-    )
+    return body, pretraining
 
 
 def faster_rcnn(
@@ -237,6 +269,7 @@ def faster_rcnn(
     num_classes: int,
     name: str,
     cache_dir: str | Path,
+    backbone: TimmName | None = None,
     depth: Depth = 50,
     weights: File = "torchvision",
     norm: Norm | None = None,
@@ -249,10 +282,11 @@ def faster_rcnn(
     rpn: Annotated[Mapping[str, Any], keys_of(RpnSettings, partial=True)] | None = None,
     roi: Annotated[Mapping[str, Any], keys_of(RoiSettings, partial=True)] | None = None,
 ) -> FasterRcnn:
-    """Faster R-CNN on ResNet-FPN, the detector of the papers.
+    """Faster R-CNN on ResNet-FPN, the detector of the papers, or on one of timm's networks.
 
     Args:
         num_classes, name: see `Detector`.
+        backbone: `timm:NAME` in place of the ResNet of this `depth`; see `timm_pyramid` for its weights.
         cache_dir, depth, weights, frozen_stages, caffe: see `build_resnet`.
         norm: see `build_resnet`; None: group from scratch, the style's otherwise.
         pyramid_channels: of every pyramid level.
@@ -268,14 +302,23 @@ def faster_rcnn(
     _check_style(style)
     if len(anchor_sizes) != 5:
         raise UserError(f"detector.anchor_sizes={list(anchor_sizes)} must be five numbers, one per pyramid level")
-    if norm is None and weights != "scratch":
-        norm = STYLES[style]["norm"]
-    body, normalize, pretraining = build_resnet(depth, weights, norm, frozen_stages, caffe, cache_dir)
-    after = pyramid_norm(weights, norm, pyramid_channels)
+    pyramid, normalize, pretraining = large_pyramid(
+        backbone,
+        depth=depth,
+        weights=weights,
+        norm=norm,
+        usual_norm=STYLES[style]["norm"],
+        frozen_stages=frozen_stages,
+        caffe=caffe,
+        cache_dir=cache_dir,
+        channels=pyramid_channels,
+        first=0,
+        extra=LastLevelMaxPool,
+    )
     return FasterRcnn(
         num_classes=num_classes,
         name=name,
-        backbone=Pyramid(body, pyramid_channels, norm=after, extra=LastLevelMaxPool()),
+        backbone=pyramid,
         anchors=_anchors(style, anchor_sizes, anchor_ratios, (*ResNetBackbone.strides, 64)),
         rpn=_settings(RpnSettings, style, "rpn", rpn),
         roi=_settings(RoiSettings, style, "roi", roi),

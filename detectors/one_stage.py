@@ -16,11 +16,12 @@ from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from detectors import losses
-from detectors.backbones import Depth, Norm, Pyramid, Stages, build_resnet, pyramid_norm
+from detectors.backbones import Depth, Norm, Pyramid, Stages
 from detectors.detector import Detector
 from detectors.matching import match_anchors
 from detectors.padded import PaddedTargets, gather_rows, scatter_by_image
 from detectors.rpn import Anchors
+from detectors.timm_backbones import SimplePyramid, TimmName, large_pyramid
 from harness.core import boxes as box_ops
 from harness.core.types import Normalize, UserError, View
 from harness.core.validate import Channels, File, Limits, Pixels
@@ -56,7 +57,7 @@ class OneStage(Detector):
         *,
         num_classes: int,
         name: str,
-        backbone: Pyramid,
+        backbone: Pyramid | SimplePyramid,
         anchors: Anchors,
         normalize: Normalize,
         pretraining: str,
@@ -132,7 +133,13 @@ class RetinaNet(OneStage):
     """
 
     def __init__(
-        self, *, per_image_normalizer: bool, beta: float, backbone: Pyramid, anchors: Anchors, **others: Any
+        self,
+        *,
+        per_image_normalizer: bool,
+        beta: float,
+        backbone: Pyramid | SimplePyramid,
+        anchors: Anchors,
+        **others: Any,
     ) -> None:
         super().__init__(backbone=backbone, anchors=anchors, **others)
         self.per_image_normalizer = per_image_normalizer
@@ -176,7 +183,7 @@ class Fcos(OneStage):
     """
 
     def __init__(
-        self, *, center: float, backbone: Pyramid, anchors: Anchors, radius: float = 1.5, **others: Any
+        self, *, center: float, backbone: Pyramid | SimplePyramid, anchors: Anchors, radius: float = 1.5, **others: Any
     ) -> None:
         super().__init__(backbone=backbone, anchors=anchors, **others)
         self.center = center
@@ -237,21 +244,6 @@ class Fcos(OneStage):
         }
 
 
-def _pyramid(
-    depth: int,
-    weights: str,
-    norm: Norm | None,
-    frozen_stages: Stages | None,
-    caffe: bool | None,
-    channels: int,
-    cache_dir: str | Path,
-) -> tuple[Pyramid, Normalize, str]:
-    """Levels at strides 8 to 128."""
-    body, normalize, pretraining = build_resnet(depth, weights, norm, frozen_stages, caffe, cache_dir)
-    after = pyramid_norm(weights, norm, channels)
-    return Pyramid(body, channels, 1, after, LastLevelP6P7(channels, channels)), normalize, pretraining
-
-
 def _check_style(style: str, sizes: Sequence[float]) -> None:
     if style not in ("torchvision", "detectron"):
         raise UserError(f"detector.style={style} is unknown: choose torchvision or detectron")
@@ -264,6 +256,7 @@ def retinanet(
     num_classes: int,
     name: str,
     cache_dir: str | Path,
+    backbone: TimmName | None = None,
     depth: Depth = 50,
     weights: File = "torchvision",
     norm: Norm | None = None,
@@ -277,6 +270,7 @@ def retinanet(
 
     Args:
         num_classes, name: see `Detector`.
+        backbone: `timm:NAME` in place of the ResNet of this `depth`; see `timm_pyramid` for its weights.
         cache_dir, depth, weights, norm, frozen_stages, caffe: see `build_resnet`.
         pyramid_channels: of every pyramid level.
         anchor_sizes: smallest of the three sizes of each level, in pixels.
@@ -286,7 +280,19 @@ def retinanet(
         UserError: see `build_resnet`; an unknown style.
     """
     _check_style(style, anchor_sizes)
-    backbone, normalize, pretraining = _pyramid(depth, weights, norm, frozen_stages, caffe, pyramid_channels, cache_dir)
+    pyramid, normalize, pretraining = large_pyramid(
+        backbone,
+        depth=depth,
+        weights=weights,
+        norm=norm,
+        usual_norm="frozen",
+        frozen_stages=frozen_stages,
+        caffe=caffe,
+        cache_dir=cache_dir,
+        channels=pyramid_channels,
+        first=1,
+        extra=lambda: LastLevelP6P7(pyramid_channels, pyramid_channels),
+    )
     like_torchvision = style == "torchvision"
     if like_torchvision:
         sizes = [
@@ -297,7 +303,7 @@ def retinanet(
     return RetinaNet(
         num_classes=num_classes,
         name=name,
-        backbone=backbone,
+        backbone=pyramid,
         anchors=Anchors(
             sizes, (0.5, 1.0, 2.0), rounded=like_torchvision, strides=None if like_torchvision else _STRIDES
         ),
@@ -314,6 +320,7 @@ def fcos(
     num_classes: int,
     name: str,
     cache_dir: str | Path,
+    backbone: TimmName | None = None,
     depth: Depth = 50,
     weights: File = "torchvision",
     norm: Norm | None = None,
@@ -326,6 +333,7 @@ def fcos(
 
     Args:
         num_classes, name: see `Detector`.
+        backbone: `timm:NAME` in place of the ResNet of this `depth`; see `timm_pyramid` for its weights.
         cache_dir, depth, weights, norm, frozen_stages, caffe: see `build_resnet`.
         pyramid_channels: of every pyramid level.
         style: `torchvision` (a cell's point is its corner) or `detectron` (its centre).
@@ -334,11 +342,23 @@ def fcos(
         UserError: see `build_resnet`; an unknown style.
     """
     _check_style(style, _STRIDES)
-    backbone, normalize, pretraining = _pyramid(depth, weights, norm, frozen_stages, caffe, pyramid_channels, cache_dir)
+    pyramid, normalize, pretraining = large_pyramid(
+        backbone,
+        depth=depth,
+        weights=weights,
+        norm=norm,
+        usual_norm="frozen",
+        frozen_stages=frozen_stages,
+        caffe=caffe,
+        cache_dir=cache_dir,
+        channels=pyramid_channels,
+        first=1,
+        extra=lambda: LastLevelP6P7(pyramid_channels, pyramid_channels),
+    )
     return Fcos(
         num_classes=num_classes,
         name=name,
-        backbone=backbone,
+        backbone=pyramid,
         anchors=Anchors(  # a cell is its own anchor
             [[float(stride)] for stride in _STRIDES],
             (1.0,),

@@ -14,7 +14,7 @@ import harness
 from harness.commands import help
 from harness.commands.usage import COMMANDS
 from harness.core.console import STDERR, settle
-from harness.core.escape import plain
+from harness.core.escape import never_refuse, plain
 from harness.core.files import open_closed_streams, refusal, require_working_folder
 from harness.core.types import RunError, UserError
 from harness.core.validate import near
@@ -72,10 +72,16 @@ def _run(given: list[str], places: dict[str, str]) -> int:
 
 
 def keyed(command: str, given: list[str]) -> list[str]:
-    """The command line with the key put before the one value that may stand alone."""
+    """The command line with the key put before the one value that may stand alone.
+
+    Raises:
+        UserError: there are two such values.
+    """
     key = COMMANDS[command].positional
-    alone = next((word for word in given if key and "=" not in word and not word.startswith("~")), None)
-    return [f"{key}={word}" if word is alone else word for word in given]
+    alone = [word for word in given if key and "=" not in word and not word.startswith("~")]
+    if len(alone) > 1:
+        raise UserError(f"{command} takes one value without a key, not {' and '.join(alone)}: put a name in quotes")
+    return [f"{key}={word}" if word in alone else word for word in given]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,6 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str] | None) -> int:
     open_closed_streams()
+    for stream in (sys.stdout, sys.stderr):
+        never_refuse(stream)
     places: dict[str, str] = {}
     try:
         require_working_folder()

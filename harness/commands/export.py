@@ -7,8 +7,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from harness.commands import usage
-from harness.config.checks import need
-from harness.core.console import Console
+from harness.config.extras import need
+from harness.core.console import Console, counted
 from harness.core.files import require_writable, write_atomically
 from harness.core.types import UserError
 
@@ -39,7 +39,7 @@ def run(cfg: DictConfig) -> int:
     parameters = sum(value.numel() for value in network.detector.parameters())
     console.say(
         f"{out}: the {about.network} of {about.cell} (step {about.step:,}), {parameters:,} parameters, "
-        f"{len(about.classes)} classes, {len(made.content) / 2**20:.1f} MiB"
+        f"{counted(len(about.classes), 'class')}, {len(made.content) / 2**20:.1f} MiB"
     )
     if made.program is None:
         console.say(f"ssodbench predict model={out} images='photos/*.jpg' uses it")

@@ -9,8 +9,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from harness.commands import usage
-from harness.config import checks, compose
-from harness.core.console import Console
+from harness.config import compose, targets
+from harness.core.console import Console, counted
 from harness.core.files import require_writable, write_atomically
 from harness.core.types import UserError
 from harness.engine import own_data
@@ -40,8 +40,9 @@ def run(cfg: DictConfig) -> int:
     console = Console()
     names = ", ".join(map(str, train.category_names[:8])) + (", ..." if len(train.category_names) > 8 else "")
     console.say(
-        f"{root} is in {found.form}'s format: {len(train):,} pictures to train on, with {int((~train.crowd).sum()):,} "
-        f"boxes, {len(val):,} to evaluate, {own_data.counted(len(train.category_names), 'class')} ({names})"
+        f"{root} is in {found.form}'s format: {counted(len(train), 'picture')} to train on, with "
+        f"{counted(int((~train.crowd).sum()), 'box')}, {f'{len(val):,}' if len(val) else 'none'} to evaluate, "
+        f"{counted(len(train.category_names), 'class')} ({names})"
     )
     console.say(
         f"wrote {out}: for preset=small pictures of {small.short_side} px with anchors of "
@@ -49,18 +50,23 @@ def run(cfg: DictConfig) -> int:
     )
     console.say("now look at the data, then train:")
     given = f"--config-dir {shlex.quote(str(out.parent.parent))} data={shlex.quote(out.stem)}"
-    console.say(f"  ssodbench prepare {given}")
-    console.say(f"  ssodbench train {given} method=mean_teacher {_split(len(train), int(train.boxed().sum()))}")
+    most = int(train.boxed().sum()) >= len(train) / 2  # else the others are those that nobody labelled
+    if len(val):
+        keys, method = "", f"method=mean_teacher {'split.percent=10' if most else 'split.protocol=annotated'}"
+    else:
+        keys = f" {'split.percent=100' if most else 'split.protocol=annotated'} split.holdout=0.2"
+        method = f"method={'supervised' if most else 'mean_teacher'}"
+    console.say(f"  ssodbench prepare {given}{keys}")
+    console.say(f"  ssodbench train {given} {method}{keys}")
+    if not len(val):
+        console.say("split.holdout takes a fifth of the labelled pictures to evaluate on")
+    if keys and most:
+        console.say("a folder of unlabelled pictures beside them: method=mean_teacher data.unlabeled_images=FOLDER")
     return 0
 
 
 def _name(root: Path) -> str:
     """The folder's name in characters that a command line takes; not that of a dataset which comes with the program."""
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", root.absolute().name).strip("-") or "own"
-    shipped = {file.stem for file in (checks.CONF_DIR / "data").glob("*.yaml")}
+    shipped = {file.stem for file in (targets.CONF_DIR / "data").glob("*.yaml")}
     return f"{name}-own" if name in shipped else name
-
-
-def _split(images: int, with_boxes: int) -> str:
-    """Where half of the pictures show nothing, they are those that nobody labelled."""
-    return "split.protocol=annotated" if with_boxes < images / 2 else "split.percent=10"

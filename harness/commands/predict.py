@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -13,11 +15,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from harness.commands import usage
 from harness.core import distributed
-from harness.core.console import STDERR, Console
+from harness.core.console import STDERR, Console, counted
 from harness.core.files import require_writable
 from harness.core.types import UserError
 from harness.engine import predict, trained
 
+_EVERY = 10.0  # seconds between lines of progress
 _SHOWN = 5  # skipped pictures that are named
 
 
@@ -60,16 +63,35 @@ def _tell(found: predict.Found, about: trained.Description, out: Path, score: fl
         STDERR.say(f"skipped: {len(found.skipped) - _SHOWN} more, named in {out / 'images.json'}")
     rate = 60 * len(found.images) / max(found.seconds, 1e-9)
     console.say(
-        f"{len(found.rows):,} boxes above {score:g} in {len(found.images):,} pictures, by the {about.network} of "
-        f"{about.cell} (step {about.step:,}); {found.seconds:.1f} s, {rate:,.0f} pictures a minute"
+        f"{counted(len(found.rows), 'box')} above {score:g} in {counted(len(found.images), 'picture')}, by the "
+        f"{about.network} of {about.cell} (step {about.step:,}); {found.seconds:.1f} s, {rate:,.0f} pictures a minute"
     )
     console.say(f"look at {out / 'contact_sheet.jpg'} and {out / 'pictures'}; boxes in {out / 'predictions.json'}")
 
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal; elsewhere nothing, since the end says it all."""
+    """A bar on a terminal; elsewhere, such as in a log file, a line now and then."""
+    if not STDERR.is_terminal:
+        yield _Lines(total)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=STDERR, transient=True, disable=not STDERR.is_terminal) as bar:
+    with Progress(*columns, console=STDERR, transient=True) as bar:
         task = bar.add_task("pictures", total=total)
         yield lambda done: bar.advance(task, done)
+
+
+class _Lines:
+    """Says every `_EVERY` seconds how far it is, and when it will be done."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done = total, 0
+        self._begun = self._told = time.monotonic()
+
+    def __call__(self, done: int) -> None:
+        self._done += done
+        now = time.monotonic()
+        if now - self._told >= _EVERY and self._done < self._total:
+            self._told = now
+            left = timedelta(seconds=round((now - self._begun) * (self._total / self._done - 1)))
+            STDERR.say(f"{self._done:,} of {self._total:,} pictures, ETA {left}")

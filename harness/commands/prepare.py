@@ -173,7 +173,7 @@ def _split(whole: Dataset, options: SplitOptions, checks: Checks, evaluate_on: s
         "classes_without_labeled_box": [
             name for name, count in zip(dataset.train.category_names, counts, strict=True) if not count
         ],
-        "warnings": prepare.about_split(dataset, split, options, labeled),
+        "warnings": prepare.about_split(dataset, split, options, labeled) + prepare.about_evaluation(dataset),
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from harness.config.checks import check_extras
+from harness.config.extras import check_extras
 
 
 def run(cfg: DictConfig) -> int:
@@ -18,8 +18,6 @@ def run(cfg: DictConfig) -> int:
     from harness.suite.cells import end_with_suite
 
     end_with_suite()
-    from harness.config.make import make
-    from harness.launch.launcher import Launcher
+    from harness.launch import launcher
 
-    launcher: Launcher = make("launcher", cfg.launcher)
-    return launcher.run(cfg)
+    return launcher.train(cfg)

@@ -8,7 +8,7 @@ import torch
 from omegaconf import DictConfig
 
 from harness.commands import usage
-from harness.config.checks import check_extras
+from harness.config.extras import check_extras
 from harness.core import distributed
 from harness.core.console import Console
 from harness.core.files import require_writable
@@ -32,6 +32,8 @@ def run(cfg: DictConfig) -> int:
                 f"view run_dir=DIR shows that run's own data and method, so that {key} cannot be used: leave it out"
             )
     out = Path(cfg.out or (Path(cfg.run_dir) / "view" if of_run else "view"))
+    if out.suffix in (".html", ".png"):
+        raise UserError(f"out={out} names a file, where view writes view.html and view.png into a folder: say out=DIR")
     require_writable(out, "out", folder=True)
     if not of_run:
         check_extras(cfg)

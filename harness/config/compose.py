@@ -5,6 +5,7 @@ Never `@hydra.main`: it would scatter output folders and own our exit codes.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Sequence
@@ -16,7 +17,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
-from harness.config import checks, explain, layouts, moved, names, paths, yaml_files
+from harness.config import checks, explain, layouts, moved, names, paths, targets, yaml_files
+from harness.config.plain import resolved
 from harness.core import files
 from harness.core.types import UserError
 
@@ -51,7 +53,7 @@ def _load(overrides: Sequence[str], config_dirs: Sequence[str | Path]) -> DictCo
         cfg.cli = {"overrides": list(given), "config_dirs": [str(folder) for folder in config_dirs]}
         if cfg.cache_dir is None:
             cfg.cache_dir = str(paths.default_cache_dir())
-        checks.check_values(checks.resolved(cfg))
+        checks.check_values(resolved(cfg))
         _cap_intervals(cfg)
         checks.check_together(cfg)
     except UserError as error:
@@ -91,17 +93,17 @@ def _composed(overrides: Sequence[str]) -> DictConfig:
     """The files and the command line composed by Hydra, with the method's policy where none is chosen."""
     GlobalHydra.instance().clear()
     _know_old_options()
-    with initialize_config_dir(str(checks.CONF_DIR), version_base="1.3"):
+    with initialize_config_dir(str(targets.CONF_DIR), version_base="1.3"):
         # The policy that `augment.KEY` changes may be the method's, which is known only then.
         own = [override for override in overrides if re.match(r"[+~]*augment\.", override)]
         cfg = _compose([override for override in overrides if override not in own])
         if cfg.get("augment") is not None:
             cfg = _compose(overrides) if own else cfg
         else:
-            checks.check_method(cfg)
+            checks.check_method(resolved(cfg).get("method"))
             cfg = _compose([*overrides, f"augment={paths.quote(str(cfg.method.augment))}"])
     OmegaConf.set_struct(cfg, False)
-    checks.resolved(cfg)  # tells of values that cannot be looked at
+    resolved(cfg)  # tells of values that cannot be looked at
     moved.current(cfg)
     return cfg
 
@@ -161,6 +163,7 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
 
 def _fill_defaults(cfg: DictConfig) -> None:
     """Defaults that depend on other keys or on the machine."""
+    _name_backbone(cfg)
     if cfg.seed is None:
         cfg.seed = cfg.split.fold
     if cfg.cache_dir is None:
@@ -169,23 +172,38 @@ def _fill_defaults(cfg: DictConfig) -> None:
         cfg.run_dir = str(Path(cfg.runs_dir) / "train" / names.cell_name(cfg))
 
 
-def _start_sha256(run_dir: Path) -> str:
-    """`weights_sha256` of the network that a finished run reports; by it the run that starts there is known.
+def _name_backbone(cfg: DictConfig) -> None:
+    """A detector on one of timm's networks is called by it, where nobody has said a name."""
+    backbone = cfg.detector.get("backbone")
+    if backbone and (OmegaConf.is_interpolation(cfg.detector, "name") or cfg.detector.name == "small"):
+        family = str(cfg.detector.name).removesuffix(f"_r{cfg.detector.get('depth')}")
+        cfg.detector.name = f"{family}_{str(backbone).removeprefix('timm:')}"
+
+
+def _start_sha256(start: Path) -> str:
+    """By what a run knows the network that it starts from: `weights_sha256` of the one that a finished run reports, or
+    the hash of an exported file.
 
     Raises:
-        UserError: there is no finished run.
+        UserError: there is no finished run, and no file that can be read.
     """
+    if start.is_file():
+        try:
+            return hashlib.sha256(files.read_bytes(start)).hexdigest()
+        except OSError as error:
+            raise UserError(f"detector.start={start} cannot be read ({error.strerror}): give another file") from error
     from harness.core.record import read_record  # it imports torch
 
-    path = run_dir / "record.json"
+    path = start / "record.json"
     if why := files.trouble(path):
         raise UserError(
-            f"detector.start={run_dir} holds no run (record.json: {why}): name the folder of a finished one"
+            f"detector.start={start} holds no run (record.json: {why}): name the folder of a finished one, or a file "
+            "that export wrote"
         )
     record = read_record(path)
     if record.status != "ok" or not record.weights_sha256:
         raise UserError(
-            f"detector.start={run_dir} is not finished (status {record.status}): finish it first, by the command that "
+            f"detector.start={start} is not finished (status {record.status}): finish it first, by the command that "
             "started it, or name another run"
         )
     return record.weights_sha256

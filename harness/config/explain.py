@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from harness.config import moved
-from harness.config.checks import CONF_DIR
+from harness.config.targets import CONF_DIR
 from harness.core import validate
 
 # What of a run a suite varies, and by which key.

@@ -84,6 +84,12 @@ def suggestion(root: Path, but: str = "", tried: str = "") -> str | None:
     if found is None and _looks_like_yolo(root, names):
         found = f"say data=yolo {_at(root)}"
         found = None if tried == "yolo" else found
+    if found is None and _has_labels_beside(root, names):
+        found = (
+            f"{root} has text labels beside its pictures, which are YOLO's, and no data.yaml that names the parts and "
+            "the classes: write one there with the lines `train: .` and `names: [FIRST, SECOND]`, and say data=yolo "
+            f"{_at(root)} split.holdout=0.2"
+        )
     if found is None and not any(name.endswith((".json", ".xml")) for name in names) and _has_pictures(root, names):
         key = shlex.quote(f"data.unlabeled_images={root.absolute()}")
         found = (
@@ -164,6 +170,14 @@ def _has_pictures(root: Path, names: dict[str, str]) -> bool:
     if any(name.endswith(SUFFIXES) for name in names):
         return True
     return any(name.lower().endswith(SUFFIXES) for inner in islice(names.values(), 20) for name in _names(root / inner))
+
+
+def _has_labels_beside(root: Path, names: dict[str, str]) -> bool:
+    """Whether a picture in the folder, or in one of the first folders in it, has a text file of its name beside it."""
+    folders = [names, *({name.lower(): name for name in _names(root / inner)} for inner in islice(names.values(), 20))]
+    return any(
+        f"{os.path.splitext(name)[0]}.txt" in inside for inside in folders for name in inside if name.endswith(SUFFIXES)
+    )
 
 
 def _names(folder: Path) -> Iterator[str]:

@@ -10,7 +10,7 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from harness.config.checks import GROUPS
+from harness.config.targets import GROUPS
 from harness.core.types import UserError
 
 

@@ -8,11 +8,10 @@ from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
-from harness.config import checks, schema, sections
+from harness.config import schema, sections
 from harness.config.identity import identity, sha256_of
 from harness.config.names import cell_name
 from harness.config.sections import FeedOptions
-from harness.config.step import StepShape
 from harness.splits.protocols import SplitOptions
 
 
@@ -50,18 +49,6 @@ class RunSettings:
 
     stage_one: RunSettings | None  # of the run that makes its pseudo labels before training
 
-    def step_shape(self, unlabeled: bool, processes: int) -> StepShape:
-        """How a student step is made up.
-
-        Args:
-            unlabeled: whether the method draws unlabelled images.
-            processes: that share a step.
-
-        Raises:
-            UserError: naming the keys of `batch` that do not fit together, or do not fit the method.
-        """
-        return checks.shape_of(self.batch, str(self.method.get("name", "method")), unlabeled, processes)
-
 
 def settings_of(cfg: DictConfig, stage_one: DictConfig | None = None) -> RunSettings:
     """The settings of a run.
@@ -85,7 +72,7 @@ def settings_of(cfg: DictConfig, stage_one: DictConfig | None = None) -> RunSett
         runs_dir=Path(cfg.runs_dir),
         cache_dir=Path(cfg.cache_dir),
         seed=int(cfg.seed),
-        processes=checks.processes(cfg),
+        processes=sections.processes(cfg),
         precision=cfg.precision,
         channels_last=cfg.channels_last,
         compile=cfg.compile,

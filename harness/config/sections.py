@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 
 from harness.config import schema
+from harness.config.step import StepShape, draws_unlabeled, shape_of
 from harness.core import validate
 from harness.splits.protocols import SplitOptions
 
@@ -16,7 +17,7 @@ T = TypeVar("T")
 # Keys that came after runs had saved their configuration, and what those did.
 _ADDED: dict[str, dict[str, Any]] = {
     "batch": {"anneal_steps": 0, "group_by_aspect": None},
-    "evaluation": {"between": "all"},
+    "evaluation": {"between": "all", "scorer": "quick"},
 }
 
 
@@ -74,6 +75,21 @@ def evaluation_options(cfg: DictConfig) -> schema.EvaluationOptions:
 def checkpointing_options(cfg: DictConfig) -> schema.CheckpointingOptions:
     """`checkpointing`: when states are saved, and which stay."""
     return _section(schema.CheckpointingOptions, cfg, "checkpointing")
+
+
+def processes(cfg: DictConfig) -> int:
+    """How many processes share a step, on all nodes."""
+    return int(cfg.devices) * int(cfg.launcher.get("nodes") or 1)
+
+
+def step_shape(cfg: DictConfig, world: int = 1) -> StepShape:
+    """How a student step is made up, shared by `world` processes.
+
+    Raises:
+        UserError: naming the keys of `batch` that do not fit together, or do not fit the method.
+    """
+    method = group(cfg, "method")
+    return shape_of(batch_options(cfg), str(method.get("name", "method")), draws_unlabeled(method), world)
 
 
 def _section(kind: type[T], cfg: DictConfig, key: str) -> T:

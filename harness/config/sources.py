@@ -14,8 +14,8 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from harness.config import moved
-from harness.config.checks import CONF_DIR
 from harness.config.paths import quote_path
+from harness.config.targets import CONF_DIR
 
 # Later wins; each is looked into before those that stand ahead of it here.
 _ORDER = (

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pkgutil
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from harness.core.types import UserError
+from harness.config import schema
+from harness.core.types import UserError, Views
 from harness.core.validate import shown
 
 RATIOS = ("exact", "bernoulli")
@@ -104,3 +108,50 @@ def check_annealing(anneal_steps: int, ratio: str, steps: int) -> None:
             f"batch.anneal_steps={anneal_steps} needs batch.ratio=bernoulli and schedule.steps (now {steps}) of at "
             "least as many: set these, or leave it 0"
         )
+
+
+def shape_of(batch: schema.BatchOptions, method: str, unlabeled: bool, world: int) -> StepShape:
+    """How a student step of a method is made up.
+
+    Args:
+        batch: the keys of `batch`.
+        method: its name.
+        unlabeled: whether it draws unlabelled images.
+        world: processes that share the step.
+
+    Raises:
+        UserError: naming the keys of `batch` that do not fit together, or do not fit the method.
+    """
+    if unlabeled and not batch.unlabeled:
+        raise UserError(
+            f"method={method} needs unlabelled images: batch.unlabeled must be at least 1, or take method=supervised"
+        )
+    return StepShape(
+        labeled=batch.labeled,
+        unlabeled=batch.unlabeled if unlabeled else 0,
+        micro=batch.micro,
+        world=world,
+        ratio=batch.ratio,
+    )
+
+
+def draws_unlabeled(method: Mapping[str, Any]) -> bool:
+    """Whether a method draws unlabelled images, told without building it.
+
+    By `method.unlabeled`; a class of the user's own is asked for its `views` first, since it may stand in a YAML that
+    was made for another one.
+    """
+    declared, target = method.get("unlabeled"), str(method["_target_"])
+    if declared is None or not target.startswith("detectors.methods."):
+        views = _views(target)
+        if views is not None:
+            return bool(views.unlabeled)
+    return bool(declared)
+
+
+def _views(target: str) -> Views | None:
+    """The views that a method's class names; None for one that chooses them when it is built."""
+    try:
+        return getattr(pkgutil.resolve_name(target), "views", None)
+    except Exception:  # whatever the user's module raises: building the method tells it better
+        return None

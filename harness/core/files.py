@@ -9,12 +9,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import io
 import multiprocessing
 import os
 import shutil
 import stat
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -119,17 +117,12 @@ _GONE = "the working folder has been deleted, go to one that is there (cd DIR) a
 
 
 def open_closed_streams() -> None:
-    """Opens what the caller has closed (`>&-`), so that no file of ours gets the number of a standard stream.
-
-    A terminal that lacks a character shows another one in its place.
-    """
+    """Opens what the caller has closed (`>&-`), so that no file of ours gets the number of a standard stream."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is this one
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
 
 
 def require_working_folder() -> None:

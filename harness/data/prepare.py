@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from harness.core.console import counted
 from harness.core.types import ImageSource, Split, UserError
 from harness.data.annotations import Finding, finding
 from harness.data.datasets import CocoIndex, Dataset
 from harness.data.images import LEVELS, ImageCheck, check_images
 from harness.splits.protocols import Candidates, SplitOptions, SplitProtocol, with_unlabeled, without_images
 
+_FEW = 20  # images, below which AP is mostly chance
 _SHOWN = 5  # classes named in a warning
 _MOST_BAD = 0.1  # of the training pictures; more than that is a wrong folder rather than a few bad files
 
@@ -61,7 +63,7 @@ def _no_labeled_box(dataset: Dataset, split: Split, options: SplitOptions) -> st
     policy, train = options.policy, dataset.train
     if not len(train.boxes):
         return _no_box(train)
-    which = f"the {len(split.labeled_ids)} labelled image(s) of {options.said}"
+    which = f"the {counted(len(split.labeled_ids), 'labelled image')} of {options.said}"
     kept = f"show no box (split.crowd_boxes={policy.crowd_boxes}, split.min_side={policy.min_side})"
     if not options.chosen.draws:
         return f"{which} {kept}: label images with a box that is kept"
@@ -235,6 +237,17 @@ def about_split(dataset: Dataset, split: Split, options: SplitOptions, labeled: 
             f"learnt of: {remedy}"
         )
     return lines
+
+
+def about_evaluation(dataset: Dataset) -> list[str]:
+    """A warning where so few images are evaluated on that AP says little."""
+    images = len(dataset.val)
+    if images >= _FEW:
+        return []
+    remedy = "a larger split.holdout" if dataset.evaluated_on == "holdout" else "more images to evaluate on"
+    if dataset.evaluated_on == "tune":
+        remedy = "a larger split.tune"
+    return [f"{counted(images, 'image')} to evaluate on: AP of so few is mostly chance; give {remedy}"]
 
 
 def _fatal(indices: dict[str, CocoIndex], pictures: dict[str, ImageCheck]) -> str | None:

@@ -18,24 +18,18 @@ _MARK = "split exported by ssodbench"
 _BEGIN = f'{{"info":{{"description":"{_MARK}"'.encode()  # an earlier export is known by it without reading all of it
 
 
-def export_split(dataset: Dataset, split: Split, folder: Path) -> tuple[Path, Path]:
-    """Writes a split as two COCO annotation files, without polygons.
+def export_all(dataset: Dataset, splits: Sequence[Split], folder: Path) -> list[Path]:
+    """Writes splits as COCO annotation files without polygons: every file of them, or none.
 
-    The unlabelled file holds the annotations that the dataset has, as the original scripts write it; what reads it for
-    training is expected to ignore them.
+    The unlabelled file of a split holds the annotations that the dataset has, as the original scripts write it; what
+    reads it for training is expected to ignore them.
 
     Returns:
-        The labelled and the unlabelled file.
+        Of each split the labelled and the unlabelled file.
 
     Raises:
         UserError: a file that is no earlier export is in the way, or the folder cannot be written.
     """
-    labeled, unlabeled = export_all(dataset, [split], folder)
-    return labeled, unlabeled
-
-
-def export_all(dataset: Dataset, splits: Sequence[Split], folder: Path) -> list[Path]:
-    """`export_split` of several splits: every file of them, or none."""
     check_folder(folder)
     parts = {folder / name: part for split in splits for name, part in _parts(dataset, split).items()}
     partials = {path: path.with_name(f"{path.name}.partial") for path in parts}

@@ -16,13 +16,12 @@ from omegaconf import DictConfig
 from detectors.detector import Detector
 from detectors.methods.method import Method
 from detectors.weights import Generated
-from harness.config import checks as config_checks
-from harness.config import schema, sections
+from harness.config import extras, schema, sections
 from harness.config.make import make
 from harness.config.names import cell_name
 from harness.config.run import RunSettings
 from harness.config.sections import FeedOptions
-from harness.config.step import StepShape
+from harness.config.step import StepShape, draws_unlabeled, shape_of
 from harness.core.distributed import World
 from harness.core.types import ImageSource, Normalize, Pipeline, Split, UserError, Views
 from harness.data import prepare
@@ -49,7 +48,7 @@ def divided_dataset(cfg: DictConfig) -> Dataset:
 def detector(options: Mapping[str, Any], cache_dir: Path, num_classes: int) -> Detector:
     """The detector of the group `detector` with its first weights."""
     made: dict[str, Any] = {}
-    if options.get("weights") == "generated":
+    if options.get("weights") == "generated" and options.get("backbone") is None:
         recipe = pretrain.Recipe(channels=tuple(options["channels"]))
         state = pretrain.backbone_weights(cache_dir, recipe)
         made["generated"] = Generated(state, pretrain.description(recipe))
@@ -66,7 +65,7 @@ def method(options: Mapping[str, Any], network: Detector, steps: int) -> Method:
     """
     made: Method = make("method", options, detector=network, steps=steps)
     draws = bool(made.views.unlabeled)
-    if options.get("unlabeled") is not None and draws != config_checks.draws_unlabeled(options):
+    if options.get("unlabeled") is not None and draws != draws_unlabeled(options):
         what = "draws unlabelled images" if draws else "draws no unlabelled images"
         raise UserError(
             f"method={options.get('name', 'method')} {what}, and its configuration says otherwise: "
@@ -86,7 +85,7 @@ def pipeline(
     known_bad: Mapping[str, str] | None = None,
 ) -> Pipeline:
     """A pipeline: for training with all arguments, for evaluation without the last five."""
-    config_checks.check_pipeline(str(options.pipeline.get("name")), str(options.pipeline["_target_"]))
+    extras.check_pipeline(str(options.pipeline.get("name")), str(options.pipeline["_target_"]))
     made: Pipeline = make(
         "pipeline",
         options.pipeline,
@@ -174,6 +173,7 @@ class Start:
     words: str  # for records
     place: str  # the file that they are from
     sha256: str  # of the network with these weights
+    normalize: Normalize | None = None  # how it wants its pixels, where the configuration does not tell
 
     def load_into(self, network: Detector) -> None:
         """Gives a detector the weights.
@@ -193,6 +193,11 @@ class Start:
             raise UserError(
                 f"detector.start: the weights in {self.place} are not those of the run's record.json: put the files "
                 "back as one run wrote them, or start from another run"
+            )
+        if self.normalize is not None and network.normalize != self.normalize:
+            raise UserError(
+                f"detector.start: the network in {self.place} wants {self.normalize}, and this detector "
+                f"{network.normalize}: set detector.caffe as its run had it, or start from another"
             )
         network.pretraining = self.words
 
@@ -216,7 +221,8 @@ def data(settings: RunSettings) -> Data:
     Raises:
         UserError: the devices cannot share a step, or what `harness.data.prepare` finds fatal.
     """
-    settings.step_shape(config_checks.draws_unlabeled(settings.method), settings.processes)
+    name = str(settings.method["name"])
+    shape_of(settings.batch, name, draws_unlabeled(settings.method), settings.processes)
     opened = set_apart(dataset(settings.data, settings.cache_dir), settings.split, settings.evaluation.set)
     return split_data(opened, settings.split, settings.feed.pipeline["on_bad_image"])
 
@@ -245,7 +251,7 @@ def split_data(opened: Dataset, options: SplitOptions, on_bad_image: str) -> Dat
     labeled, unlabeled = prepare.sources(opened, split, options)
     hidden = None if unlabeled is None else prepare.known_truth(opened, split, options, unlabeled)
     warnings = prepare.found_in_files(prepare.parts(opened, needs_unlabeled), checks)
-    warnings += prepare.about_split(opened, split, options, labeled)
+    warnings += prepare.about_split(opened, split, options, labeled) + prepare.about_evaluation(opened)
     val = opened.val.source()
     return Data(opened, split, options.policy, labeled, unlabeled, hidden, val, bad, tuple(warnings))
 
@@ -262,13 +268,14 @@ def experiment(settings: RunSettings, world: World, data: Data, start: Start | N
     if start is not None:
         start.load_into(network)
     trained = method(settings.method, network, schedule.steps).to(world.device)
+    trained.class_names = tuple(data.dataset.train.category_names)
     if settings.channels_last:
         trained = trained.to(memory_format=torch.channels_last)
     if settings.compile:
         for part in trained.networks().values():
             part.backbone.compile()
     draws = bool(trained.views.unlabeled)
-    shape = settings.step_shape(draws, world.size)
+    shape = shape_of(settings.batch, str(settings.method["name"]), draws, world.size)
     if draws and not data.unlabeled:
         refuse_no_unlabeled(str(settings.method["name"]), settings.split)
     pools = (data.labeled, data.unlabeled if draws else None)
@@ -314,7 +321,7 @@ def check_split(cell: str, method: Mapping[str, Any], options: SplitOptions, ope
     """
     try:
         _, unlabeled = prepare.sources(opened, prepare.resolve_split(opened, options), options)
-        if config_checks.draws_unlabeled(method) and not unlabeled:
+        if draws_unlabeled(method) and not unlabeled:
             refuse_no_unlabeled(str(method["name"]), options)
     except UserError as error:
         raise UserError(

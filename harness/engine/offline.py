@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from detectors.detector import Detector
+from detectors.methods.method import Method
 from detectors.methods.pseudo_labels import label_offline, offline_quality
 from harness.config.run import RunSettings
 from harness.config.sections import FeedOptions
@@ -91,7 +92,10 @@ def label(
             file = _stage_one_checkpoint(given, settings.runs_dir, stage_one, world, stop, train)
             state = _labeller_state(file, data)
             torch.manual_seed(settings.seed)
-            labeller = _labeller(stage_one, state, file, len(data.dataset.train.category_ids), world, stop)
+            with stop.at_once():
+                network = build.detector(stage_one.detector, stage_one.cache_dir, len(data.dataset.train.category_ids))
+            trained = build.method(stage_one.method, network, stage_one.schedule.steps).to(world.device)
+            labeller = _labeller(trained, state, file)
             source = _label_with(labeller, settings.feed, _thresholds(options), data, world, stop)
             if not len(source):
                 raise UserError(
@@ -221,22 +225,12 @@ def _labeller_state(file: Path, data: Data) -> dict[str, Any]:
     return state
 
 
-def _labeller(
-    stage_one: RunSettings,
-    state: Mapping[str, Any],
-    file: Path,
-    num_classes: int,
-    world: distributed.World,
-    stop: StopRequest,
-) -> Detector:
+def _labeller(trained: Method, state: Mapping[str, Any], file: Path) -> Detector:
     """The network that stage 1 reports, with its weights.
 
     Raises:
         UserError: the state is of another detector.
     """
-    with stop.at_once():
-        network = build.detector(stage_one.detector, stage_one.cache_dir, num_classes)
-    trained = build.method(stage_one.method, network, stage_one.schedule.steps).to(world.device)
     try:
         trained.load_state_dict(state["method"])
     except RuntimeError as error:

@@ -178,8 +178,3 @@ class LearningRateFactor:
         if step < self._warmup_steps:
             warmup = self._warmup_factor + (1 - self._warmup_factor) * step / self._warmup_steps
         return warmup * self._decay.factor(step)
-
-
-def learning_rate_factor(step: int, schedule: ScheduleOptions) -> float:
-    """`LearningRateFactor` of a schedule at one step."""
-    return LearningRateFactor(schedule)(step)

@@ -14,6 +14,7 @@ import numpy as np
 import yaml
 
 from harness.config import compose, layouts, sections
+from harness.core.console import counted
 from harness.core.escape import plain
 from harness.core.files import trouble
 from harness.core.types import UserError
@@ -155,11 +156,6 @@ def _quantiles(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     order = np.argsort(values, kind="stable")
     reached = np.cumsum(weights[order]) / weights.sum()
     return values[order][np.searchsorted(reached, _LEVELS)]
-
-
-def counted(number: int, noun: str) -> str:
-    """`1 class`, `3 classes`."""
-    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
 def as_yaml(found: Recognized, small: Small) -> str:

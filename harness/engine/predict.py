@@ -220,14 +220,17 @@ def _draw(picture: Picture, target: Target, classes: Sequence[str], to: Path, sm
     labels = target.labels.numpy()[order].tolist()
     scores = target.scores.numpy()[order].tolist()
     captions = [f"{plain(classes[label - 1])} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
+    little = annotate.thumbnail(image) if small else None
     annotate.draw_detections(image, boxes, labels, captions)
+    if little is not None:  # drawn anew, so that names can be read
+        annotate.draw_detections(little, boxes * (little.width / image.width), labels, captions)
     buffer = io.BytesIO()
     if kind in ("JPEG", "MPO"):
         image.save(buffer, "JPEG", quality=_QUALITY)
     else:
         image.save(buffer, kind if kind in ("PNG", "BMP", "WEBP", "TIFF") else "PNG", compress_level=1)
     write_atomically(to, buffer.getvalue(), durable=False)
-    return annotate.thumbnail(image) if small else None
+    return little
 
 
 def _rgb(stored: Image.Image) -> Image.Image:

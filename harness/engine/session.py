@@ -35,7 +35,7 @@ from harness.core.stopping import Interrupted, StopRequest
 from harness.core.types import RunRecord, UserError
 from harness.data import prepare
 from harness.data.ground_truth import from_index
-from harness.engine import build, checkpoint, offline, start
+from harness.engine import build, checkpoint, offline, start, taught
 from harness.engine.analysis import MATCHES, analyse, errors_by_kind
 from harness.engine.build import Experiment
 from harness.engine.evaluate import METRICS, evaluate, write_predictions
@@ -145,6 +145,7 @@ class _Session:
             self._evaluate()
             self._finish()
             self._close_log()
+            say(self.world, f"finished: {self.run_dir / 'record.json'}; `{_next(self.run_dir)}` shows what it finds")
             return 0
         except Interrupted as stopped:
             with contextlib.suppress(OSError):  # the state is saved, which matters more
@@ -279,6 +280,7 @@ class _Session:
         """Scores the networks: at the end all, before it those that `evaluation.between` names."""
         data, begin = self.run_.data, time.perf_counter()
         at_end = self.counters.step == self.steps
+        quick = not at_end and self.settings.evaluation.scorer == "quick"
         for name, network in self.run_.method.networks().items():
             if not at_end and self.settings.evaluation.between == "reported" and name != self.run_.method.reported:
                 continue
@@ -286,7 +288,7 @@ class _Session:
                 network,
                 self.run_.pipeline,
                 data.val,
-                data.dataset.val.coco_ground_truth(),
+                from_index(data.dataset.val) if quick else data.dataset.val.coco_ground_truth(),
                 data.dataset.val.category_ids,
                 self.settings.evaluation.score_threshold,
                 self.world,
@@ -307,7 +309,15 @@ class _Session:
         self._pipeline_state()  # the evaluation may have met bad images
         if self.world.is_main:
             self._analyse()
+            self._keep_pseudo_labels()
         self._write_record("ok")
+
+    def _keep_pseudo_labels(self) -> None:
+        """A few for reports to show; whatever goes wrong with them is told, and costs no finished run."""
+        try:
+            taught.keep(self.run_)
+        except Exception as error:
+            say(self.world, f"warning: no pseudo labels are kept for reports ({type(error).__name__}: {error})")
 
     def _analyse(self) -> None:
         """What the report reads beside COCO's metrics: in the record, in predictions.json and in matches.npz."""
@@ -346,6 +356,10 @@ class _Session:
         record.bad_images = len(self.run_.data.bad_images | self.bad_images | self.run_.pipeline.bad_images)
         if world.is_main or alone:
             write_record(self.run_dir / "record.json", record)
+
+
+def _next(run_dir: Path) -> str:
+    return f"ssodbench predict {shlex.quote(f'run_dir={run_dir}')} images=FOLDER"
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:

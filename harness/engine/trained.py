@@ -244,19 +244,24 @@ def encode(trained: Trained, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def read(path: Path, cache_dir: str) -> Trained:
+def read(path: Path, cache_dir: str, key: str = "model") -> Trained:
     """A network out of a file that `encode` made; on the CPU.
+
+    Args:
+        path: of the file.
+        cache_dir: this machine's.
+        key: that names the file, for messages.
 
     Raises:
         UserError: it cannot be read, is no such file, or does not fit what it says about itself.
     """
     if path.is_dir():
-        raise UserError(f"model={path} is a folder: for a run's folder say run_dir={path}")
+        raise UserError(f"{key}={path} is a folder: for a run's folder say run_dir={path}")
     try:
         content = files.read_bytes(path)
     except OSError as error:
-        raise UserError(f"model={path} cannot be read ({error.strerror}): give a file that export wrote") from error
-    description, state = _decode(path, content)
+        raise UserError(f"{key}={path} cannot be read ({error.strerror}): give a file that export wrote") from error
+    description, state = _decode(path, content, key)
     try:
         about = readback.convert(description, Description)
         readback.require_shallow(path, description, _REMEDY)
@@ -273,30 +278,30 @@ def read(path: Path, cache_dir: str) -> Trained:
     return Trained(detector, about)
 
 
-def _decode(path: Path, content: bytes) -> tuple[Any, dict[str, Tensor]]:
+def _decode(path: Path, content: bytes, key: str) -> tuple[Any, dict[str, Tensor]]:
     """Description and weights of either kind of file, told apart by their first bytes."""
     if content[:2] == b"PK":
-        return _decode_pt(path)
+        return _decode_pt(path, key)
     try:
         with safe_open(path, framework="pt") as opened:
             text = (opened.metadata() or {}).get(_KEY)
         if text is None:
-            raise UserError(f"model={path} does not say what network it holds: give a file that export wrote")
+            raise UserError(f"{key}={path} does not say what network it holds: give a file that export wrote")
         return json.loads(text), load_safetensors(content)
     except (SafetensorError, ValueError) as error:
-        raise UserError(f"model={path} is no whole file of weights ({error}): give a file that export wrote") from error
+        raise UserError(f"{key}={path} is no whole file of weights ({error}): give a file that export wrote") from error
 
 
-def _decode_pt(path: Path) -> tuple[Any, dict[str, Tensor]]:
+def _decode_pt(path: Path, key: str) -> tuple[Any, dict[str, Tensor]]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
         raise UserError(
-            f"model={path} cannot be read as weights ({type(error).__name__}): give a file that export wrote as "
+            f"{key}={path} cannot be read as weights ({type(error).__name__}): give a file that export wrote as "
             ".safetensors or .pt"
         ) from error
     if isinstance(content, dict) and "optimizer" in content and "method" in content:
-        raise UserError(f"model={path} is a run's checkpoint: say run_dir={path.absolute().parents[1]}, or export it")
+        raise UserError(f"{key}={path} is a run's checkpoint: say run_dir={path.absolute().parents[1]}, or export it")
     if not isinstance(content, dict) or _KEY not in content or not isinstance(content.get("weights"), dict):
-        raise UserError(f"model={path} does not say what network it holds: give a file that export wrote")
+        raise UserError(f"{key}={path} does not say what network it holds: give a file that export wrote")
     return content[_KEY], content["weights"]

@@ -19,9 +19,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from harness.config import compose
-from harness.config.checks import step_shape
 from harness.config.paths import places
 from harness.config.run import settings_of
+from harness.config.sections import step_shape
 from harness.core import distributed, escape
 from harness.core.console import STDERR, settle
 from harness.core.distributed import World

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from omegaconf import DictConfig
 
-from harness.config import checks, compose
+from harness.config import compose, sections
 from harness.config.identity import config_sha256, identity
 from harness.core.console import STDERR
 from harness.core.readback import tail
@@ -24,6 +24,7 @@ from harness.core.stopping import StopRequest, stop_code
 from harness.core.types import RunError, UserError
 from harness.core.validate import File, Limits
 from harness.engine.session import is_finished
+from harness.launch.launcher import THREAD_VARIABLES
 from harness.launch.ranks import JOB_VARIABLE, train_in_job
 from harness.launch.sbatch import BatchJob
 from harness.launch.slurm_queue import PASSING, JobState, NoAnswer, ended, listed
@@ -160,7 +161,7 @@ class SlurmLauncher:
         Raises:
             UserError: naming the key.
         """
-        checks.check_devices(cfg)
+        sections.step_shape(cfg, sections.processes(cfg))
         seconds = _seconds(self.time)
         if seconds <= self.signal_seconds:
             raise UserError(
@@ -201,7 +202,7 @@ class SlurmLauncher:
             logs: where each task appends what it says; None: beside the script.
         """
         threads = str(cfg.threads)
-        variables = dict.fromkeys(checks.THREAD_VARIABLES, threads)
+        variables = dict.fromkeys(THREAD_VARIABLES, threads)
         if cfg.get("suite") is not None and limit is not None:
             variables["SSODBENCH_SUITE"] = str(cfg.suite.name)
         return BatchJob(

@@ -16,12 +16,12 @@ import psutil
 import torch
 from omegaconf import DictConfig
 
-from harness.config import checks
 from harness.core.files import open_to_append, refusal
 from harness.core.readback import tail
 from harness.core.record import available_cores, read_record, write_record
 from harness.core.stopping import StopRequest
 from harness.core.types import RunRecord, UserError
+from harness.launch.launcher import THREAD_VARIABLES
 from harness.suite.claims import Claims
 from harness.suite.fork_server import ForkedCell, ForkServer, end_with_parent
 from harness.suite.plan import SuiteCell, state_of
@@ -58,7 +58,7 @@ def available_gib() -> float:
 
 def environments(cfg: DictConfig, jobs: int) -> list[dict[str, str]]:
     """One environment per process side by side: its threads, and its GPUs where there are any."""
-    base = dict(os.environ) | dict.fromkeys(checks.THREAD_VARIABLES, str(cfg.threads))
+    base = dict(os.environ) | dict.fromkeys(THREAD_VARIABLES, str(cfg.threads))
     base["SSODBENCH_SUITE"] = cfg.suite.name
     if cfg.device == "cpu" or not torch.cuda.is_available():
         return [base] * jobs

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 from omegaconf import DictConfig, OmegaConf
 
-from harness.config import checks, compose
+from harness.config import checks, compose, sections, targets
 from harness.config.identity import config_sha256, differences, identity, without_circumstances
 from harness.config.names import cell_name, group_name
 from harness.core.files import write_atomically
@@ -86,7 +86,7 @@ def plan(cfg: DictConfig) -> list[SuiteCell]:
     extra = {method: [*overrides, f"method={method}", *special.get(method, [])] for method in named}
     composed = {method: compose.load(extra[method], config_dirs) for method in named}
     for of_method in composed.values():
-        checks.check_devices(of_method)
+        sections.step_shape(of_method, sections.processes(of_method))
     protocols = {method: str(of_method.split.protocol) for method, of_method in composed.items()}
     if len(set(protocols.values())) > 1:
         listed = ", ".join(f"{method} {protocol}" for method, protocol in protocols.items())
@@ -109,7 +109,7 @@ def plan(cfg: DictConfig) -> list[SuiteCell]:
 
 def _check_named(suite: DictConfig, config_dirs: list[str]) -> None:
     """Raises UserError where `suite.cost` or `suite.method_overrides` names a method that there is not."""
-    folders = [checks.CONF_DIR, *map(Path, config_dirs)]
+    folders = [targets.CONF_DIR, *map(Path, config_dirs)]
     known = {file.stem for folder in folders for file in (folder / "method").glob("*.yaml")} | set(suite.methods)
     for key in ("cost", "method_overrides"):
         for method in suite.get(key) or {}:

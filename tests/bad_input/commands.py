@@ -50,6 +50,16 @@ def _broken_pets(folder: Path) -> None:
     (folder / "pets" / "train.json").write_text("{")
 
 
+def _beside(folder: Path) -> None:
+    """Pictures with text labels beside them, as labelling programs write them."""
+    make_pets(folder / "pets")
+    (folder / "pets" / "train.json").unlink()
+    (folder / "pets" / "val.json").unlink()
+    for picture in (folder / "pets" / "train").iterdir():
+        picture.rename(folder / picture.name)
+        (folder / picture.name).with_suffix(".txt").write_text("0 0.5 0.5 0.5 0.5")
+
+
 MODEL = f"{PREDICT} model={{tmp}}/net.safetensors"
 
 CASES = [
@@ -95,6 +105,7 @@ CASES = [
     Case("view no pictures", "view view.images=0", ("view.images=0", "at least 1")),
     Case("view, unused key", "view schedule.steps=4", ("schedule.steps", "it takes")),
     Case("view onto a file", "view data=shapes out={pets}/train.json", ("out={pets}/train.json",)),
+    Case("view into a page", "view data=shapes out={tmp}/a.html", ("out={tmp}/a.html", "say out=DIR")),
     Case("sources of another command", "train --sources", ("--sources belongs to",)),
     Case("completion of an unknown shell", "--completion fish", ("fish", "bash or zsh")),
     Case("misspelt command", "evalute run_dir={tmp}", ("evalute", "did you mean evaluate?")),
@@ -103,7 +114,14 @@ CASES = [
     Case("init a file", "init {pets}/train.json", ("{pets}/train.json", "folder")),
     Case("init an empty folder", "init {tmp}", ("{tmp}", "COCO", "Pascal VOC", "YOLO")),
     Case("init pictures alone", "init {pets}/train", ("{pets}/train", "pictures alone")),
-    Case("init two folders", "init {pets} {tmp}", ("{tmp}",)),
+    Case("init labels without data.yaml", "init {tmp}", ("data.yaml", "train: .", "split.holdout=0.2"), _beside),
+    Case(
+        "prepare labels without data.yaml",
+        "prepare data=yolo data.root={tmp}",
+        ("data.yaml", "which is not there", "names: [FIRST, SECOND]"),
+        _beside,
+    ),
+    Case("init two folders", "init {pets} {tmp}", ("{tmp}", "one value without a key")),
     Case("init, unused key", "init {pets} split.percent=5", ("split.percent", "it takes")),
     Case(
         "init over another file",

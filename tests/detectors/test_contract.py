@@ -15,8 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 import harness
 from detectors.detector import Detector
 from detectors.methods.method import Method
-from harness.config.checks import GROUPS
 from harness.config.make import make
+from harness.config.targets import GROUPS
 from harness.core.types import UserError
 
 CONF = Path(harness.__file__).parent / "conf"

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from detectors.methods.method import Losses, Method
 from harness import cli
-from harness.config import checks, compose
+from harness.config import compose, extras
 from harness.config.identity import config_sha256, differences, identity
 from harness.config.names import cell_name
 from harness.config.paths import places, quote_path
@@ -122,7 +122,7 @@ def test_every_method_composes_in_every_preset(method: str, preset: str) -> None
         ("method.ema.momentum=2", "method.ema.momentum=2 must be a number of at least 0 and at most 1"),
         ("method.ema=3", "method.ema=3 must be keys out of momentum, ramp, gamma, interval, update, buffers or null"),
         ("runs_dir=null", "runs_dir=null must be a path"),
-        ("run_dir=2024", "run_dir=2024 must be a path, written ./NAME"),
+        ("run_dir=2024", "run_dir=2024 must be a path (./NAME"),
         ("check=deep", "check=deep must be one of quick, headers, full"),
         ("data=null", "data=null names no option: choose one of bccd, coco, custom, shapes, voc"),
         ("method=null", "method=null names no option"),
@@ -343,11 +343,11 @@ def test_extras_that_are_not_chosen_are_not_needed(monkeypatch: pytest.MonkeyPat
     for module in ("nvidia.dali", "wandb"):
         monkeypatch.setitem(sys.modules, module, None)
     cfg = compose.load(["pipeline=torchvision", "logging.loggers=[wandb]"])
-    checks.check_extras(cfg)
+    extras.check_extras(cfg)
     with pytest.raises(UserError, match=r"ssodbench\[wandb\]"):
-        checks.check_extras(cfg, logs=True)
+        extras.check_extras(cfg, logs=True)
     with pytest.raises(UserError, match=r"ssodbench\[cu13\]"):
-        checks.check_extras(compose.load([]))
+        extras.check_extras(compose.load([]))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
-from harness.config import checks, compose
+from harness.config import compose, sections, step
 from harness.config.identity import identity
 from harness.config.run import settings_of
 from harness.config.step import StepShape
@@ -91,7 +91,7 @@ def _answers(cfg: DictConfig) -> list[str]:
 
     def built() -> str:
         run = settings_of(cfg)
-        shape = run.step_shape(bool(views.unlabeled), world.size)
+        shape = step.shape_of(run.batch, run.method["name"], bool(views.unlabeled), world.size)
         pools = (source, source if views.unlabeled else None)
         return str(build.sampler(shape, run.batch, 1, 6, 0, *pools).micro)
 
@@ -102,8 +102,8 @@ def _answers(cfg: DictConfig) -> list[str]:
         return found.group(1) if found else told[0]
 
     def checked() -> str:
-        checks.check_devices(cfg)
-        return str(checks.step_shape(cfg, int(cfg.devices)).micro_images)
+        sections.step_shape(cfg, sections.processes(cfg))
+        return str(sections.step_shape(cfg, int(cfg.devices)).micro_images)
 
     answers = []
     for ask in (checked, built, told_by_the_launcher):
@@ -163,13 +163,13 @@ def test_shipped_methods_say_what_they_draw(method: str) -> None:
     cfg = compose.load([f"method={method}", "detector.weights=scratch"])
     network = build.detector(cfg.detector, Path(cfg.cache_dir), 3)
     built = build.method(cfg.method, network, cfg.schedule.steps)
-    assert cfg.method.unlabeled == bool(built.views.unlabeled) == checks.draws_unlabeled(cfg.method)
+    assert cfg.method.unlabeled == bool(built.views.unlabeled) == step.draws_unlabeled(cfg.method)
     assert "unlabeled" not in identity(cfg)["method"]
     without = OmegaConf.to_container(cfg.method, resolve=True)
     assert isinstance(without, dict)
     del without["unlabeled"]  # as configurations that were saved before have it
     if hasattr(type(built), "views"):  # those that choose them when they are built are not asked
-        assert checks.draws_unlabeled(without) == bool(built.views.unlabeled)
+        assert step.draws_unlabeled(without) == bool(built.views.unlabeled)
     assert build.method(without, network, cfg.schedule.steps).views == built.views
 
 

@@ -15,13 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from harness.config import checks, compose, schema
+from harness.config import checks, compose, schema, targets
+from harness.config.plain import resolved
 from harness.core import validate
 from harness.core.types import UserError
 from harness.core.validate import Limits, keys_of
 
 GROUP_OPTIONS = [
-    (group, file.stem) for group in checks.GROUPS for file in sorted((checks.CONF_DIR / group).glob("*.yaml"))
+    (group, file.stem) for group in targets.GROUPS for file in sorted((targets.CONF_DIR / group).glob("*.yaml"))
 ]
 START = ("suite=quick method=stac", "method=soft_teacher data=voc detector=faster_rcnn_r50 launcher=slurm")
 
@@ -30,16 +31,16 @@ START = ("suite=quick method=stac", "method=soft_teacher data=voc detector=faste
 def test_shipped_options_fit_their_constructors(group: str, option: str) -> None:
     """What ships is not looked at again in every command."""
     more = ["data.root=x"] if group == "data" and option != "shapes" else []
-    plain = checks.resolved(compose.load([f"{group}={option}", *more]))
-    checks._check_constructor(group, plain[group])
+    values = resolved(compose.load([f"{group}={option}", *more]))
+    targets.check_constructor(group, values[group])
 
 
 @pytest.mark.parametrize("preset", ["small", "paper"])
 @pytest.mark.parametrize("method", ["supervised", "stac", "unbiased_teacher", "soft_teacher", "mean_teacher"])
 def test_shipped_presets_fit_their_constructors(method: str, preset: str) -> None:
-    plain = checks.resolved(compose.load([f"method={method}", f"preset={preset}"]))
+    values = resolved(compose.load([f"method={method}", f"preset={preset}"]))
     for group in ("detector", "method"):
-        checks._check_constructor(group, plain[group])
+        targets.check_constructor(group, values[group])
 
 
 def _leaves(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -51,8 +52,8 @@ def _leaves(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def _plain(overrides: str) -> dict[str, Any]:
-    plain = checks.resolved(compose.load(overrides.split()))
-    plain["cli"]["overrides"] = [f"{group}.x=1" for group in checks.GROUPS]  # none of them as shipped
+    plain = resolved(compose.load(overrides.split()))
+    plain["cli"]["overrides"] = [f"{group}.x=1" for group in targets.GROUPS]  # none of them as shipped
     return plain
 
 
@@ -172,7 +173,7 @@ def test_arguments_that_do_not_fit(values: dict[str, Any], message: str) -> None
 
 
 def test_every_key_of_the_configuration_has_a_type() -> None:
-    plain = OmegaConf.to_container(OmegaConf.load(checks.CONF_DIR / "config.yaml"))
+    plain = OmegaConf.to_container(OmegaConf.load(targets.CONF_DIR / "config.yaml"))
     assert isinstance(plain, dict)
     for section in ("split", "batch", "evaluation", "checkpointing", "logging", "profile", "prepare"):
         kind = validate._fields(schema.Config, False)[section].kind

@@ -100,7 +100,7 @@ def test_an_ascii_terminal_gets_its_table(tmp_path: Path) -> None:
     command = ["prepare", "data=custom", "data.root=pets", "cache_dir=cache", "export_dir=öut"]
     done = run(command, tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
-    assert "wrote ?ut/prepared.json" in done.stdout
+    assert r"wrote \xf6ut/prepared.json" in done.stdout
 
 
 def test_cells_take_no_module_from_the_working_folder(tmp_path: Path) -> None:

@@ -313,7 +313,7 @@ def test_annotated(tmp_path: Path) -> None:
     assert split.percent == 25
     assert prepare.known_truth(dataset, split, wanted, unlabeled) is None
     assert prepare.known_truth(dataset, split, replace(wanted, empty_images="keep"), unlabeled) is None
-    names = [path.name for path in split_files.export_split(dataset, split, tmp_path / "out")]
+    names = [path.name for path in split_files.export_all(dataset, [split], tmp_path / "out")]
     assert names == ["train.annotated.json", "train.annotated-unlabeled.json"]
 
 
@@ -465,7 +465,7 @@ def test_soft_teachers_files_come_back(
     wanted = config(protocol, percent, fold=fold)
     split = prepare.resolve_split(dataset, wanted)
     folder = root / "annotations of splits"
-    labeled, unlabeled = split_files.export_split(dataset, split, folder)
+    labeled, unlabeled = split_files.export_all(dataset, [split], folder)
     assert labeled.name == f"train.{fold}@{percent:g}.json"
     assert unlabeled.name == f"train.{fold}@{percent:g}-unlabeled.json"
     pattern = str(folder / "train.{fold}@{percent}.json")
@@ -490,7 +490,7 @@ def test_files_hold_what_the_original_scripts_put_in_them(tmp_path: Path) -> Non
     files = {"train_annotations": "annotations/instances_train2017.json", "train_images": "train2017"}
     files |= {"val_annotations": "annotations/instances_val2017.json", "val_images": "val2017"}
     dataset = coco_dataset("coco", TINY, tmp_path / "cache", **files)
-    written = split_files.export_split(dataset, prepare.resolve_split(dataset, config(fold=3)), tmp_path)
+    written = split_files.export_all(dataset, [prepare.resolve_split(dataset, config(fold=3))], tmp_path)
     assert [path.name for path in written] == [f"instances_train2017.3@10{end}.json" for end in ("", "-unlabeled")]
     for path, labeled in zip(written, (True, False), strict=True):
         content = json.loads(path.read_text())
@@ -517,7 +517,7 @@ def with_more_pictures(folder: Path) -> Dataset:
 def test_files_of_full(tmp_path: Path) -> None:
     dataset = with_more_pictures(tmp_path)
     split = prepare.resolve_split(dataset, config("full"))
-    labeled, unlabeled = split_files.export_split(dataset, split, tmp_path / "out")
+    labeled, unlabeled = split_files.export_all(dataset, [split], tmp_path / "out")
     content = json.loads(unlabeled.read_text())
     assert (labeled.name, unlabeled.name) == ("train.json", "instances_unlabeled2017.json")
     assert (len(content["images"]), content["annotations"], content["categories"]) == (1, [], CLASSES)
@@ -533,11 +533,11 @@ def test_an_export_replaces_nothing_but_exports(tmp_path: Path) -> None:
     full, tenth = (prepare.resolve_split(dataset, config(*key)) for key in (("full",), ("soft_teacher", 10)))
     before = contents(tmp_path)
     with pytest.raises(UserError, match=r"train\.json is an annotation file of data=mine and is not replaced"):
-        split_files.export_split(dataset, full, tmp_path / "data")
+        split_files.export_all(dataset, [full], tmp_path / "data")
     assert contents(tmp_path) == before
-    first = split_files.export_split(dataset, full, tmp_path / "out")
+    first = split_files.export_all(dataset, [full], tmp_path / "out")
     written = contents(tmp_path / "out")
-    assert split_files.export_split(dataset, full, tmp_path / "out") == first  # an earlier export may be made again
+    assert split_files.export_all(dataset, [full], tmp_path / "out") == first  # an earlier export may be made again
     assert contents(tmp_path / "out") == written
     (tmp_path / "out" / "train.1@10-unlabeled.json").write_text('{"images": []}')
     before = contents(tmp_path)
@@ -550,10 +550,10 @@ def test_an_export_that_is_the_dataset_is_not_replaced(tmp_path: Path) -> None:
     """A dataset may be made of exported files; an export beside them would be named alike."""
     original = with_more_pictures(tmp_path)
     full = prepare.resolve_split(original, config("full"))
-    split_files.export_split(original, full, tmp_path / "out")
+    split_files.export_all(original, [full], tmp_path / "out")
     again = open_dataset(tmp_path, train_annotations="out/train.json", unlabeled_images="more")
     with pytest.raises(UserError, match="is an annotation file of data=mine"):
-        split_files.export_split(again, full, tmp_path / "out")
+        split_files.export_all(again, [full], tmp_path / "out")
 
 
 def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from harness.cli import main
 from harness.config import compose
 from harness.core.types import UserError
 from harness.engine import offline
-from harness.engine.optim import learning_rate_factor
+from harness.engine.optim import LearningRateFactor
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -165,7 +165,7 @@ def test_stage_one_of_the_paper_preset_is_stacs_own() -> None:
     stage = compose.stage_one(compose.load(paper))
     assert (stage.method.name, stage.augment.name, stage.detector.style) == ("supervised", "stac", "tensorpack")
     assert (stage.schedule.warmup_steps, stage.schedule.warmup_factor) == (1000, 0.33)
-    rate = stage.schedule.optimizer.lr * learning_rate_factor(0, stage.schedule)
+    rate = stage.schedule.optimizer.lr * LearningRateFactor(stage.schedule)(0)
     assert rate == pytest.approx(0.0033)
     assert not stage.schedule.optimizer.decay_norm_and_bias
     given = compose.stage_one(compose.load([*paper, "detector_style=detectron", "schedule.warmup_steps=7"]))

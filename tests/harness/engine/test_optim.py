@@ -22,7 +22,7 @@ from harness.config.identity import identity
 from harness.core.distributed import FlatGradients, World
 from harness.core.types import UserError
 from harness.core.validate import Share, Steps
-from harness.engine.optim import LearningRateFactor, build_optimizer, learning_rate_factor, set_learning_rate
+from harness.engine.optim import LearningRateFactor, build_optimizer, set_learning_rate
 
 SGD = "harness.engine.optim.sgd"
 
@@ -60,7 +60,7 @@ def _schedule(**changes: object) -> DictConfig:
     ],
 )
 def test_learning_rate_factor(decay: str, step: int, expected: float) -> None:
-    assert learning_rate_factor(step, _schedule(decay=decay)) == pytest.approx(expected)
+    assert LearningRateFactor(_schedule(decay=decay))(step) == pytest.approx(expected)
 
 
 @settings(deadline=None, max_examples=60)
@@ -68,16 +68,14 @@ def test_learning_rate_factor(decay: str, step: int, expected: float) -> None:
 def test_the_factor_is_a_pure_function_of_the_step(decay: str, steps: list[int]) -> None:
     """The same in any order, again, and after a resume, for which everything is built anew."""
     used, fresh = LearningRateFactor(_schedule(decay=decay)), _schedule(decay=decay)
-    assert [used(step) for step in steps] == [learning_rate_factor(step, fresh) for step in steps]
+    assert [used(step) for step in steps] == [LearningRateFactor(fresh)(step) for step in steps]
 
 
 def test_shipped_decays_are_found_by_their_target_too() -> None:
     for decay, keys in {"Flat": {}, "Cosine": {"decay_start": 0.6}, "Linear": {"decay_start": 0.6}}.items():
         named = _schedule(decay={"_target_": f"harness.engine.optim.{decay}", **keys})
         short = _schedule(decay=decay.lower())
-        assert [learning_rate_factor(s, named) for s in range(101)] == [
-            learning_rate_factor(s, short) for s in range(101)
-        ]
+        assert [LearningRateFactor(named)(s) for s in range(101)] == [LearningRateFactor(short)(s) for s in range(101)]
 
 
 class Halving:
@@ -116,7 +114,7 @@ def test_a_decay_and_an_optimizer_of_ones_own_are_one_target_each() -> None:
     given = ["schedule.steps=100", "schedule.decay={_target_: own_schedule.Halving, every: 20}"]
     given += ["schedule.optimizer._target_=own_schedule.SignSgd", "+schedule.optimizer.pull=0.5"]
     schedule = compose.load([*given, "schedule.warmup_steps=0"]).schedule
-    assert [learning_rate_factor(step, schedule) for step in (0, 19, 20, 99)] == [1.0, 1.0, 0.5, 0.0625]
+    assert [LearningRateFactor(schedule)(step) for step in (0, 19, 20, 99)] == [1.0, 1.0, 0.5, 0.0625]
     layer = nn.Linear(2, 1, bias=False)
     optimizer = build_optimizer(layer, schedule.optimizer)
     assert isinstance(optimizer, SignSgd)
@@ -168,7 +166,7 @@ def test_groups_train_as_an_optimizer_made_by_hand(scales: tuple[float, float], 
     velocity = {name: torch.zeros_like(p) for name, p in twin.named_parameters()}
     x = torch.rand(5, 3)
     for step in range(2):
-        set_learning_rate(optimizer, 0.1 * learning_rate_factor(step, schedule))
+        set_learning_rate(optimizer, 0.1 * LearningRateFactor(schedule)(step))
         for model in (net, twin):
             model.zero_grad()
             model(x).square().sum().backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -17,7 +18,7 @@ from harness.config import compose
 from harness.config.identity import config_sha256, identity
 from harness.config.run import settings_of
 from harness.core.distributed import World
-from harness.core.types import UserError
+from harness.core.types import Normalize, UserError
 from harness.engine import build, start
 from harness.engine.optim import set_learning_rate
 
@@ -129,6 +130,40 @@ def test_other_classes_are_refused(first: Path) -> None:
     for others in (names[::-1], [*names, "another"], names[:-1]):
         with pytest.raises(UserError, match=r"was trained on the classes .* start from a run with the same classes"):
             _load(cfg, others)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pt"])
+def test_an_exported_file_is_started_from_as_its_run_is(first: Path, tmp_path: Path, kind: str) -> None:
+    file = tmp_path / f"network.{kind}"
+    assert main(["export", f"run_dir={first}", f"out={file}", f"cache_dir={first.parent / 'cache'}"]) == 0
+    given = [word for word in _settings(first, "method=mean_teacher") if not word.startswith("detector.start=")]
+    cfg = compose.load([*given, f"detector.start={file}"])
+    assert identity(cfg)["detector"]["start_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    begun = _begun(cfg)
+    begun.pipeline.close()
+    expected = _reported(first)
+    for network in begun.method.networks().values():
+        assert all(torch.equal(value, expected[name]) for name, value in network.state_dict().items())
+    pretraining = begun.method.networks()["student"].pretraining
+    assert pretraining.startswith(f"the teacher of {_record(first)['cell']} (2 steps, weights sha256 ")
+    assert _record(first)["weights_sha256"][:12] in pretraining
+    names = list(build.dataset(cfg.data, Path(cfg.cache_dir)).train.category_names)
+    with pytest.raises(UserError, match=r"was trained on the classes .* start from a run with the same classes"):
+        _load(cfg, names[::-1])
+    other = compose.load([*given, f"detector.start={file}", "detector.pyramid_channels=32"])
+    with pytest.raises(UserError, match=r"another detector \(pyramid_channels: 16 -> 32\)"):
+        _load(other, names)
+
+
+def test_a_file_of_other_pixels_is_refused(first: Path, tmp_path: Path) -> None:
+    assert main(["export", f"run_dir={first}", f"out={tmp_path / 'a.pt'}", f"cache_dir={first.parent / 'cache'}"]) == 0
+    cfg = compose.load([*_settings(first)[:-1], f"detector.start={tmp_path / 'a.pt'}"])
+    begun = start.read(cfg.detector, list(build.dataset(cfg.data, Path(cfg.cache_dir)).train.category_names))
+    assert begun is not None
+    network = build.detector(cfg.detector, Path(cfg.cache_dir), 4)
+    network.normalize = Normalize(bgr=True)
+    with pytest.raises(UserError, match=r"wants .*bgr=False.*, and this detector .*bgr=True.*: set detector\.caffe"):
+        begun.load_into(network)
 
 
 def test_weights_that_are_not_those_of_the_record_are_refused(first: Path, tmp_path: Path) -> None:

@@ -16,14 +16,13 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from harness.commands import suite
 from harness.config import compose
 from harness.config.identity import config_sha256, identity
 from harness.core.lock import RunLock
 from harness.core.record import read_record
 from harness.core.types import UserError
 from harness.suite import cells as jobs
-from harness.suite import plan
+from harness.suite import plan, suite
 from harness.suite.claims import Claims
 
 pytestmark = pytest.mark.timeout(120)
