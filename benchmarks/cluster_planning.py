@@ -33,10 +33,10 @@ class Cluster:
         step: time of one; assumed, of the order of a ResNet-50 step on 8 GPUs.
         checkpoint: time to write one; measured for ResNet-50 with teacher and AdamW, 632 MB (docs/training.md).
         every: steps between checkpoints.
-        start: from the job's start to its first step; measured on the Slurm of the tests, where it is 10 to 15, and
-            doubled for a dataset of COCO's size.
-        requeue: from the loss of a machine until the job may start again; Slurm waits for credentials to expire, 120 s
-            unless the cluster says otherwise.
+        start: from the job's start to its first steps; 12 s on the Slurm of the tests (two jobs on two cores), and
+            more than doubled here for a dataset of COCO's size.
+        requeue: from `scontrol requeue` until the job may start again: Slurm waits for credentials to expire (measured
+            11 s with AuthInfo=cred_expire=10; 120 s is Slurm's default).
         preemptions: per cell and hour, each for `taken`; assumed.
         told: whether a pre-emption is told in time to save, as Slurm's grace time does; spot machines may not.
         failures: per GPU and hour; 419 interruptions of 16,384 GPUs in 54 days were reported for Llama 3 (arXiv
