@@ -26,6 +26,7 @@ case "${{SLURM_ARRAY_TASK_ID:-0}}" in
 {cases}
   *) echo "this job has no task $SLURM_ARRAY_TASK_ID" >&2; exit 2 ;;
 esac
+# The last task of an array has the number of the whole array as its SLURM_JOB_ID.
 id=${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}
 end={folder}/$id.exit
 rm -f "$end" # of an earlier job of that number
@@ -33,14 +34,14 @@ trap : TERM {signals} # for the processes below, which finish their step and sav
 srun {srun} "$@"
 code=$?
 if {stopped}; then # saved before its time
-  if [ "$(squeue --noheader --states=all --job="$SLURM_JOB_ID" --format=%T)" != RUNNING ]; then
+  if [ "$(squeue --noheader --states=all --job="$id" --format=%T)" != RUNNING ]; then
     echo "ssodbench: job $id saved its state and ends, since Slurm ends it"
   elif [ "${{SLURM_RESTART_COUNT:-0}}" -ge {requeues} ]; then
     echo "ssodbench: job $id saved its state and ends: launcher.requeues={requeues} are used up"
-  elif scontrol requeue "$SLURM_JOB_ID"; then
+  elif scontrol requeue "$id"; then
     echo "ssodbench: job $id saved its state and goes back into the queue"
     sleep 600 # which Slurm breaks off
-  elif scontrol --oneliner show job "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]'; then
+  elif scontrol --oneliner show job "$id" | grep -q 'PreemptTime=[0-9]'; then
     echo "ssodbench: job $id saved its state and leaves it to Slurm to put it into the queue again"
     sleep 3600
   fi
@@ -138,9 +139,12 @@ class BatchJob:
 
 
 def _environment() -> dict[str, str]:
-    """Without what would make of a job submitted from within another one a part of that."""
-    return {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))} | {
-        key: value for key, value in os.environ.items() if key in ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
+    """Without what would make of a job submitted from within another one a part of that; defaults of sbatch stay."""
+    kept = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
+    return {
+        key: value
+        for key, value in os.environ.items()
+        if key in kept or (not key.startswith("SLURM") and key not in (JOB_VARIABLE, "SBATCH_ARRAY_INX"))
     }
 
 

@@ -236,8 +236,9 @@ class SlurmLauncher:
         return [*_options(values), *_options(self._words), *_options(self.more)]
 
     def _srun(self) -> list[str]:
-        # One that fails alone leaves the others waiting in a collective. srun does not take over cpus-per-task.
-        own = ["--kill-on-bad-exit=1", f"--cpus-per-task={self.cpus}"]
+        # One that fails alone leaves the others waiting in a collective. srun does not take over cpus-per-task, and
+        # without the variables of the script a process would not know that it is in a job.
+        own = ["--kill-on-bad-exit=1", f"--cpus-per-task={self.cpus}", "--export=ALL"]
         return [*own, *([f"--container={self.container}"] if self.container else []), *self.srun_args]
 
 

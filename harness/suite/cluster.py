@@ -205,7 +205,7 @@ class ClusterSuite:
             view: what a person sees.
             stop: requests to stop, which the jobs do not get.
         """
-        before = {cell.name: cell.state for cell in self.cells}
+        before = {cell.name: "waiting" if cell.name in self.queued else cell.state for cell in self.cells}
         begun = dict.fromkeys(before, time.monotonic())
         with view:
             while not stop.signal_number:

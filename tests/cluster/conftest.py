@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -153,4 +152,3 @@ def cluster(slurm: VirtualSlurm, cache: Path, tmp_path: Path) -> Iterator[Cluste
     made = Cluster(slurm, cache, tmp_path)
     yield made
     made.close()
-    shutil.rmtree(tmp_path, ignore_errors=True)

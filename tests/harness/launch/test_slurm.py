@@ -201,7 +201,7 @@ def test_the_script_is_what_a_shell_reads() -> None:
     script = batch.script()
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
     assert "\nmodule load cuda\nsource env.sh\n" in script
-    assert "srun --kill-on-bad-exit=1 --cpus-per-task=8 --container=/images/x --mpi=none" in script
+    assert "srun --kill-on-bad-exit=1 --cpus-per-task=8 --export=ALL --container=/images/x --mpi=none" in script
     case = re.search(r"  0\) (set -- .*) ;;", script)
     assert case is not None
     said = subprocess.run(["bash", "-c", f'{case[1]}; printf "%s\\n" "$@"'], capture_output=True, text=True, check=True)
