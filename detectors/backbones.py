@@ -29,7 +29,14 @@ def _downsampling_block(channels_in: int, channels_out: int) -> BasicBlock:
     return BasicBlock(channels_in, channels_out, stride=2, downsample=shortcut)
 
 
-class SmallBackbone(nn.Module):
+class Body(nn.Module):
+    """What a pyramid stands on: images (B, 3, H, W) to feature maps, finest first."""
+
+    strides: Sequence[int]  # of the maps, px
+    out_channels: list[int]  # of the maps
+
+
+class SmallBackbone(Body):
     """A backbone for pictures of 64 to 128 px: a stem and three residual blocks, each of them halving the resolution.
 
     Args:
@@ -101,7 +108,7 @@ Norm = Annotated[str, Limits(one_of=tuple(NORMS))]
 Stages = Annotated[int, Limits(ge=0, le=5)]  # frozen ones, the stem counted
 
 
-class ResNetBackbone(nn.Module):
+class ResNetBackbone(Body):
     """torchvision's ResNet without its classifier; parameter names are torchvision's.
 
     Args:
@@ -164,7 +171,7 @@ class Pyramid(nn.Module):
 
     def __init__(
         self,
-        body: SmallBackbone | ResNetBackbone,
+        body: Body,
         channels: int,
         first: int = 0,
         norm: Callable[[int], nn.Module] | None = None,

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from detectors.backbones import Depth, Norm, Pyramid, ResNetBackbone, SmallBackbone, Stages, build_resnet, pyramid_norm
+from detectors.backbones import Depth, Norm, Pyramid, ResNetBackbone, SmallBackbone, Stages
 from detectors.detector import Detector
 from detectors.padded import PaddedTargets
 from detectors.roi import RoiSettings, RoiStage
 from detectors.rpn import Anchors, Proposals, Rpn, RpnSettings
-from detectors.weights import LATER, Generated, load_backbone
+from detectors.small_pyramid import small_pyramid
+from detectors.timm_backbones import SimplePyramid, TimmName, large_pyramid
+from detectors.weights import Generated
 from harness.core.types import Normalize, UserError, View
 from harness.core.validate import Channels, File, Limits, Pixels, Positive, keys_of
 
@@ -68,7 +70,7 @@ class FasterRcnn(Detector):
         *,
         num_classes: int,
         name: str,
-        backbone: Pyramid,
+        backbone: Pyramid | SimplePyramid,
         anchors: Anchors,
         rpn: RpnSettings,
         roi: RoiSettings,
@@ -169,9 +171,12 @@ def small_faster_rcnn(
     *,
     num_classes: int,
     name: str,
-    cache_dir: str | Path,  # noqa: ARG001 - where `generated` weights lie, for whoever makes them
+    cache_dir: str | Path,
     weights: File = "generated",
     generated: Generated | None = None,
+    backbone: TimmName | None = None,
+    norm: Norm | None = None,
+    frozen_stages: Stages | None = None,
     channels: Annotated[Sequence[Channels], Limits(least=4, most=4)] = (24, 32, 64, 96),
     pyramid_channels: Channels = 48,
     anchor_sizes: Annotated[Sequence[Pixels], Limits(least=1)] = (12, 18, 28),
@@ -184,11 +189,13 @@ def small_faster_rcnn(
 
     Args:
         num_classes, name: see `Detector`.
-        cache_dir: where generated first weights lie; not read here.
+        cache_dir: where generated first weights lie, and for timm's downloads.
         weights: `generated`, `scratch`, the path of a file with the backbone's state, or `later` for those of a whole
             detector, which will replace them.
         generated: the weights that `generated` means.
-        channels: of the backbone.
+        backbone: `timm:NAME` in place of the small one; `weights` are then those of `timm_pyramid`.
+        norm, frozen_stages: of that network, see `timm_pyramid`; None: its BatchNorm is `batch`.
+        channels: of the small backbone.
         pyramid_channels: of every pyramid level.
         anchor_sizes: one for each of the three levels, in pixels.
         anchor_ratios: height / width.
@@ -199,35 +206,27 @@ def small_faster_rcnn(
         UserError: a file is missing or does not fit, or a key is unknown.
     """
     _check_style(style)
-    width = tuple(int(c) for c in channels)
-    if len(width) != 4:
-        raise UserError(f"detector.channels={list(channels)} must be four numbers")
     if len(anchor_sizes) != 3:
         raise UserError(f"detector.anchor_sizes={list(anchor_sizes)} must be three numbers, one per pyramid level")
-    body = SmallBackbone((width[0], width[1], width[2], width[3]))
-    if weights == "generated":
-        assert generated is not None, "whoever builds the detector makes these weights"
-        body.load_state_dict(generated.state)
-        pretraining = generated.origin
-    elif weights == "later":
-        pretraining = LATER
-    elif weights == "scratch":
-        pretraining = "small backbone from scratch, nothing pre-trained"
-    else:
-        path = Path(weights)
-        if not path.is_file():
-            raise UserError(f"detector.weights={weights} is no file: give generated, scratch, or the path of a file")
-        load_backbone(body, torch.load(path, map_location="cpu", weights_only=True), weights)
-        pretraining = f"small backbone from the file {path.name}"
+    pyramid, normalize, pretraining = small_pyramid(
+        backbone,
+        weights=weights,
+        generated=generated,
+        norm=norm,
+        frozen_stages=frozen_stages,
+        cache_dir=cache_dir,
+        widths=channels,
+        channels=pyramid_channels,
+    )
     return FasterRcnn(
         num_classes=num_classes,
         name=name,
-        backbone=Pyramid(body, pyramid_channels, norm=nn.BatchNorm2d),
+        backbone=pyramid,
         anchors=_anchors(style, anchor_sizes, anchor_ratios, SmallBackbone.strides),
         rpn=_settings(RpnSettings, style, "rpn", rpn),
         roi=_settings(RoiSettings, style, "roi", roi),
         normal_init=style != "torchvision",
-        normalize=Normalize(mean=(120.0, 120.0, 120.0), std=(60.0, 60.0, 60.0)),
+        normalize=normalize,
         pretraining=pretraining,
     )
 
@@ -237,6 +236,7 @@ def faster_rcnn(
     num_classes: int,
     name: str,
     cache_dir: str | Path,
+    backbone: TimmName | None = None,
     depth: Depth = 50,
     weights: File = "torchvision",
     norm: Norm | None = None,
@@ -249,10 +249,11 @@ def faster_rcnn(
     rpn: Annotated[Mapping[str, Any], keys_of(RpnSettings, partial=True)] | None = None,
     roi: Annotated[Mapping[str, Any], keys_of(RoiSettings, partial=True)] | None = None,
 ) -> FasterRcnn:
-    """Faster R-CNN on ResNet-FPN, the detector of the papers.
+    """Faster R-CNN on ResNet-FPN, the detector of the papers, or on one of timm's networks.
 
     Args:
         num_classes, name: see `Detector`.
+        backbone: `timm:NAME` in place of the ResNet of this `depth`; see `timm_pyramid` for its weights.
         cache_dir, depth, weights, frozen_stages, caffe: see `build_resnet`.
         norm: see `build_resnet`; None: group from scratch, the style's otherwise.
         pyramid_channels: of every pyramid level.
@@ -268,14 +269,23 @@ def faster_rcnn(
     _check_style(style)
     if len(anchor_sizes) != 5:
         raise UserError(f"detector.anchor_sizes={list(anchor_sizes)} must be five numbers, one per pyramid level")
-    if norm is None and weights != "scratch":
-        norm = STYLES[style]["norm"]
-    body, normalize, pretraining = build_resnet(depth, weights, norm, frozen_stages, caffe, cache_dir)
-    after = pyramid_norm(weights, norm, pyramid_channels)
+    pyramid, normalize, pretraining = large_pyramid(
+        backbone,
+        depth=depth,
+        weights=weights,
+        norm=norm,
+        usual_norm=STYLES[style]["norm"],
+        frozen_stages=frozen_stages,
+        caffe=caffe,
+        cache_dir=cache_dir,
+        channels=pyramid_channels,
+        first=0,
+        extra=LastLevelMaxPool,
+    )
     return FasterRcnn(
         num_classes=num_classes,
         name=name,
-        backbone=Pyramid(body, pyramid_channels, norm=after, extra=LastLevelMaxPool()),
+        backbone=pyramid,
         anchors=_anchors(style, anchor_sizes, anchor_ratios, (*ResNetBackbone.strides, 64)),
         rpn=_settings(RpnSettings, style, "rpn", rpn),
         roi=_settings(RoiSettings, style, "roi", roi),

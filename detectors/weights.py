@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision.models as models
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from harness.core.types import Normalize, UserError
@@ -78,7 +80,7 @@ def first_weights(depth: int, weights: str, caffe: bool | None, cache_dir: Path)
             f"ResNet-{depth}, ImageNet-1k classification (torchvision IMAGENET1K_V1)",
         )
     path = Path(weights)
-    state, layout = to_torchvision_names(_read(path), path)
+    state, layout = to_torchvision_names(read_tensors(path), path)
     if caffe is None:
         caffe = layout == "caffe2"
         reason = None if caffe else raw_pixels(state)
@@ -123,8 +125,10 @@ def raw_pixels(state: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def load_backbone(backbone: nn.Module, state: Mapping[str, Tensor], weights: str) -> None:
-    """Copies weights into a backbone of the same names.
+def load_backbone(
+    backbone: nn.Module, state: Mapping[str, Tensor], weights: str, kind: str = "of the same depth"
+) -> None:
+    """Copies weights into a backbone of the same names; `kind` says what file fits, for messages.
 
     Raises:
         UserError: something is missing or has another shape.
@@ -135,13 +139,13 @@ def load_backbone(backbone: nn.Module, state: Mapping[str, Tensor], weights: str
     if missing:
         raise UserError(
             f"detector.weights={weights} lacks {missing[0]} and {len(missing) - 1} more of {len(needed)} tensors: "
-            "choose a file of the same depth"
+            f"choose a file {kind}"
         )
     for name in needed:
         if own[name].shape != state[name].shape:
             raise UserError(
                 f"detector.weights={weights}: {name} has the shape {tuple(state[name].shape)} instead of "
-                f"{tuple(own[name].shape)}: choose a file of the same depth"
+                f"{tuple(own[name].shape)}: choose a file {kind}"
             )
         own[name].copy_(state[name])
 
@@ -199,17 +203,27 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The tensors of a .pkl, .pth or .pt file by name, out of whatever dictionary they lie in."""
+def read_tensors(path: Path, others: str = "torchvision, scratch") -> dict[str, Any]:
+    """The tensors of a .pkl, .pth, .pt or .safetensors file by name, out of whatever dictionary they lie in.
+
+    Args:
+        path: of the file.
+        others: what `detector.weights` may be besides, for messages.
+
+    Raises:
+        UserError: there is no file, or it holds no tensors.
+    """
     if not path.is_file():
-        raise UserError(f"detector.weights={path} is no file: give torchvision, scratch, or the path of a file")
+        raise UserError(f"detector.weights={path} is no file: give {others}, or the path of a file")
     try:
         if path.suffix == ".pkl":
             with path.open("rb") as file:
                 state = _Unpickler(file, encoding="latin1").load()
+        elif path.suffix == ".safetensors":
+            state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, SafetensorError) as error:
         raise UserError(f"detector.weights={path} cannot be read: {error}") from error
     for wrapper in ("model", "state_dict", "blobs"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):

@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from harness.commands import usage
-from harness.config import compose, targets
+from harness.config import compose, extras, targets
 from harness.core.console import Console, counted
 from harness.core.files import require_writable, write_atomically
 from harness.core.types import UserError
@@ -45,7 +45,7 @@ def run(cfg: DictConfig) -> int:
         f"{counted(len(train.category_names), 'class')} ({names})"
     )
     console.say(
-        f"wrote {out}: for preset=small pictures of {small.short_side} px with anchors of "
+        f"wrote {out}: for training on a CPU pictures of {small.short_side} px with anchors of "
         f"{', '.join(map(str, small.anchor_sizes))} px"
     )
     console.say("now look at the data, then train:")
@@ -57,7 +57,9 @@ def run(cfg: DictConfig) -> int:
         keys = f" {'split.percent=100' if most else 'split.protocol=annotated'} split.holdout=0.2"
         method = f"method={'supervised' if most else 'mean_teacher'}"
     console.say(f"  ssodbench prepare {given}{keys}")
-    console.say(f"  ssodbench train {given} {method}{keys}")
+    console.say(f"  ssodbench train {given} {method}{keys} preset=photos")
+    if missing := extras.missing_for_photos():
+        console.say(f"preset=photos, the CPU recipe for photographs, needs first: {missing}")
     if not len(val):
         console.say("split.holdout takes a fifth of the labelled pictures to evaluate on")
     if keys and most:

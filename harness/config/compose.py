@@ -163,12 +163,21 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
 
 def _fill_defaults(cfg: DictConfig) -> None:
     """Defaults that depend on other keys or on the machine."""
+    _name_backbone(cfg)
     if cfg.seed is None:
         cfg.seed = cfg.split.fold
     if cfg.cache_dir is None:
         cfg.cache_dir = str(paths.default_cache_dir())
     if cfg.run_dir is None:
         cfg.run_dir = str(Path(cfg.runs_dir) / "train" / names.cell_name(cfg))
+
+
+def _name_backbone(cfg: DictConfig) -> None:
+    """A detector on one of timm's networks is called by it, where nobody has said a name."""
+    backbone = cfg.detector.get("backbone")
+    if backbone and (OmegaConf.is_interpolation(cfg.detector, "name") or cfg.detector.name == "small"):
+        family = str(cfg.detector.name).removesuffix(f"_r{cfg.detector.get('depth')}")
+        cfg.detector.name = f"{family}_{str(backbone).removeprefix('timm:')}"
 
 
 def _start_sha256(start: Path) -> str:

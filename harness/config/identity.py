@@ -55,6 +55,7 @@ _ADDED = (
     "method.ema.interval",
     "detector.backbone_lr_scale",
     "detector.start_sha256",
+    "detector.backbone",
     "split.holdout",
     "split.tune",
     "evaluation.set",
@@ -65,6 +66,10 @@ _ADDED = (
 _ADDED_TO_DATA = {
     "harness.voc.voc_dataset": ("data.unlabeled_images",),
     "harness.data.yolo.yolo_dataset": ("data.unlabeled_images",),
+}
+# The same of one constructor of detectors; in the others the keys are as old.
+_ADDED_TO_DETECTOR = {
+    "detectors.faster_rcnn.small_faster_rcnn": ("detector.norm", "detector.frozen_stages"),
 }
 # The same in torchvision's style of detectors alone; in the others null now means something else than it did.
 _ADDED_IN_TORCHVISION_STYLE = (
@@ -87,8 +92,9 @@ def without_circumstances(plain: dict[str, Any]) -> dict[str, Any]:
         _remove(plain, dotted)
     moved.first(plain)
     form = (plain.get("data") or {}).get("_target_")
-    style = (plain.get("detector") or {}).get("style")
-    added = _ADDED + _ADDED_TO_DATA.get(str(form), ())
+    network = plain.get("detector") or {}
+    style = network.get("style")
+    added = _ADDED + _ADDED_TO_DATA.get(str(form), ()) + _ADDED_TO_DETECTOR.get(str(network.get("_target_")), ())
     for dotted in added + (_ADDED_IN_TORCHVISION_STYLE if style == "torchvision" else ()):
         _remove(plain, dotted, where_null=True)
     return plain

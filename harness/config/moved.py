@@ -19,6 +19,8 @@ MOVED = {
     "detectors.stac.Stac": "detectors.methods.stac.Stac",
     "detectors.supervised.Supervised": "detectors.methods.supervised.Supervised",
     "detectors.unbiased_teacher.UnbiasedTeacher": "detectors.methods.unbiased_teacher.UnbiasedTeacher",
+    "detectors.one_stage.fcos": "detectors.fcos.fcos",
+    "detectors.one_stage.retinanet": "detectors.retinanet.retinanet",
     "pipelines.dali.DaliPipeline": "pipelines.dali.pipeline.DaliPipeline",
 }
 # Options that are no file any more: (group, old name) -> the option, and the keys that make it the old one.
@@ -98,7 +100,7 @@ def _at(config: Any, place: str) -> Any:
 
 
 def _rename(config: Any, names: dict[str, str]) -> None:
-    for group in ("data", "method", "pipeline"):
+    for group in ("data", "detector", "method", "pipeline"):
         options = config.get(group)
         target = options.get("_target_") if hasattr(options, "get") else None
         if isinstance(target, str) and target in names:

@@ -48,7 +48,7 @@ def divided_dataset(cfg: DictConfig) -> Dataset:
 def detector(options: Mapping[str, Any], cache_dir: Path, num_classes: int) -> Detector:
     """The detector of the group `detector` with its first weights."""
     made: dict[str, Any] = {}
-    if options.get("weights") == "generated":
+    if options.get("weights") == "generated" and options.get("backbone") is None:
         recipe = pretrain.Recipe(channels=tuple(options["channels"]))
         state = pretrain.backbone_weights(cache_dir, recipe)
         made["generated"] = Generated(state, pretrain.description(recipe))

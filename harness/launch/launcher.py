@@ -31,7 +31,7 @@ class Launcher(Protocol):
         """
 
 
-def launch(cfg: DictConfig) -> int:
+def train(cfg: DictConfig) -> int:
     """Trains the run of a configuration by its launcher; see `Launcher.run`."""
     launcher: Launcher = make("launcher", cfg.launcher)
     return launcher.run(cfg)

@@ -10,12 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from harness.commands import suite
 from harness.config import compose
 from harness.config.identity import config_sha256, identity
 from harness.core.types import RunError, UserError
 from harness.launch.slurm_queue import JobState
-from harness.suite import cluster
+from harness.suite import cluster, suite
 from harness.suite.claims import Claims
 from harness.suite.plan import SuiteCell
 

@@ -16,14 +16,13 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from harness.commands import suite
 from harness.config import compose
 from harness.config.identity import config_sha256, identity
 from harness.core.lock import RunLock
 from harness.core.record import read_record
 from harness.core.types import UserError
 from harness.suite import cells as jobs
-from harness.suite import plan
+from harness.suite import plan, suite
 from harness.suite.claims import Claims
 
 pytestmark = pytest.mark.timeout(120)
@@ -506,10 +505,10 @@ def test_gpus_are_shared_out(monkeypatch):
     assert [e["CUDA_VISIBLE_DEVICES"] for e in jobs.environments(cfg, 3)] == ["3,5", "6,7", "3,5"]
 
 
-@pytest.mark.parametrize("name", ["quick", "smoke", "shapes", "bccd", "coco"])
+@pytest.mark.parametrize("name", ["quick", "smoke", "shapes", "bccd", "bccd_small", "raccoon", "coco"])
 def test_the_suites_that_are_shipped(name):
     cells = plan.plan(compose.load([f"suite={name}"]))
-    counts = {"quick": 9, "smoke": 9, "shapes": 30, "bccd": 9, "coco": 60}
+    counts = {"quick": 9, "smoke": 9, "shapes": 30, "bccd": 9, "bccd_small": 9, "raccoon": 9, "coco": 60}
     assert len(cells) == counts[name]
     assert len({c.name for c in cells}) == len(cells)
     assert all((c.needs is not None) == (c.method == "stac") for c in cells)
