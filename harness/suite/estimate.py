@@ -194,6 +194,9 @@ def _costs(cells: Sequence[SuiteCell], jobs: int) -> dict[str, MethodCost]:
     files = {method: _file(cell.cfg, jobs) for method, cell in examples.items()}
     found = {method: cost for method, file in files.items() if (cost := _read(file)) is not None}
     unknown = [method for method in examples if method not in found]
+    if found:
+        folder = next(iter(files.values())).parent
+        STDERR.say(f"{', '.join(found)}: as measured before; delete {folder} to measure anew")
     if not unknown:
         return found
     build.prepare_caches([examples[method].cfg for method in unknown])
