@@ -18,6 +18,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ from harness.engine.step_profile import build_run, measure, open_data
 from harness.suite.cells import default_jobs
 from harness.suite.plan import SuiteCell, state_of
 
-SECONDS, FEWEST = 4.0, 3  # of steps that are measured in each phase of a method, and at least so many
+SECONDS, FEWEST = 4.0, 2  # of steps that are measured in each phase of a method, and at least so many
 IMAGES = 48  # that are evaluated
 SCORING = 0.011  # seconds of pycocotools for an image of COCO, with 100 boxes
 AROUND = 10.0  # seconds of a cell around its training: start, first batches, record, logs
@@ -193,6 +194,9 @@ def _costs(cells: Sequence[SuiteCell], jobs: int) -> dict[str, MethodCost]:
     files = {method: _file(cell.cfg, jobs) for method, cell in examples.items()}
     found = {method: cost for method, file in files.items() if (cost := _read(file)) is not None}
     unknown = [method for method in examples if method not in found]
+    if found:
+        folder = next(iter(files.values())).parent
+        STDERR.say(f"{', '.join(found)}: as measured before; delete {folder} to measure anew")
     if not unknown:
         return found
     build.prepare_caches([examples[method].cfg for method in unknown])
@@ -206,7 +210,13 @@ def _costs(cells: Sequence[SuiteCell], jobs: int) -> dict[str, MethodCost]:
             begin = time.monotonic()
             STDERR.say(f"measuring a few steps of {method}, {processes} processes at once ...")
             plain = OmegaConf.to_container(examples[method].cfg, resolve=True)
-            parts = list(pool.map(_measured, [plain] * processes))
+            try:
+                parts = list(pool.map(_measured, [plain] * processes))
+            except BrokenProcessPool as error:
+                raise UserError(
+                    f"a process that measured {method} has ended (out of memory?): lower suite.jobs (now {jobs}), or "
+                    "batch.micro"
+                ) from error
             found[method] = mean_cost(parts)
             write_atomically(files[method], msgspec.json.encode(found[method]))
             STDERR.say(f"  {found[method].step:.3f} s a step ({time.monotonic() - begin:.0f} s)")

@@ -93,6 +93,13 @@ def _between_rows(above: Any, below: Any, weight: Any, out: Any) -> None:
 
 
 @njit(cache=True, nogil=True)
+def _between_rows_normalized(above: Any, below: Any, weight: Any, mean: Any, factor: Any, out: Any) -> None:
+    """`_between_rows`, normalised."""
+    for x in range(len(out)):
+        out[x] = (np.floor(above[x] + weight * (below[x] - above[x]) + float32(0.5)) - mean) * factor
+
+
+@njit(cache=True, nogil=True)
 def _between_four(picked: Any, weight: Any, shift: Any, out: Any) -> None:
     """One channel in whole levels between four pixels each."""
     a, b, c, d = picked
@@ -103,6 +110,19 @@ def _between_four(picked: Any, weight: Any, shift: Any, out: Any) -> None:
         p += u[x] * (q - p)
         r += u[x] * (s - r)
         out[x] = np.floor(p + v[x] * (r - p) + float32(0.5))
+
+
+@njit(cache=True, nogil=True)
+def _between_four_normalized(picked: Any, weight: Any, shift: Any, mean: Any, factor: Any, out: Any) -> None:
+    """`_between_four`, normalised."""
+    a, b, c, d = picked
+    u, v = weight
+    for x in range(len(out)):
+        p, q = float32((a[x] >> shift) & int32(255)), float32((b[x] >> shift) & int32(255))
+        r, s = float32((c[x] >> shift) & int32(255)), float32((d[x] >> shift) & int32(255))
+        p += u[x] * (q - p)
+        r += u[x] * (s - r)
+        out[x] = (np.floor(p + v[x] * (r - p) + float32(0.5)) - mean) * factor
 
 
 @njit(cache=True, nogil=True)
@@ -134,8 +154,12 @@ def _scratch(width: int) -> Any:
 
 
 @njit(cache=True, nogil=True)
-def _draw_straight(levels: Any, y: int, packed: Any, inverse: Any, scratch: Any) -> None:
-    """Row y of a view whose rows are parallel to the source's: source rows are resampled once and kept."""
+def _source_rows(y: int, packed: Any, inverse: Any, scratch: Any) -> Any:
+    """The two source rows that row y of a view with parallel rows lies between, resampled once and kept.
+
+    Returns:
+        The rows above and below, (3, w) float32 each, and how far row y is from the upper one.
+    """
     index, weight, picked, lines, held = scratch
     if y == 0:
         _columns(inverse[0, 0], inverse[0, 2], packed.shape[1] - 3, index, weight[0])
@@ -147,13 +171,12 @@ def _draw_straight(levels: Any, y: int, packed: Any, inverse: Any, scratch: Any)
             _look_up_two(packed[row], index, picked[0], picked[1])
             for c in range(3):
                 _between_columns(picked[0], picked[1], weight[0], int32(8 * c), lines[row % 2, c])
-    for c in range(3):
-        _between_rows(lines[top % 2, c], lines[1 - top % 2, c], float32(at - top), levels[c])
+    return lines[top % 2], lines[1 - top % 2], float32(at - top)
 
 
 @njit(cache=True, nogil=True)
-def _draw_turned(levels: Any, y: int, packed: Any, inverse: Any, scratch: Any) -> None:
-    """Row y of any other view."""
+def _look_up_row(y: int, packed: Any, inverse: Any, scratch: Any) -> Any:
+    """The four source pixels about each pixel of row y of any other view, and where it lies between them."""
     index, weight, picked, _, _ = scratch
     first = inverse[:, 0] * 0.5 + inverse[:, 1] * (y + 0.5) + inverse[:, 2] + 0.5
     _places(
@@ -166,17 +189,20 @@ def _draw_turned(levels: Any, y: int, packed: Any, inverse: Any, scratch: Any) -
     )
     four = (picked[0], picked[1], picked[2], picked[3])
     _look_up_four(packed.reshape(-1), packed.shape[1], index, four)
-    for c in range(3):
-        _between_four(four, (weight[0], weight[1]), int32(8 * c), levels[c])
+    return four, (weight[0], weight[1])
 
 
 @njit(cache=True, nogil=True)
 def _draw_row(levels: Any, y: int, packed: Any, inverse: Any, scratch: Any) -> None:
     """Row y of a view as (3, w) float32 whole levels."""
     if inverse[0, 1] == 0.0 and inverse[1, 0] == 0.0:
-        _draw_straight(levels, y, packed, inverse, scratch)
+        above, below, weight = _source_rows(y, packed, inverse, scratch)
+        for c in range(3):
+            _between_rows(above[c], below[c], weight, levels[c])
     else:
-        _draw_turned(levels, y, packed, inverse, scratch)
+        four, between = _look_up_row(y, packed, inverse, scratch)
+        for c in range(3):
+            _between_four(four, between, int32(8 * c), levels[c])
 
 
 @njit(cache=True, nogil=True)
@@ -224,12 +250,20 @@ def warp_normalized(out: Any, image: Any, matrix: Any, size: Any, patches: Any, 
     """
     height, width = min(int(size[0]), out.shape[1]), min(int(size[1]), out.shape[2])
     packed, inverse = _packed(image, colors[2], replicate), _inverse(matrix)
-    scratch, levels = _scratch(width), np.empty((3, width), dtype=np.float32)
-    factor = float32(1.0) / colors[1]
+    scratch = _scratch(width)
+    factor, straight = float32(1.0) / colors[1], inverse[0, 1] == 0.0 and inverse[1, 0] == 0.0
     for y in range(height):
-        _draw_row(levels, y, packed, inverse, scratch)
+        if straight:
+            above, below, weight = _source_rows(y, packed, inverse, scratch)
+            for c in range(3):
+                row = out[c, y, :width]
+                _between_rows_normalized(above[c], below[c], weight, colors[0, c], factor[c], row)
+        else:
+            four, between = _look_up_row(y, packed, inverse, scratch)
+            for c in range(3):
+                row = out[c, y, :width]
+                _between_four_normalized(four, between, int32(8 * c), colors[0, c], factor[c], row)
         for c in range(3):
-            _normalize_row(levels[c], colors[0, c], factor[c], out[c, y, :width])
             out[c, y, width:] = 0
     for c in range(3):
         out[c, height:] = 0
