@@ -5,15 +5,18 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.docs
 
-.PHONY: bench test test-all lint format benchmarks reference docs
+.PHONY: bench test test-all test-cluster lint format benchmarks gpu reference docs
 bench: $(STAMP)            ## generate the dataset, run the quick suite, print the table
 	$(BIN)/ssodbench suite suite=quick
 
-test: $(STAMP)             ## everything but the tests marked slow or gpu
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow and not gpu"
+test: $(STAMP)             ## everything but the tests marked slow, gpu or cluster
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow and not gpu and not cluster"
 
 test-all: $(STAMP)         ## the slow tests too, and the gpu ones where there is a GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not cluster"
+
+test-cluster: $(STAMP)     ## runs and suites on a real Slurm, which they start here (as root, where it is installed)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -m cluster tests/cluster
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -25,8 +28,11 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-benchmarks: $(STAMP)       ## speed, never part of the tests
-	$(BIN)/python -m pytest benchmarks --benchmark-only --timeout 3000
+benchmarks: $(STAMP)       ## speed, never part of the tests, beside the baseline of this kind of machine; ARGS=--write makes that
+	$(BIN)/python benchmarks/compare.py $(ARGS)
+
+gpu: $(STAMP)              ## what a GPU is to prove, within 9 minutes; a reduced form where there is none. OUT=DIR
+	$(BIN)/python benchmarks/gpu.py $(if $(OUT),--out $(OUT)) $(ARGS)
 
 reference: $(STAMP)        ## docs/reference/keys.md, out of the comments in harness/conf
 	mkdir -p docs/reference

@@ -1,7 +1,7 @@
 """CPU seconds of a supervised step of `detector=lite0` in several arrangements, 16 images of 128 px on one thread.
 
-`python benchmarks/bench_backbones.py [rounds]`: the arrangements take turns, since other work on a machine falls on all of
-them alike then; only their ratios mean anything.
+`python benchmarks/bench_backbones.py [rounds]`: the arrangements take turns, so that other work on a machine falls on
+all of them alike; only their ratios mean anything.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def test_step_overhead(benchmark: Any, cache: Path, tmp_path: Path, say: Callabl
     log = RunLog(tmp_path, steps=10 * STEPS, title="benchmark", every=run.settings.logging.every)
 
     def steps() -> None:
-        train(run, Counters(), log, StopRequest(), lambda: None, lambda: None)
+        train(run, Counters(), log, StopRequest(), lambda: None, lambda: None, lambda: None)
 
     benchmark.pedantic(steps, rounds=5, warmup_rounds=1)
     log.close()

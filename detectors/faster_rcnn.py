@@ -16,8 +16,9 @@ from detectors.detector import Detector
 from detectors.padded import PaddedTargets
 from detectors.roi import RoiSettings, RoiStage
 from detectors.rpn import Anchors, Proposals, Rpn, RpnSettings
-from detectors.timm_backbones import SimplePyramid, TimmName, large_pyramid, timm_pyramid
-from detectors.weights import LATER, Generated, load_backbone
+from detectors.small_pyramid import small_pyramid
+from detectors.timm_backbones import SimplePyramid, TimmName, large_pyramid
+from detectors.weights import Generated
 from harness.core.types import Normalize, UserError, View
 from harness.core.validate import Channels, File, Limits, Pixels, Positive, keys_of
 
@@ -140,8 +141,6 @@ class FasterRcnn(Detector):
         return self.roi.detections(logits, deltas, proposals, view.sizes, score_threshold)
 
 
-_SMALL_NORMALIZE = Normalize(mean=(120.0, 120.0, 120.0), std=(60.0, 60.0, 60.0))
-
 Style = Annotated[str, Limits(one_of=tuple(STYLES))]
 
 
@@ -209,25 +208,16 @@ def small_faster_rcnn(
     _check_style(style)
     if len(anchor_sizes) != 3:
         raise UserError(f"detector.anchor_sizes={list(anchor_sizes)} must be three numbers, one per pyramid level")
-    if backbone is not None:
-        pyramid, normalize, pretraining = timm_pyramid(
-            backbone,
-            weights=weights,
-            norm=norm,
-            usual_norm="batch",
-            frozen_stages=frozen_stages,
-            cache_dir=cache_dir,
-            strides=SmallBackbone.strides,
-            channels=pyramid_channels,
-            after=nn.BatchNorm2d,
-        )
-    elif norm is not None or frozen_stages is not None:
-        raise UserError(
-            "detector.norm and detector.frozen_stages are those of detector.backbone=timm:NAME: give it too"
-        )
-    else:
-        body, pretraining = _small_backbone(channels, weights, generated)
-        pyramid, normalize = Pyramid(body, pyramid_channels, norm=nn.BatchNorm2d), _SMALL_NORMALIZE
+    pyramid, normalize, pretraining = small_pyramid(
+        backbone,
+        weights=weights,
+        generated=generated,
+        norm=norm,
+        frozen_stages=frozen_stages,
+        cache_dir=cache_dir,
+        widths=channels,
+        channels=pyramid_channels,
+    )
     return FasterRcnn(
         num_classes=num_classes,
         name=name,
@@ -239,29 +229,6 @@ def small_faster_rcnn(
         normalize=normalize,
         pretraining=pretraining,
     )
-
-
-def _small_backbone(channels: Sequence[int], weights: str, generated: Generated | None) -> tuple[SmallBackbone, str]:
-    """The small backbone with its first weights, and where they come from."""
-    width = tuple(int(c) for c in channels)
-    if len(width) != 4:
-        raise UserError(f"detector.channels={list(channels)} must be four numbers")
-    body = SmallBackbone((width[0], width[1], width[2], width[3]))
-    if weights == "generated":
-        assert generated is not None, "whoever builds the detector makes these weights"
-        body.load_state_dict(generated.state)
-        pretraining = generated.origin
-    elif weights == "later":
-        pretraining = LATER
-    elif weights == "scratch":
-        pretraining = "small backbone from scratch, nothing pre-trained"
-    else:
-        path = Path(weights)
-        if not path.is_file():
-            raise UserError(f"detector.weights={weights} is no file: give generated, scratch, or the path of a file")
-        load_backbone(body, torch.load(path, map_location="cpu", weights_only=True), weights)
-        pretraining = f"small backbone from the file {path.name}"
-    return body, pretraining
 
 
 def faster_rcnn(

@@ -28,14 +28,15 @@ import torch
 from omegaconf import DictConfig
 from PIL import Image
 
-from harness.commands import suite as suite_command
-from harness.commands import train as train_command
 from harness.config import compose, paths, saved
+from harness.config.extras import check_extras
 from harness.core import distributed
 from harness.core.record import read_record
 from harness.core.types import RunError, RunRecord, UserError
 from harness.engine import predict, trained
 from harness.engine.evaluate import detect_all
+from harness.launch import launcher
+from harness.suite import suite
 
 __all__ = ["Boxes", "Network", "Run", "load_config", "open_network", "open_run", "records", "run_suite", "train"]
 
@@ -67,7 +68,8 @@ def train(cfg: DictConfig) -> Run:
         UserError: a mistake in the configuration or the data.
         RunError: the run ended without a result; its record says why.
     """
-    code = train_command.run(cfg)
+    check_extras(cfg, logs=True)
+    code = launcher.train(cfg)
     if code:
         raise RunError(f"the run in {cfg.run_dir} ended with exit code {code}: see its output and record.json")
     return open_run(cfg.run_dir)
@@ -80,7 +82,7 @@ def run_suite(cfg: DictConfig) -> pd.DataFrame:
         UserError: no suite was chosen, or it cannot be run.
         RunError: a cell has no result.
     """
-    code = suite_command.run(cfg)
+    code = suite.run(cfg)
     if code:
         raise RunError(f"the suite {cfg.suite.name} ended with exit code {code}: see its output")
     return records(Path(cfg.runs_dir) / cfg.suite.name)

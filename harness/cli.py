@@ -72,10 +72,16 @@ def _run(given: list[str], places: dict[str, str]) -> int:
 
 
 def keyed(command: str, given: list[str]) -> list[str]:
-    """The command line with the key put before the one value that may stand alone."""
+    """The command line with the key put before the one value that may stand alone.
+
+    Raises:
+        UserError: there are two such values.
+    """
     key = COMMANDS[command].positional
-    alone = next((word for word in given if key and "=" not in word and not word.startswith("~")), None)
-    return [f"{key}={word}" if word is alone else word for word in given]
+    alone = [word for word in given if key and "=" not in word and not word.startswith("~")]
+    if len(alone) > 1:
+        raise UserError(f"{command} takes one value without a key, not {' and '.join(alone)}: put a name in quotes")
+    return [f"{key}={word}" if word in alone else word for word in given]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from harness.core.draws import image_keys
+from harness.core.stages import stage
 from harness.core.types import Batch, ImageSource, MicroBatch, Normalize, Sampler, Target, UnusableImages, View, Views
 from harness.core.validate import Limits, Threads
 from pipelines.plan import ViewPlan, boxes_through, plan_view, shrunk_sizes
@@ -186,7 +187,8 @@ class BasePipeline:
         def jobs() -> Generator[Job, None, None]:
             assert self._sampler is not None
             for micro in self._sampler.stream(start_step, self.rank, self.world_size):
-                parts = self._parts(micro)
+                with stage("feed"):
+                    parts = self._parts(micro)
                 waiting.append((micro.index, parts))
                 yield from parts.values()
 
@@ -195,7 +197,26 @@ class BasePipeline:
             lane, parts = waiting.popleft()
             rendered = [first, *itertools.islice(results, len(parts) - 1)]
             resolved = [self._resolve(job, result) for job, result in zip(parts.values(), rendered, strict=True)]
-            yield self._batch(lane, dict(zip(parts, resolved, strict=True)))
+            with stage("hand-over"):
+                batch = self._batch(lane, dict(zip(parts, resolved, strict=True)))
+            yield batch
+
+    def batch_of(self, micro: MicroBatch) -> Batch:
+        """One micro-batch at once, beside those that are under way; `state` is as it was before.
+
+        Raises:
+            UnusableImages: as `batches`.
+        """
+        drawn, bad = [known.clone() for known in self._drawn], dict(self.bad_images)
+        try:
+            parts = self._parts(micro)
+            return self._batch(
+                micro.index, {name: self._resolve(job, self._render_now(job)) for name, job in parts.items()}
+            )
+        finally:
+            self.bad_images = bad
+            for known, before in zip(self._drawn, drawn, strict=True):
+                known.copy_(before)
 
     def _parts(self, micro: MicroBatch) -> dict[str, Job]:
         """Jobs of the labelled and the unlabelled images of a micro-batch, where it has any."""

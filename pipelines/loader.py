@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from harness.core.files import read_picture, require_shared_memory
+from harness.core.stages import stage
 from harness.core.types import Normalize, UserError
 from pipelines.base import BadImageError, BasePipeline, Job, canvas
 from pipelines.plan import IN_BOX, KINDS, NEAREST, NOTHING, ViewPlan, from_shrunk, noise_patch
@@ -253,7 +254,9 @@ class LoaderPipeline(BasePipeline):
             job = waiting.pop(0)
             if isinstance(batches, UserError):
                 raise batches
-            yield batches if isinstance(batches, Exception) else self._normalized(job, batches)
+            with stage("hand-over"):
+                rendered = batches if isinstance(batches, Exception) else self._normalized(job, batches)
+            yield rendered
 
     def _require_shared_memory(self, job: Job) -> None:
         """Checks, by one job, that what the workers hold ready has room between them and this process."""

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from harness.core.types import RunRecord
+from pipelines import policy
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -127,3 +128,12 @@ def test_the_figure_of_the_site_is_the_measured_one() -> None:
     """A page of the site shows pictures below docs/ alone: copy the figure there when it is made again."""
     measured = ROOT / "results/reference/shapes-2cores/1_ap_by_ratio.svg"
     assert (ROOT / "docs/tutorial/ap_by_ratio.svg").read_bytes() == measured.read_bytes()
+
+
+def test_every_key_and_operation_of_a_policy_is_described() -> None:
+    text = (ROOT / "docs" / "pipelines.md").read_text()
+    words = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", text))))
+    kinds = (policy.RangeKeys, policy.ResizeKeys, policy.ColorKeys, policy.AffineKeys, policy.EraseKeys)
+    keys = {field.name for kind in (*kinds, policy.ViewKeys, policy.PolicyKeys) for field in dataclasses.fields(kind)}
+    assert sorted(keys - words) == []
+    assert sorted({*policy.COLOR_OPS, *policy.AFFINE_OPS} - words) == []

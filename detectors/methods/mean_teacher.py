@@ -15,6 +15,7 @@ from detectors.methods.method import EmaKeys, Losses, mean_count
 from detectors.methods.teacher import TeacherMethod
 from detectors.padded import PaddedTargets
 from harness.core import boxes as box_ops
+from harness.core.stages import stage
 from harness.core.types import View
 from harness.core.validate import NotNegative, Share, Weight
 
@@ -60,7 +61,8 @@ class MeanTeacher(TeacherMethod):
         self.smallest_side = smallest_side
 
     def unlabeled_losses(self, features: list[Tensor], strong: View, weak: View, keys: Tensor) -> tuple[Losses, Losses]:
-        pseudo = self.label(weak, strong)
+        with stage("teacher"):
+            pseudo = self.label(weak, strong)
         self.labels = {"classification": pseudo}
         any_label = pseudo.valid.any().float()
         terms = self.student.losses(features, strong, pseudo, keys)

@@ -18,6 +18,7 @@ from detectors.methods.pseudo_labels import Quality, measure, measure_classes
 from detectors.methods.watch import LossWatch, Spells
 from detectors.padded import PaddedTargets
 from harness.core import validate
+from harness.core.stages import stage
 from harness.core.types import Batch, Target, UserError, View, Views
 from harness.core.validate import Limits, Share, keys_of
 
@@ -109,6 +110,9 @@ class Method(nn.Module, ABC):
         # use that was made of it, the one that decides classes first.
         self.labels: dict[str, PaddedTargets] = {}
         self.spells, self.loss_watch = Spells(), LossWatch()  # for `doubts`
+        self.class_names: Sequence[
+            str
+        ] = ()  # of the C classes, for `doubts`; set by who builds the method for a dataset
         if reported not in self.networks():
             raise UserError(f"method.reported={reported} does not exist here: choose {' or '.join(self.networks())}")
 
@@ -135,11 +139,13 @@ class Method(nn.Module, ABC):
         if self.teacher is None or self.ema is None:
             return
         if step <= self.teacher_from and when == "before":
-            ema.copy(self.teacher, self.student)
+            with stage("ema"):
+                ema.copy(self.teacher, self.student)
         elif when == self.ema.update and step >= self.teacher_from:
             momentum = self.ema.momentum_at(step - self.teacher_from)
             if momentum is not None:
-                ema.update(self.teacher, self.student, momentum, bool(self.ema.buffers))
+                with stage("ema"):
+                    ema.update(self.teacher, self.student, momentum, bool(self.ema.buffers))
 
     def observe(self) -> dict[str, Tensor]:
         """What the last forward saw that the method's own state is to be made of, such as scores for a threshold.
@@ -270,10 +276,12 @@ def student_features(student: Detector, views: Sequence[View], joint: bool) -> t
         The views as they were seen (without boxes), and the features of each.
     """
     if not joint or len(views) == 1:
-        return list(views), [student.features(view.images) for view in views]
+        with stage("student"):
+            return list(views), [student.features(view.images) for view in views]
     counts = [len(view) for view in views]
     joined = join_views(views)
-    levels = [level.split(counts) for level in student.features(joined.images)]
+    with stage("student"):
+        levels = [level.split(counts) for level in student.features(joined.images)]
     seen = [
         View(images, sizes, to_view)
         for images, sizes, to_view in zip(

@@ -21,6 +21,7 @@ from detectors.roi import Rois
 from detectors.rpn import Proposals
 from harness.core import boxes as box_ops
 from harness.core.draws import torch_normal, torch_uniform
+from harness.core.stages import stage
 from harness.core.types import UserError, View
 from harness.core.validate import Limits, NotNegative, Share, Weight
 
@@ -114,7 +115,7 @@ class SoftTeacher(TeacherMethod):
 
     def unlabeled_losses(self, features: list[Tensor], strong: View, weak: View, keys: Tensor) -> tuple[Losses, Losses]:
         rpn, roi = self.student.rpn, self.student.roi
-        with torch.no_grad():
+        with stage("teacher"), torch.no_grad():
             teacher_features = self.teacher.features(weak.images)
             found, teacher_proposals = self.label(teacher_features, weak)
             uncertainty = self.uncertainty(teacher_features, weak, found, keys)
@@ -136,7 +137,8 @@ class SoftTeacher(TeacherMethod):
         logits, deltas = self.student.roi(  # both samplings in one call
             features, torch.cat([rois.boxes, box_rois.boxes]), torch.cat([rois.images, box_rois.images])
         )
-        background = self.background_score(teacher_features, weak, strong, rois)
+        with stage("teacher"):
+            background = self.background_score(teacher_features, weak, strong, rois)
         result["roi_class"] = self.class_loss(logits[: len(rois)], rois, background)
         result["roi_box"] = roi.box_loss(deltas[len(rois) :], box_rois, count)
         is_background = rois.weights * (rois.labels == 0)

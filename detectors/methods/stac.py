@@ -14,6 +14,7 @@ import torch
 from detectors.detector import Detector, targets_of
 from detectors.faster_rcnn import FasterRcnn
 from detectors.methods.method import EmaKeys, Losses, Method, mean_count, student_features, unlabeled_terms
+from harness.core.stages import stage
 from harness.core.types import Batch, UserError, Views
 from harness.core.validate import Weight
 
@@ -59,8 +60,9 @@ class Stac(Method):
         labeled, strong = batch.labeled["labeled"], batch.unlabeled["strong"]
         truth, pseudo = targets_of(labeled), targets_of(strong)
         views, features = student_features(self.student, (labeled, strong), self.joint_forward)
-        supervised = self.student.losses(features[0], views[0], truth, batch.labeled_keys)
-        unsupervised = self.student.losses(features[1], views[1], pseudo, batch.unlabeled_keys)
+        with stage("losses"):
+            supervised = self.student.losses(features[0], views[0], truth, batch.labeled_keys)
+            unsupervised = self.student.losses(features[1], views[1], pseudo, batch.unlabeled_keys)
         if not self.unlabeled_rpn_loss:
             unsupervised.update({name: torch.zeros_like(unsupervised[name]) for name in ("rpn_class", "rpn_box")})
         self.labels = {"classification": pseudo}

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 from detectors.detector import Detector, targets_of
-from detectors.methods.method import EmaKeys, Losses, Method, mean_count
+from detectors.methods.method import EmaKeys, Losses, Method, mean_count, student_features
+from harness.core.stages import stage
 from harness.core.types import Batch, Views
 
 
@@ -33,5 +34,7 @@ class Supervised(Method):
     def forward(self, batch: Batch, step: int) -> tuple[Losses, Losses]:  # noqa: ARG002 - the same at every step
         view = batch.labeled[self.labeled_view]
         targets = targets_of(view)
-        losses = self.student.losses(self.student.features(view.images), view, targets, batch.labeled_keys)
+        _, (features,) = student_features(self.student, (view,), joint=False)
+        with stage("losses"):
+            losses = self.student.losses(features, view, targets, batch.labeled_keys)
         return losses, {"labeled_boxes": mean_count(targets.valid)}

@@ -13,6 +13,8 @@ from detectors.detector import Detector, targets_of
 from detectors.methods.method import Losses, Method, first_step, mean_count, rising, student_features, unlabeled_terms
 from detectors.methods.watch import WINDOW, LabelWatch, TeacherWatch
 from detectors.padded import PaddedTargets
+from harness.core.escape import plain
+from harness.core.stages import stage
 from harness.core.types import Batch, View, Views
 
 FEW = 0.1  # pseudo labels per image, as a share of the labelled images' boxes, below which a warning is given
@@ -82,16 +84,19 @@ class TeacherMethod(Method):
         labeled, truth, keys = self.labeled_part(batch)
         metrics = {"labeled_boxes": mean_count(truth.valid)}
         if step < self.unlabeled_from or not batch.unlabeled:
-            supervised = self.labeled_losses(self.student.features(labeled.images), labeled, truth, keys)
+            (view,), (features,) = student_features(self.student, (labeled,), joint=False)
+            with stage("losses"):
+                supervised = self.labeled_losses(features, view, truth, keys)
             zero = torch.zeros((), device=labeled.images.device)
             unsupervised = dict.fromkeys(self.terms or supervised, zero)
             metrics.update(dict.fromkeys(self.measures, zero))
             self.labels = {}
         else:
             weak, strong = batch.unlabeled["weak"], batch.unlabeled["strong"]
-            seen, features = student_features(self.student, (labeled, strong), self.joint_forward)
-            supervised = self.labeled_losses(features[0], seen[0], truth, keys)
-            unsupervised, measured = self.unlabeled_losses(features[1], seen[1], weak, batch.unlabeled_keys)
+            seen, both = student_features(self.student, (labeled, strong), self.joint_forward)
+            with stage("losses"):
+                supervised = self.labeled_losses(both[0], seen[0], truth, keys)
+                unsupervised, measured = self.unlabeled_losses(both[1], seen[1], weak, batch.unlabeled_keys)
             metrics.update(measured)
         return {**supervised, **unlabeled_terms(unsupervised, self.unlabeled_weight(step))}, metrics
 
@@ -126,6 +131,10 @@ class TeacherMethod(Method):
             f"raise {self.threshold_key}, or lower method.lambda_u"
         ]
 
+    def _class_name(self, label: int | None) -> str:
+        """The name of a label in 1..C; its number where names were not given."""
+        return plain(self.class_names[label - 1]) if label is not None and self.class_names else str(label)
+
     def _labels_are_odd(self) -> list[str]:
         found = []
         if self.spells.begins("none", self.label_watch.are_missing()):
@@ -136,8 +145,8 @@ class TeacherMethod(Method):
         label = self.label_watch.only_class()
         if self.spells.begins("one class", label is not None and self.student.num_classes > 1):
             found.append(
-                f"nearly all pseudo labels of the last {WINDOW} log lines are of class {label} (of "
-                f"{self.student.num_classes}, in the dataset's order): unless it is as common among human labels, "
+                f"nearly all pseudo labels of the last {WINDOW} log lines are of class {self._class_name(label)} (of "
+                f"{self.student.num_classes} classes): unless it is as common among human labels, "
                 f"lower {self.threshold_key} so that others are found too, or lengthen method.burn_in"
             )
         return found

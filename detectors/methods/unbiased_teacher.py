@@ -18,6 +18,7 @@ from detectors.methods.method import EmaKeys, Losses, mean_count
 from detectors.methods.teacher import TeacherMethod
 from detectors.padded import PaddedTargets, concatenate
 from harness.core.draws import stream_key
+from harness.core.stages import stage
 from harness.core.types import Batch, UserError, View, Views
 from harness.core.validate import Limits, NotNegative, Share, Weight
 
@@ -88,7 +89,8 @@ class UnbiasedTeacher(TeacherMethod):
         return self.student.losses(features, view, truth, keys, focal_gamma=self.focal_gamma)
 
     def unlabeled_losses(self, features: list[Tensor], strong: View, weak: View, keys: Tensor) -> tuple[Losses, Losses]:
-        pseudo = self.label(weak).to_view(weak, strong)
+        with stage("teacher"):
+            pseudo = self.label(weak).to_view(weak, strong)
         self.labels = {"classification": pseudo}
         terms = self.student.losses(features, strong, pseudo, keys, boxes=False, focal_gamma=self.focal_gamma)
         return terms, {"pseudo_boxes": mean_count(pseudo.valid)}

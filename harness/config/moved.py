@@ -19,6 +19,8 @@ MOVED = {
     "detectors.stac.Stac": "detectors.methods.stac.Stac",
     "detectors.supervised.Supervised": "detectors.methods.supervised.Supervised",
     "detectors.unbiased_teacher.UnbiasedTeacher": "detectors.methods.unbiased_teacher.UnbiasedTeacher",
+    "detectors.one_stage.fcos": "detectors.fcos.fcos",
+    "detectors.one_stage.retinanet": "detectors.retinanet.retinanet",
     "pipelines.dali.DaliPipeline": "pipelines.dali.pipeline.DaliPipeline",
 }
 # Options that are no file any more: (group, old name) -> the option, and the keys that make it the old one.
@@ -30,6 +32,12 @@ OPTIONS: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
 # What had a name alone before it had a `_target_`: the place in a configuration, and the constructor of each name.
 NAMED = {
     "schedule.optimizer": {"sgd": "harness.engine.optim.sgd", "adamw": "harness.engine.optim.adamw"},
+}
+# Keys of launcher=slurm that have become others: the key, and how a value is written there.
+_SLURM_KEYS = {
+    "launcher.minutes": lambda minutes: f"launcher.time='0-{int(minutes) // 60}:{int(minutes) % 60:02d}:00'",
+    "launcher.cpus_per_device": lambda cores: f"launcher.cpus={int(cores)}",
+    "launcher.memory_gb": lambda size: f"launcher.memory={round(float(size) * 1024)}M",
 }
 _FIRST = {new: old for old, new in MOVED.items()}
 
@@ -61,9 +69,16 @@ def override(text: str) -> str:
     although the key `name` is not there.
 
     Raises:
-        UserError: there is no such name.
+        UserError: there is no such name, or a key is another one today.
     """
     key, _, value = text.lstrip("+").partition("=")
+    if key in _SLURM_KEYS:
+        try:
+            raise UserError(f"{key} is another key today: say {_SLURM_KEYS[key](value)}")
+        except ValueError as error:
+            raise UserError(f"{key} is another key today: see harness/conf/launcher/slurm.yaml") from error
+    if key == "launcher.parameters" or key.startswith("launcher.parameters."):
+        return f"++{key}={value}"  # any option of sbatch is taken
     if key in NAMED and value.startswith("{"):
         return f"++{key}={value}"
     place, _, last = key.rpartition(".")
@@ -85,7 +100,7 @@ def _at(config: Any, place: str) -> Any:
 
 
 def _rename(config: Any, names: dict[str, str]) -> None:
-    for group in ("data", "method", "pipeline"):
+    for group in ("data", "detector", "method", "pipeline"):
         options = config.get(group)
         target = options.get("_target_") if hasattr(options, "get") else None
         if isinstance(target, str) and target in names:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from harness.config import sections
 from harness.core.escape import file_name
@@ -14,6 +14,11 @@ def group_name(cfg: DictConfig, group: str) -> str:
 
 
 def cell_name(cfg: DictConfig) -> str:
-    """A run's name: data, method, split and seed, in [A-Za-z0-9_.-] only."""
-    words = [group_name(cfg, "data"), group_name(cfg, "method"), sections.split_options(cfg).label, f"seed{cfg.seed}"]
+    """A run's name: data, method, split and seed, in [A-Za-z0-9_.-] only.
+
+    Somebody else's pseudo labels make another method: their labeller is named, so that no folder is shared.
+    """
+    labeller = OmegaConf.select(cfg, "method.offline.labeller")
+    method = [group_name(cfg, "method"), *([str(labeller)] if labeller is not None else [])]
+    words = [group_name(cfg, "data"), *method, sections.split_options(cfg).label, f"seed{cfg.seed}"]
     return file_name("_".join(words))

@@ -12,17 +12,20 @@ from omegaconf import DictConfig, OmegaConf
 from harness.core import files
 
 _ENDS = r"root|_dir|init\.dir|_file|checkpoint|weights|\bout|model|annotations|images|labels|logs"
-_PATH_KEY = re.compile(rf"^\+*([\w.]*({_ENDS})|detector\.start)=(.*)$", re.DOTALL)
+_SLURM = (
+    "exclude|nodelist|constraint|gres|time|container|mail|mail_type"  # whose values are Slurm's: node[3-5], 2-00:00
+)
+_PATH_KEY = re.compile(rf"^\+*([\w.]*({_ENDS})|detector\.start|launcher\.({_SLURM}))=(.*)$", re.DOTALL)
 _PATH_NAME = re.compile(r"(^|_)(root|dir|file|checkpoint|weights|out|model|annotations|images|labels|logs)$|^start$")
 
 
 def quote_path(override: str) -> str:
-    """Quotes the value of a path-valued override, so that Hydra accepts any file name in it.
+    """Quotes the value of an override that is a path, or Slurm's own, so that Hydra accepts any character in it.
 
     Numbers, null, lists and what is quoted already are left to Hydra.
     """
     match = _PATH_KEY.match(override)
-    if not match or re.fullmatch(r"(['\"\[{$].*|null|\d*)", match.group(3), re.DOTALL):
+    if not match or re.fullmatch(r"(['\"\[{$].*|null|\d*)", match.group(4), re.DOTALL):
         return override
     key, value = override.split("=", 1)
     return f"{key}={quote(value)}"

@@ -52,6 +52,7 @@ class EvaluationOptions:
     score_threshold: Share
     batch: Annotated[int, Limits(ge=1, le=4096)]
     set: Literal["val", "tune"] | None = None
+    scorer: Literal["quick", "pycocotools"] = "quick"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,9 @@ class LoggingOptions:
 class ProfileOptions:
     """The keys of `profile`."""
 
-    pipelines: Annotated[list[Name], Limits(least=1)]
+    pipelines: Annotated[list[Name], Limits(least=1)] | None
+    sweep: dict[str, list[Any]] | None
+    trace: File | None
     seconds: Annotated[float, Limits(gt=0, le=86_400)]
     rounds: Annotated[int, Limits(ge=1, le=1000)]
     batch: Annotated[int, Limits(ge=1, le=4096)]
@@ -161,6 +164,9 @@ class SuiteOptions:
     wait: bool | None = None
     retry_failed: bool = True
     status: bool = False
+    dry_run: bool = False
+    report: bool = False
+    cancel: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +236,7 @@ class Config:
     out: File | None
     model: File | None
     network: Literal["student", "teacher"] | None
-    images: File | Annotated[list[File], Limits(least=1)] | None
+    images: File | Annotated[list[File], Limits(least=1, words="a list of paths, [A,B]")] | None
     predict: PredictOptions
     format: Literal["safetensors", "pt", "onnx", "pt2"] | None
     export: ExportOptions

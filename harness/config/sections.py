@@ -17,7 +17,7 @@ T = TypeVar("T")
 # Keys that came after runs had saved their configuration, and what those did.
 _ADDED: dict[str, dict[str, Any]] = {
     "batch": {"anneal_steps": 0, "group_by_aspect": None},
-    "evaluation": {"between": "all"},
+    "evaluation": {"between": "all", "scorer": "quick"},
 }
 
 

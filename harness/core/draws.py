@@ -8,6 +8,7 @@ function in torch feeds samplers and box jitter on the training device. Both giv
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 
 import numpy as np
@@ -54,6 +55,12 @@ def image_keys(seed: int, step: int, slots: np.ndarray | list[int]) -> np.ndarra
         key = _mix(np.array([seed], dtype=np.int64).astype(np.uint64) + np.uint64(_GOLDEN))
         key = _mix(key + np.uint64((step + 1) * _GOLDEN % _WRAP))
         return _mix(key + (np.asarray(slots, dtype=np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)).astype(np.int64)
+
+
+def first_by_hash(ids: np.ndarray, count: int) -> np.ndarray:
+    """The ids of smallest SHA-256, at most `count`: images to show that nobody picked, the same every time."""
+    ranked = sorted(ids.tolist(), key=lambda number: hashlib.sha256(str(number).encode()).digest())
+    return np.array(ranked[:count], np.int64)
 
 
 def uniform(keys: np.ndarray, count: int, stream: str) -> np.ndarray:

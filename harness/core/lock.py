@@ -5,11 +5,24 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 from harness.core import files
 from harness.core.types import UserError
+
+
+class FolderHeld(UserError):  # noqa: N818  told like any other mistake
+    """Another live process has the run folder."""
+
+    def __init__(self, folder: Path, holder: str) -> None:
+        super().__init__(f"the run folder {folder} is held by {holder}: wait for it to end, or set another run_dir=DIR")
+        self.folder, self.holder = folder, holder
+
+    def __reduce__(self) -> tuple[type, tuple[Path, str]]:
+        return FolderHeld, (self.folder, self.holder)  # what the other ranks are told
 
 
 class RunLock:
@@ -29,7 +42,8 @@ class RunLock:
         """Takes the lock.
 
         Raises:
-            UserError: naming the process that holds it, or why the folder cannot be written or locked.
+            FolderHeld: naming the process that holds it.
+            UserError: why the folder cannot be written or locked.
             RunError: the disk is full, or fails.
         """
         folder = self.path.parent
@@ -44,14 +58,36 @@ class RunLock:
             file.flush()
         except BlockingIOError as error:
             file.close()
-            raise UserError(
-                f"the run folder {folder} is held by {self.holder()}: wait for it to end, or set another run_dir=DIR"
-            ) from error
+            raise FolderHeld(folder, self.holder()) from error
         except OSError as error:
             _drop(file)
             raise files.refusal(error, {"run_dir": folder}) from error
         self._file = file
         return self
+
+    def wait_and_acquire(self, seconds: float, say: Callable[[str], None], pause: float = 1.0) -> RunLock:
+        """Takes the lock, and waits for who holds it: a job that was put into the queue again may find its own process
+        of before, on a machine that has not ended it yet.
+
+        Args:
+            seconds: how long to wait.
+            say: tells that this process waits, and for whom.
+            pause: between two tries.
+
+        Raises:
+            UserError: it is still held, or as `acquire`.
+        """
+        end, told = time.monotonic() + seconds, False
+        while True:
+            try:
+                return self.acquire()
+            except FolderHeld as held:
+                if time.monotonic() >= end:
+                    raise
+                if not told:
+                    say(f"waiting up to {seconds:.0f} s for the run folder {self.path.parent}: {held.holder} has it")
+                told = True
+            time.sleep(pause)
 
     def holder(self) -> str:
         """Who holds the folder, as it says itself."""

@@ -284,3 +284,12 @@ def read_progress(run_dir: Path) -> Progress | None:
         return convert(msgspec.json.decode(read_bytes(run_dir / "progress.json")), Progress)
     except (OSError, ValueError, RecursionError):
         return None
+
+
+def tail(log: Path, lines: int) -> str:
+    """The last lines of a log that are not empty."""
+    try:
+        text = read_bytes(log)[-20_000:].decode(errors="replace")
+    except OSError:
+        return ""
+    return "\n".join([line.rstrip() for line in text.splitlines() if line.strip()][-lines:])

@@ -24,6 +24,11 @@ class Interrupted(Exception):  # noqa: N818  not an error
         return Interrupted, (self.signal_number,)  # what the other ranks are told
 
 
+def stop_code(signal_number: int) -> int:
+    """Exit code of a process that a signal has stopped, as shells have it."""
+    return 128 + signal_number
+
+
 def stop_signals() -> list[int]:
     """The signals that ask to stop: SIGHUP, which a closed terminal sends, unless it is ignored, as under `nohup`."""
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN

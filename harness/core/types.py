@@ -38,8 +38,10 @@ class Target:
         return Target(self.boxes[keep], self.labels[keep], self.scores[keep])
 
     def to(self, device: torch.device | str) -> Target:
-        """The same target on another device."""
-        return Target(*(t.to(device, non_blocking=True) for t in (self.boxes, self.labels, self.scores)))
+        """The same target on another device; on the CPU it is whole when this returns."""
+        # A copy from a GPU that does not block goes to pinned memory, which may be read before it is filled.
+        waits = str(device) == "cpu"
+        return Target(*(t.to(device, non_blocking=not waits) for t in (self.boxes, self.labels, self.scores)))
 
 
 @dataclass
@@ -198,6 +200,9 @@ class Pipeline(Protocol):
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """Endless micro-batches of this rank, from the first one of `start_step` on."""
 
+    def batch_of(self, micro: MicroBatch) -> Batch:
+        """One micro-batch at once, of images that the sampler did not draw; changes nothing that `state` gives."""
+
     def images(self, source: ImageSource, view: str = "test") -> Iterator[tuple[View, Tensor]]:
         """(View, image ids), every image of `source` exactly once over all ranks."""
 
@@ -291,6 +296,7 @@ class RunRecord:
     command: str = ""
     started: str = ""
     finished: str | None = None
+    job: dict[str, Any] | None = None  # of Slurm: id, hosts, requeues
     environment: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)  # what decides the result: no folders, no devices
 

@@ -53,7 +53,7 @@ Images = Annotated[int, Limits(ge=1, le=65_536)]  # of a batch
 Steps = Annotated[int, Limits(ge=1, le=10**9)]
 Threads = Annotated[int, Limits(ge=0, le=1024)]
 Seed = Annotated[int, Limits(ge=0, le=2**63 - 1)]
-File = Annotated[str, Limits(least=1, most=4096, words="a path, written ./NAME where it looks like a number")]
+File = Annotated[str, Limits(least=1, most=4096, words="a path (./NAME where it looks like a number)")]
 Name = Annotated[
     str,
     Limits(

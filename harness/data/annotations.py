@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from harness.core.console import counted
 from harness.core.types import UserError
 
+_LOOKED_AT = 100  # rows, for examples that differ
 _EXAMPLES = 5  # shown of each finding
 _TABLE = 1 << 22  # largest range of ids that is looked up in a table
 _ROUNDING = 1e-3  # px by which a box may leave its image without being called outside
@@ -69,9 +71,10 @@ class CleanAnnotations:
 
 
 def finding(what: str, where: np.ndarray, describe: Callable[[int], str]) -> list[Finding]:
-    """A finding about the rows where the mask `where` holds, or nothing if there is none."""
+    """A finding about the rows where the mask `where` holds, with some that differ; nothing if there is none."""
     rows = np.flatnonzero(where)
-    return [Finding(what, len(rows), tuple(describe(int(i)) for i in rows[:_EXAMPLES]))] if len(rows) else []
+    examples = dict.fromkeys(describe(int(i)) for i in rows[:_LOOKED_AT])
+    return [Finding(what, len(rows), tuple(examples)[:_EXAMPLES])] if len(rows) else []
 
 
 def clean(raw: RawAnnotations) -> CleanAnnotations:
@@ -193,7 +196,7 @@ def _check_images(raw: RawAnnotations) -> None:
     if empty.any():
         row = int(np.flatnonzero(empty)[0])
         raise UserError(
-            f"{raw.origin} gives {int(empty.sum())} image(s) a width or height that is not positive, first "
+            f"{raw.origin} gives {counted(int(empty.sum()), 'image')} a width or height that is not positive, first "
             f"{raw.file_names[row]}: write the size of the stored picture"
         )
 

@@ -63,7 +63,7 @@ def _no_labeled_box(dataset: Dataset, split: Split, options: SplitOptions) -> st
     policy, train = options.policy, dataset.train
     if not len(train.boxes):
         return _no_box(train)
-    which = f"the {len(split.labeled_ids)} labelled image(s) of {options.said}"
+    which = f"the {counted(len(split.labeled_ids), 'labelled image')} of {options.said}"
     kept = f"show no box (split.crowd_boxes={policy.crowd_boxes}, split.min_side={policy.min_side})"
     if not options.chosen.draws:
         return f"{which} {kept}: label images with a box that is kept"

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 
+from harness.core.console import counted
 from harness.core.types import UserError
 from harness.core.validate import File, Limits, Name
 from harness.data import annotation_cache
@@ -135,8 +136,8 @@ def voc_index(
     absent = [file for file in files if not file.exists()]
     if absent:
         raise UserError(
-            f"{origin} lists {len(absent)} picture(s) whose annotation is not there, first {absent[0]}: add it, "
-            "or take the name off the list"
+            f"{origin} lists {counted(len(absent), 'picture')} whose annotation is not there, first {absent[0]}: add "
+            "it, or take the name off the list"
         )
     parsed, sha256 = annotation_cache.load_annotations(files, parameters, cache_dir, parse)
     return make_index(Path(lists[0]).stem, root, parsed, sha256)

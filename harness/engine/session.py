@@ -9,6 +9,7 @@ import fcntl
 import os
 import resource
 import shlex
+import socket
 import time
 import warnings
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ from harness.core.stopping import Interrupted, StopRequest
 from harness.core.types import RunRecord, UserError
 from harness.data import prepare
 from harness.data.ground_truth import from_index
-from harness.engine import build, checkpoint, offline, start
+from harness.engine import build, checkpoint, offline, start, taught
 from harness.engine.analysis import MATCHES, analyse, errors_by_kind
 from harness.engine.build import Experiment
 from harness.engine.evaluate import METRICS, evaluate, write_predictions
@@ -50,7 +51,9 @@ def say(world: World, text: str) -> None:
         STDERR.say(text)
 
 
-def train_to_record(cfg: DictConfig, stage_one: DictConfig | None, world: World, stop: StopRequest) -> int:
+def train_to_record(
+    cfg: DictConfig, stage_one: DictConfig | None, world: World, stop: StopRequest, lock_seconds: float = 0.0
+) -> int:
     """Takes up or starts the run in `cfg.run_dir` and ends it with a record.
 
     Args:
@@ -58,19 +61,21 @@ def train_to_record(cfg: DictConfig, stage_one: DictConfig | None, world: World,
         stage_one: of the run that makes its pseudo labels before training, as `harness.config.compose` gives it.
         world: this process.
         stop: looked at after every step.
+        lock_seconds: how long to wait where another process has the run folder.
     """
     settings = distributed.on_every_rank(world, lambda: settings_of(cfg, stage_one))
-    return train_run(settings, world, stop)
+    return train_run(settings, world, stop, lock_seconds)
 
 
-def train_run(settings: RunSettings, world: World, stop: StopRequest) -> int:
+def train_run(settings: RunSettings, world: World, stop: StopRequest, lock_seconds: float = 0.0) -> int:
     """`train_to_record` by the settings of the run."""
     run_dir = settings.run_dir
     lock = RunLock(run_dir)
-    distributed.from_main(world, lambda: lock.acquire() and None)
+    with stop.at_once():
+        distributed.from_main(world, lambda: lock.wait_and_acquire(lock_seconds, STDERR.say) and None)
     begun = False
     try:
-        if distributed.from_main(world, lambda: _is_finished(run_dir, settings.identity, settings.config_sha256)):
+        if distributed.from_main(world, lambda: is_finished(run_dir, settings.identity, settings.config_sha256)):
             say(
                 world,
                 f"the run in {run_dir} is finished: see {run_dir / 'record.json'}; delete the folder to run it anew",
@@ -94,7 +99,7 @@ def train_run(settings: RunSettings, world: World, stop: StopRequest) -> int:
         lock.release(discard=not begun)
 
 
-def _is_finished(run_dir: Path, own: dict[str, Any], config_sha256: str) -> bool:
+def is_finished(run_dir: Path, own: dict[str, Any], config_sha256: str) -> bool:
     """Whether an ok record of the configuration of this identity is there, beside the run's own config.yaml.
 
     Raises:
@@ -275,6 +280,7 @@ class _Session:
         """Scores the networks: at the end all, before it those that `evaluation.between` names."""
         data, begin = self.run_.data, time.perf_counter()
         at_end = self.counters.step == self.steps
+        quick = not at_end and self.settings.evaluation.scorer == "quick"
         for name, network in self.run_.method.networks().items():
             if not at_end and self.settings.evaluation.between == "reported" and name != self.run_.method.reported:
                 continue
@@ -282,7 +288,7 @@ class _Session:
                 network,
                 self.run_.pipeline,
                 data.val,
-                data.dataset.val.coco_ground_truth(),
+                from_index(data.dataset.val) if quick else data.dataset.val.coco_ground_truth(),
                 data.dataset.val.category_ids,
                 self.settings.evaluation.score_threshold,
                 self.world,
@@ -303,7 +309,15 @@ class _Session:
         self._pipeline_state()  # the evaluation may have met bad images
         if self.world.is_main:
             self._analyse()
+            self._keep_pseudo_labels()
         self._write_record("ok")
+
+    def _keep_pseudo_labels(self) -> None:
+        """A few for reports to show; whatever goes wrong with them is told, and costs no finished run."""
+        try:
+            taught.keep(self.run_)
+        except Exception as error:
+            say(self.world, f"warning: no pseudo labels are kept for reports ({type(error).__name__}: {error})")
 
     def _analyse(self) -> None:
         """What the report reads beside COCO's metrics: in the record, in predictions.json and in matches.npz."""
@@ -362,6 +376,21 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def _job(world: World) -> dict[str, Any] | None:
+    """The Slurm job that this run is: its number, its machines, how often it was put into the queue again; else None.
+
+    Every rank calls it.
+    """
+    given = os.environ
+    if "SLURM_JOB_ID" not in given:
+        return None
+    hosts = distributed.gather(world, given.get("SLURMD_NODENAME") or socket.gethostname())
+    number = given["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in given:
+        number = f"{given['SLURM_ARRAY_JOB_ID']}_{given['SLURM_ARRAY_TASK_ID']}"
+    return {"id": number, "hosts": sorted(set(hosts)), "requeues": int(given.get("SLURM_RESTART_COUNT", 0))}
+
+
 def new_record(run_: Experiment, extra: offline.Extra) -> RunRecord:
     """A record with all that is known before training, the reported network among it."""
     settings, data, method = run_.settings, run_.data, run_.method
@@ -413,6 +442,7 @@ def new_record(run_: Experiment, extra: offline.Extra) -> RunRecord:
         commit=environ.pop("commit", None),
         command=shlex.join(["ssodbench", "train", *settings.command]),
         started=_now(),
+        job=_job(run_.world),
         environment=environ,
     )
     record.config = settings.identity

@@ -6,6 +6,11 @@ from typing import Protocol
 
 from omegaconf import DictConfig
 
+from harness.config.make import make
+
+# What says to libraries how many threads a process may have.
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
 
 class Launcher(Protocol):
     """Starts the processes of a run; the `_target_` of the group `launcher` names one.
@@ -24,3 +29,9 @@ class Launcher(Protocol):
             UserError: the launcher cannot be used here.
             RunError: the processes ended without a result.
         """
+
+
+def train(cfg: DictConfig) -> int:
+    """Trains the run of a configuration by its launcher; see `Launcher.run`."""
+    launcher: Launcher = make("launcher", cfg.launcher)
+    return launcher.run(cfg)

@@ -27,7 +27,7 @@ from harness.core.console import STDERR, settle
 from harness.core.distributed import World
 from harness.core.files import refusal
 from harness.core.record import available_cores
-from harness.core.stopping import Interrupted, StopRequest, stop_signals
+from harness.core.stopping import Interrupted, StopRequest, stop_code, stop_signals
 from harness.core.types import UserError
 from harness.engine import build
 from harness.engine.loop import RunError
@@ -79,23 +79,30 @@ def _work(plain: Any, device: str) -> int:
     return code
 
 
-def run_rank(plain: Any, device: str, signals: Sequence[int] | None = None) -> int:
+def run_rank(plain: Any, device: str, stop: StopRequest | None = None, lock_seconds: float = 0.0) -> int:
     """Trains in one process of the group; says errors once and gives the exit code.
 
     An error of one rank alone ends its process at once: the others wait for it in a collective, and only the launcher,
     which sees it end, can stop them.
+
+    Args:
+        plain: the configuration.
+        device: cpu or cuda.
+        stop: takes the signals that ask to stop; None: those of `stop_signals`.
+        lock_seconds: how long to wait where another process has the run folder.
     """
     cfg = OmegaConf.create(plain)
     assert isinstance(cfg, DictConfig)
     world = distributed.join(device)
     torch.set_num_threads(int(cfg.threads))
-    stop = StopRequest()
-    stop.install(signals)
+    if stop is None:
+        stop = StopRequest()
+        stop.install()
     try:
-        return train_to_record(cfg, compose.stage_one(cfg), world, stop)
+        return train_to_record(cfg, compose.stage_one(cfg), world, stop, lock_seconds)
     except Interrupted as stopped:
         say(world, f"{stopped}; start the same command again to continue")
-        return 128 + stopped.signal_number
+        return stop_code(stopped.signal_number)
     except Exception as error:
         told = _explain(cfg, world, error)
         if world.size > 1 and not distributed.is_on_all_ranks(error):
@@ -197,7 +204,7 @@ def launch(entry: Callable[..., int], arguments: Sequence[Any], processes: int, 
     except SignalException as stopped:
         for worker in set(multiprocessing.active_children()) - others:
             worker.terminate()  # one that the launcher had not finished starting
-        return 128 + int(stopped.sigval)
+        return stop_code(int(stopped.sigval))
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
         if failure.exitcode >= 0:

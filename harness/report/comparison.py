@@ -15,6 +15,7 @@ import numpy as np
 from harness.core.record import BASELINE
 from harness.report.bootstrap import labels_saved_draws
 from harness.report.chance import ImageChance
+from harness.report.collect import Run
 from harness.report.costs import Cost, as_many_images, costs
 from harness.report.statistics import (
     ENOUGH,
@@ -26,7 +27,7 @@ from harness.report.statistics import (
     paired,
     summarize,
 )
-from harness.report.tables import Cell, Row, Run, Section, method_label
+from harness.report.tables import Cell, Row, Section, method_label
 from harness.report.verdict import Comparison, Standing, standing, verdict
 
 LEVEL = 0.95

@@ -12,8 +12,9 @@ from typing import Any
 
 from harness.core.record import BASELINE, read_record
 from harness.core.types import RunRecord, UserError
+from harness.report.collect import Run
 from harness.report.statistics import pareto_front, summarize
-from harness.report.tables import Cell, Row, Run, Section
+from harness.report.tables import Cell, Row, Section
 
 EQUAL = 0.05  # images seen that differ by less than this share are as many
 

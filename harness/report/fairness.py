@@ -1,7 +1,7 @@
 """What moves numbers besides the method: a column for each condition, and a footnote where a table's rows differ in it.
 
 Suite, dataset, evaluation set, split protocol, detector, first weights, preset and score threshold never differ within
-a table (`harness.report.tables.TABLE_KEYS`). What else may differ is told here.
+a table (`harness.report.collect.TABLE_KEYS`). What else may differ is told here.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Conditions:
     augment: str
     pipeline: str
     precision: str
+    tune: str  # labelled images that settings may be chosen on
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def _conditions(row: Row, label: str) -> Conditions:
         values(lambda r: r.augment or "-"),
         values(lambda r: r.pipeline or "-"),
         values(lambda r: str(r.config.get("precision") or "-")),
+        values(lambda r: r.tune_images),
     )
 
 
@@ -102,6 +104,7 @@ _DIFFERING = {
     "augment": "Augmentation policies differ",
     "pipeline": "Data pipelines differ",
     "precision": "Numerical precision differs",
+    "tune": "Labelled images for choosing settings, beside those of the training, differ",
 }
 
 
@@ -123,8 +126,24 @@ def footnotes(section: Section) -> list[Footnote]:
         listed = "; ".join(f"{value}: {', '.join(labels)}" for value, labels in by_value.items())
         first = next(iter(by_value))
         found.append((f"{words}: {listed}.", tuple(label for v, ls in by_value.items() if v != first for label in ls)))
-    found += [*_labelled_views(section), *_deviations(section)]
+    found += [*_foreign_labels(section), *_labelled_views(section), *_deviations(section)]
     return [Footnote(_mark(number), text, labels) for number, (text, labels) in enumerate(found)]
+
+
+def _foreign_labels(section: Section) -> list[tuple[str, tuple[str, ...]]]:
+    """Pseudo labels of which nobody here knows how they were made: such a row is not a result with few labels."""
+    made: dict[str, list[str]] = {}
+    for row in section.rows:
+        if row.labeller:
+            made.setdefault(row.labeller, []).append(row.label)
+    return [
+        (
+            f"Pseudo labels come from a file made by {labeller}, which may have seen these images, their labels or the "
+            f"evaluation images; what it cost is not counted: {', '.join(labels)}.",
+            tuple(labels),
+        )
+        for labeller, labels in made.items()
+    ]
 
 
 def _labelled_views(section: Section) -> list[tuple[str, tuple[str, ...]]]:

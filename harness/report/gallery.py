@@ -1,57 +1,41 @@
-"""Pictures: evaluation images with the truth and each method's boxes side by side, for one share of labels.
+"""The gallery: evaluation images with the truth and each method's boxes, unlabelled ones with its pseudo labels.
 
-Which images is decided by a hash of their ids, so that nobody picks them and every report of a dataset shows the same.
-They are read from the data, which a report may be far away from: without it there is no gallery, and a sentence why.
+At one share of labels, side by side. Which images is decided by a hash of their ids, so that nobody picks them and
+every report of a dataset shows the same. They are read from the data, which a report may be far away from: without it
+there is no gallery, and a sentence why.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import io
 from collections import Counter
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from harness.config.saved import read_config
+from harness.core.draws import first_by_hash
 from harness.core.readback import content_of, decode_json
 from harness.core.types import RunError, UserError
-from harness.data.ground_truth import GroundTruth, from_index
+from harness.data.ground_truth import from_index
+from harness.report.collect import Run
+from harness.report.pictures import FoundBoxes, Line, line
 from harness.report.statistics import Pair
-from harness.report.tables import Row, Run, Section
+from harness.report.tables import Row, Section
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
     from harness.data.datasets import Dataset
     from harness.data.index import CocoIndex
+    from harness.engine.taught import KeptBox
 
 PREDICTIONS = "predictions.json"
 SHOWN_SCORE = 0.5
-_SIDE = 256  # px, the longer side of a picture
-_QUALITY = 70
-_MOST_NAMED = 8  # boxes of a picture; names on more hide it
-_TRUTH, _RIGHT, _WRONG, _DARK = "#ffffff", "#4cc9f0", "#ff9f1c", "#000000"
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One picture: the truth, or what a method found."""
-
-    caption: str
-    alt: str
-    source: str  # data URI
-
-
-@dataclass(frozen=True)
-class Line:
-    """One image in all panels."""
-
-    image_id: int
-    panels: list[Panel]
+_UNREADABLE = (UserError, RunError, OSError, ValueError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -60,7 +44,7 @@ class Gallery:
 
     caption: str
     lines: list[Line]
-    pseudo_caption: str = ""
+    pseudo_caption: str = ""  # of the pseudo labels, or why there are none; empty where no method makes any
     pseudo_lines: list[Line] = field(default_factory=list)
 
 
@@ -87,25 +71,28 @@ def show(section: Section, count: int) -> tuple[Gallery | None, str]:
     if not runs:
         return None, f"no run has {PREDICTIONS} beside its record."
     try:
-        opened = _open(next(iter(runs.values())))
+        cfg, opened = _open(next(iter(runs.values())))
         truth = from_index(opened.val)
-        images = _chosen(truth.image_ids, count)
+        images = first_by_hash(truth.image_ids, count)
         boxes = {label: _boxes(run, images) for label, run in runs.items()}
-        lines = [_line(opened.val, truth, image, boxes) for image in images.tolist()]
-        pseudo = _pseudo_lines(opened, runs, count)
-    except (UserError, RunError, OSError, ValueError, Image.DecompressionBombError) as error:
+        lines = [line(opened.val, truth, image, _of_image(boxes, image)) for image in images.tolist()]
+    except _UNREADABLE as error:
         return None, f"the evaluation images cannot be shown ({error})."
     caption = (
         f"The first {len(lines)} evaluation images by a hash of their ids; {section.column(percent)} of the labels, "
         f"fold {pair[0]}, seed {pair[1]}. White: the truth. Blue: right (same class, IoU of at least 0.5); orange: "
         f"wrong. Boxes with a score of at least {SHOWN_SCORE:g}."
     )
-    pseudo_caption = (
-        f"Pseudo labels that were made once, before training, on the first {len(pseudo)} unlabelled images by a hash "
-        "of their ids, beside the truth that training does not see. Those of a teacher change with every step and are "
-        "not kept."
-    )
+    labelling = {label: run for label, run in runs.items() if run.record.batch_unlabeled}
+    try:
+        pseudo_caption, pseudo = _pseudo_lines(cfg, opened, labelling, count) if labelling else ("", [])
+    except _UNREADABLE as error:
+        pseudo_caption, pseudo = f"The pseudo labels cannot be shown ({error}).", []
     return Gallery(caption, lines, pseudo_caption, pseudo), ""
+
+
+def _of_image(boxes: dict[str, np.ndarray], image: int) -> dict[str, FoundBoxes]:
+    return {label: FoundBoxes(rows[rows[:, 0] == image]) for label, rows in boxes.items()}
 
 
 def _runs(section: Section) -> tuple[float, Pair, dict[str, Run]]:
@@ -124,8 +111,8 @@ def _runs(section: Section) -> tuple[float, Pair, dict[str, Run]]:
     return 0.0, (0, 0), {}
 
 
-def _open(run: Run) -> Dataset:
-    """The dataset of a run.
+def _open(run: Run) -> tuple[DictConfig, Dataset]:
+    """The configuration and the dataset of a run.
 
     Raises:
         UserError: it is not there, or not the one that the run was evaluated on.
@@ -137,12 +124,7 @@ def _open(run: Run) -> Dataset:
     opened = build.divided_dataset(cfg)
     if opened.val.sha256 != run.record.val_sha256:
         raise UserError(f"the data of {run.record.cell} has changed since it was evaluated")
-    return opened
-
-
-def _chosen(image_ids: np.ndarray, count: int) -> np.ndarray:
-    ranked = sorted(image_ids.tolist(), key=lambda image: hashlib.sha256(str(image).encode()).digest())
-    return np.array(ranked[:count], np.int64)
+    return cfg, opened
 
 
 def _boxes(run: Run, images: np.ndarray) -> np.ndarray:
@@ -160,65 +142,95 @@ def _boxes(run: Run, images: np.ndarray) -> np.ndarray:
     return np.array(rows, np.float64).reshape(-1, 7)
 
 
-def _pseudo_lines(opened: Dataset, runs: dict[str, Run], count: int) -> list[Line]:
-    """Unlabelled training images with the truth and the pseudo labels of the runs that keep them."""
-    from harness.engine.offline import LABELS, kept_labels
+@dataclass(frozen=True)
+class _Labels:
+    """A run's pseudo labels: of which images they are kept, and what there is on one of them."""
 
-    folders = {label: run.folder for label, run in runs.items() if run.folder is not None}
-    kept = {
-        label: kept_labels(folder, opened.train.category_ids)
-        for label, folder in folders.items()
-        if (folder / LABELS).is_file()
-    }
-    if not kept:
-        return []
-    truth = from_index(opened.train)
-    shared = set(truth.image_ids.tolist()).intersection(*(ids.tolist() for ids, _ in kept.values()))
-    images = _chosen(np.array(sorted(shared), np.int64), count)
-    boxes = {f"{label}'s pseudo labels": rows[np.isin(rows[:, 0], images)] for label, (_, rows) in kept.items()}
-    return [_line(opened.train, truth, image, boxes) for image in images.tolist()]
+    images: set[int]
+    of: Callable[[int], FoundBoxes]
+    all_are_kept: bool  # an image that is missing was left out of training
 
 
-def _line(index: CocoIndex, truth: GroundTruth, image: int, boxes: dict[str, np.ndarray]) -> Line:
-    source = index.source([image])
-    with Image.open(Path(source.paths[0])) as file:
-        picture = file.convert("RGB")
-    scale = _SIDE / max(picture.size)
-    small = picture.resize([max(1, round(side * scale)) for side in picture.size])
-    own = np.flatnonzero((truth.image_ids[truth.images] == image) & ~truth.crowd)
-    names = [truth.category_names[k] for k in truth.classes[own]]
-    drawn = _drawn(small, truth.xywh[own] * scale, names, [_TRUTH] * len(own))
-    objects = f"{len(own)} object{'' if len(own) == 1 else 's'}"
-    panels = [Panel("truth", f"image {image}: {objects}", drawn)]
-    panels += [_panel(small, scale, truth, len(own), label, rows[rows[:, 0] == image]) for label, rows in boxes.items()]
-    return Line(image, panels)
+def _pseudo_lines(cfg: DictConfig, opened: Dataset, runs: dict[str, Run], count: int) -> tuple[str, list[Line]]:
+    """Unlabelled images with the hidden truth and the pseudo labels of the runs that keep them; what they are."""
+    index, known = _unlabelled(cfg, opened)
+    labels, lacking = {}, []
+    for label, run in runs.items():
+        try:
+            kept = _labels(run, opened.train.category_ids)
+        except UserError as error:
+            lacking.append(f"{label} ({error})")
+            continue
+        if kept is None:
+            lacking.append(f"{label} (no pseudo labels lie beside its record, as with runs of older versions)")
+        else:
+            labels[label] = kept
+    without = f" Not shown: {', '.join(lacking)}." if lacking else ""
+    if not labels:
+        return f"No pseudo labels.{without}", []
+    some = [one.images for one in labels.values() if not one.all_are_kept] or [one.images for one in labels.values()]
+    shared = set.intersection(*some).intersection(index.image_ids.tolist())
+    images = first_by_hash(np.array(sorted(shared), np.int64), count).tolist()
+    if not images:
+        return f"No pseudo labels: none of those that were kept are of images in the data.{without}", []
+    truth = from_index(index)
+    if not len(truth.category_ids):  # of a folder, or of a list of pictures
+        own = opened.train
+        truth = replace(truth, category_ids=own.category_ids, category_names=tuple(own.category_names))
+    lines = []
+    for image in images:
+        found = {f"{label}'s pseudo labels": one.of(image) for label, one in labels.items()}
+        lines.append(line(index, truth, image, found, name="hidden truth", known=image in known))
+    caption = (
+        f"Pseudo labels on {len(lines)} unlabelled images, the first by a hash of their ids, beside the truth that "
+        "training does not see: those that a stage 1 made once, and those that a teacher gives after its last step. "
+        "Blue and orange as above; thin and grey: found and not used; yellow: the truth is unknown."
+    )
+    return caption + without, lines
 
 
-def _panel(small: Image.Image, scale: float, truth: GroundTruth, objects: int, label: str, rows: np.ndarray) -> Panel:
-    """What one method found on an image."""
-    from harness.engine.errors import RIGHT, classify
+def _unlabelled(cfg: DictConfig, opened: Dataset) -> tuple[CocoIndex, set[int]]:
+    """The index that a run's unlabelled images are in, and those of them whose truth is known."""
+    from harness.config import sections
+    from harness.data import prepare
 
-    kinds = classify(rows, truth).kinds
-    shown = kinds >= RIGHT  # neither ignored nor left out
-    right = kinds[shown] == RIGHT
-    names = [truth.category_names[k] for k in truth.rows(rows)[1][shown]]
-    drawn = _drawn(small, rows[shown, 1:5] * scale, names, [_RIGHT if one else _WRONG for one in right])
-    wrong = int((~right).sum())
-    alt = f"{label}: {int(right.sum())} of {objects} found, {wrong} wrong"
-    return Panel(alt, alt, drawn)
+    options = sections.split_options(cfg)
+    split = prepare.resolve_split(opened, options)
+    _, unlabelled = prepare.sources(opened, split, options)
+    known = prepare.known_truth(opened, split, options, unlabelled) if unlabelled is not None else None
+    return opened.unlabeled_of(split), set(known.ids.tolist()) if known is not None else set()
 
 
-def _drawn(small: Image.Image, xywh: np.ndarray, names: list[str], colours: list[str]) -> str:
-    """The picture with boxes, as a data URI."""
-    picture = small.copy()
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(11)
-    for (x, y, w, h), name, colour in zip(xywh.tolist(), names, colours, strict=True):
-        corners = [x, y, max(x + w, x + 1), max(y + h, y + 1)]
-        draw.rectangle([corners[0] - 1, corners[1] - 1, corners[2] + 1, corners[3] + 1], outline=_DARK)
-        draw.rectangle(corners, outline=colour, width=2)
-        if h > 24 and len(names) <= _MOST_NAMED:
-            draw.rectangle(draw.textbbox((x + 4, y + 3), name, font=font), fill=_DARK)
-            draw.text((x + 4, y + 3), name, fill=colour, font=font)
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=_QUALITY)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+def _labels(run: Run, category_ids: np.ndarray) -> _Labels | None:
+    """The pseudo labels that lie in a run's folder.
+
+    Raises:
+        UserError: they are damaged.
+    """
+    from harness.engine import offline, taught
+
+    assert run.folder is not None
+    if (run.folder / offline.LABELS).is_file():
+        ids, rows = offline.kept_labels(run.folder, category_ids)
+        images = set(ids.tolist())
+
+        def of_stage_one(image: int) -> FoundBoxes:
+            left_out = () if image in images else ("left out of training: nothing was found",)
+            return FoundBoxes(rows[rows[:, 0] == image], notes=left_out)
+
+        return _Labels(images, of_stage_one, all_are_kept=True)
+    if not (run.folder / taught.PSEUDO_LABELS).is_file():
+        return None
+    kept = {one.image_id: one.boxes for one in taught.read_kept(run.folder).images}
+    return _Labels(set(kept), lambda image: _of_teacher(image, kept[image]), all_are_kept=False)
+
+
+def _of_teacher(image: int, boxes: list[KeptBox]) -> FoundBoxes:
+    def rows(some: list[KeptBox]) -> np.ndarray:
+        found = [(image, *box.bbox, box.score, box.category_id) for box in some]
+        return np.array(found, np.float64).reshape(-1, 7)
+
+    used, unused = [box for box in boxes if box.use is not None], [box for box in boxes if box.use is None]
+    notes = [f"{n} for {use}" for use, n in Counter(box.use for box in used).items()]
+    notes += [f"{n} not used: {why}" for why, n in Counter(box.why for box in unused).items()]
+    return FoundBoxes(rows(used), rows(unused), tuple(notes))

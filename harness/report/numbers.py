@@ -12,11 +12,12 @@ from typing import Any
 from urllib.parse import unquote
 
 from harness.report.bootstrap import ImageInterval
+from harness.report.collect import Run
 from harness.report.comparison import LEVEL, Compared
 from harness.report.costs import Cost
 from harness.report.parts import Part
 from harness.report.statistics import LabelsNeeded, Paired
-from harness.report.tables import Cell, Row, Run
+from harness.report.tables import Cell, Row
 
 FORMAT = 1
 SCORES = ("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l")
@@ -79,6 +80,7 @@ def _row(part: Part, row: Row, reference: bool) -> dict[str, Any]:
     return {
         "method": row.method,
         "variant": row.variant,
+        "labeller": row.labeller,
         "label": row.label,
         "reference": reference,
         "conditions": how,

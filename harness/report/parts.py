@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from harness.core.record import BASELINE
 from harness.engine.accumulate import METRICS
@@ -76,7 +77,14 @@ class Part:
 
 
 def part_of(
-    number: int, section: Section, resamples: int, gallery: int, problems: list[str], *, draw: bool = True
+    number: int,
+    section: Section,
+    resamples: int,
+    gallery: int,
+    problems: list[str],
+    *,
+    draw: bool = True,
+    cache_dir: Path | None = None,
 ) -> Part:
     """Works out a section.
 
@@ -87,10 +95,11 @@ def part_of(
         gallery: images to show; 0: none.
         problems: gets sentences about what could not be used.
         draw: whether to make figures.
+        cache_dir: root of the cache; None: nothing is kept.
     """
     if draw:
         section.plots = plots.draw(section, problems)
-    chance = ImageChance(section, resamples, problems)
+    chance = ImageChance(section, resamples, problems, cache_dir)
     analysis = analyse(section, chance, resamples)
     if draw and (svg := plots.ap_by_compute(section, analysis.costs)) is not None:
         section.plots["ap_by_compute"] = svg

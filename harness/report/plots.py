@@ -16,8 +16,9 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter, NullLoca
 
 from harness.core.escape import figure_label
 from harness.core.readback import EvalLine, Line, PseudoLine, TrainLine, read_metrics
+from harness.report.collect import UNKNOWN_SHARE, Run
 from harness.report.costs import Cost
-from harness.report.tables import UNKNOWN_SHARE, Row, Run, Section, method_label
+from harness.report.tables import Row, Section, method_label
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; markers repeat the distinction. A method keeps its
 # colour in every figure and report.
@@ -98,7 +99,7 @@ def look(rows: Iterable[Row]) -> dict[str, tuple[str, str]]:
     looks, spare = {}, 0
     taken: set[str] = set()
     for row in rows:
-        if row.method in _KNOWN and row.method not in taken:
+        if row.method in _KNOWN and row.method not in taken and not row.labeller:
             looks[row.label] = _KNOWN[row.method]
             taken.add(row.method)
         else:
@@ -166,7 +167,7 @@ def _ap_by_ratio(section: Section) -> str | None:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlim(percents[0] / 1.4, percents[-1] * 1.4)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.04 * axes.get_ylim()[1])  # room for the highest marker
         axes.set_xlabel("labelled images")
         axes.set_ylabel("AP (COCO, 0.50:0.95)")
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -254,11 +255,12 @@ def published_pairs(
     """(row, published AP, our mean AP, whether the split protocol is the same) where method and share of labels agree.
 
     A published method is ours if its name is ours, or begins with it and goes on with a bracket or a comma, and if its
-    backbone has our depth, by which the names of detectors end (faster_rcnn_r50).
+    backbone has our depth, by which the names of detectors end (faster_rcnn_r50). None is ours with the pseudo labels
+    of somebody else.
     """
     for section in sections:
         depth = str(section.keys["detector"]).rpartition("_")[2].upper()
-        for row in [*section.rows, *section.reference]:
+        for row in [row for row in [*section.rows, *section.reference] if not row.labeller]:
             for source in published:
                 name, ours = source["method"].lower(), method_label(row.method).lower()
                 if name != ours and not name.startswith((f"{ours} (", f"{ours},")):

@@ -25,7 +25,7 @@ from harness.core.files import refusal, require_writable, write_atomically
 from harness.core.readback import read_published
 from harness.core.record import BASELINE
 from harness.core.types import UserError
-from harness.report import numbers, plots
+from harness.report import numbers, plots, stage_bars
 from harness.report import text as formatting
 from harness.report.comparison import shown_labels
 from harness.report.numbers import COSTS, PSEUDO, SCORES
@@ -38,7 +38,9 @@ TEMPLATES = Path(__file__).parent / "templates"
 PUBLISHED = Path(__file__).parents[2] / "results" / "published.csv"
 
 
-def run(folder: Path, out: Path | None = None, resamples: int = 1000, gallery: int = 6) -> Path:
+def run(
+    folder: Path, out: Path | None = None, resamples: int = 1000, gallery: int = 6, cache_dir: Path | None = None
+) -> Path:
     """Writes the report of all records below a folder.
 
     Args:
@@ -46,6 +48,7 @@ def run(folder: Path, out: Path | None = None, resamples: int = 1000, gallery: i
         out: where the report goes, by default `folder/report`.
         resamples: of the evaluation images, for intervals of runs that have matches.npz; 0: none.
         gallery: how many evaluation images to show with truth and boxes, where the data is there; 0: none.
+        cache_dir: root of the cache, where resampled scores are kept for the next report; None: they are not.
 
     Returns:
         Path of report.html.
@@ -56,15 +59,20 @@ def run(folder: Path, out: Path | None = None, resamples: int = 1000, gallery: i
     """
     out = folder / "report" if out is None else out
     sections, problems = load(folder)
-    parts = [part_of(number, section, resamples, gallery, problems) for number, section in enumerate(sections, 1)]
+    parts = [
+        part_of(number, section, resamples, gallery, problems, cache_dir=cache_dir)
+        for number, section in enumerate(sections, 1)
+    ]
     on_coco = [part.section for part in parts if part.section.keys["dataset"] == COCO]
     lines = published(problems) if on_coco else []
+    profiles = stage_bars.read(folder, problems)
     problems = list(dict.fromkeys(problems))
     published_plot = plots.published_against_ours(on_coco, lines) if lines else None
     content = {
         "parts": parts,
         "published": lines,
         "published_plot": published_plot,
+        "profile_plot": stage_bars.svg(profiles) if profiles else None,
         "problems": problems,
         "baseline": method_label(BASELINE),
         "scores": SCORES,
@@ -109,6 +117,7 @@ def summary(parts: list[Part]) -> pd.DataFrame:
                     **part.section.keys,
                     "method": row.method,
                     "variant": row.variant,
+                    "labeller": row.labeller,
                     "percent": percent,
                 }
                 line |= {"n": cell.n, "missing": len(cell.missing), "reason": cell.reason}

@@ -1,4 +1,4 @@
-"""Records, sorted into what may stand in one table, and averaged where that is honest.
+"""Runs, sorted into what may stand in one table, and averaged where that is honest.
 
 Runs of different suites, datasets, split protocols, evaluation sets, detectors or score thresholds are never put in
 one table, and runs whose configurations differ in anything but percent, fold and seed are never averaged.
@@ -6,47 +6,34 @@ one table, and runs whose configurations differ in anything but percent, fold an
 
 from __future__ import annotations
 
-import copy
 import json
-import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.config.identity import differences, without_circumstances
-from harness.core.escape import file_name
-from harness.core.files import refusal, trouble
-from harness.core.readback import PlannedCell, content_of, read_plan
-from harness.core.record import BASELINE, parse_record, read_record
-from harness.core.types import RunRecord, UserError
-from harness.report.statistics import Pair, Summary, summarize
-from harness.splits.protocols import PROTOCOLS
-
-ALL_LABELS = 100.0
-UNKNOWN_SHARE = 0.0  # no run has labels for no image
-
-# Split protocols that are told what is labelled, and draw nothing; those of them that label the whole training part.
-GIVEN = tuple(name for name, protocol in PROTOCOLS.items() if not protocol.draws)
-_WHOLE = tuple(name for name, protocol in PROTOCOLS.items() if protocol.takes_unlabeled_part)
-
-# Runs that differ in one of these are never shown in one table.
-TABLE_KEYS = (
-    "suite",
-    "dataset",
-    "dataset_sha256",
-    "val_sha256",
-    "protocol",
-    "empty_images",
-    "crowd_boxes",
-    "detector",
-    "pretraining",
-    "preset",
-    "score_threshold",
+from harness.config.identity import differences
+from harness.core.record import BASELINE
+from harness.core.types import RunRecord
+from harness.report.collect import (
+    ALL_LABELS,
+    GIVEN,
+    TABLE_KEYS,
+    UNKNOWN_SHARE,
+    Run,
+    collect,
+    kind_of,
+    variable_part,
 )
+from harness.report.statistics import Pair, Summary, summarize
+
 _ORDER = (BASELINE, "stac", "unbiased_teacher", "soft_teacher", "mean_teacher")  # then others, by name
 _LABELS = {"stac": "STAC"}
+_EVALUATED_ON = {
+    "holdout": ", evaluated on held-out training images",
+    "tune": ", evaluated on the images that settings are chosen on",
+}
 
 
 def method_label(name: str) -> str:
@@ -60,26 +47,6 @@ def borrows_stage_one(record: RunRecord) -> bool:
     offline = method.get("offline") if isinstance(method, dict) else None
     in_suite = record.suite is not None and record.preset == "paper"
     return in_suite and isinstance(offline, dict) and not (offline.get("stage1_overrides") or record.labeller)
-
-
-COLLECTED = "records.jsonl"  # a record in each line; what else a run left may lie in a folder of the cell's name
-
-
-@dataclass
-class Run:
-    """One record, and its folder (None for a cell that left no record)."""
-
-    record: RunRecord
-    folder: Path | None
-    file: Path | None = None  # that the record was read from
-    variant: str = ""  # what its configuration has that others of the same method have not
-    share: float = UNKNOWN_SHARE  # percentage of the images that are labelled, by which it stands in a column
-    href: str = ""  # address of its record, seen from the report
-
-    @property
-    def pair(self) -> Pair:
-        """Fold and seed, by which runs are paired."""
-        return self.record.fold, self.record.seed
 
 
 @dataclass
@@ -164,12 +131,14 @@ class Row:
     method: str
     variant: str
     cells: dict[float, Cell]
+    labeller: str | None = None  # who made its pseudo labels, where they are of a file
 
     @property
     def label(self) -> str:
         """The method's name, with what is particular about its configuration."""
         borrows = any(borrows_stage_one(run.record) for cell in self.cells.values() for run in cell.runs)
-        notes = [self.variant, "stage 1: the suite's baseline" if borrows else ""]
+        labels = f"labels by {self.labeller}" if self.labeller else ""
+        notes = [labels, self.variant, "stage 1: the suite's baseline" if borrows else ""]
         shown = ", ".join(note for note in notes if note)
         return method_label(self.method) + (f" ({shown})" if shown else "")
 
@@ -203,7 +172,8 @@ class Section:
     def title(self) -> str:
         """Dataset, protocol and suite."""
         suite = f"suite {self.keys['suite']}" if self.keys["suite"] else "single runs"
-        return f"{self.keys['dataset']}, split protocol {self.keys['protocol']}, {suite}"
+        text = f"{self.keys['dataset']}, split protocol {self.keys['protocol']}, {suite}"
+        return text + _EVALUATED_ON.get(self.keys["evaluated_on"], "")
 
     def column(self, percent: float) -> str:
         """The heading of a column: "10 %"; the protocol is named where it does not draw by a percentage."""
@@ -225,20 +195,7 @@ def load(folder: Path) -> tuple[list[Section], list[str]]:
     Raises:
         UserError: there is no record.
     """
-    if not folder.is_dir():
-        why = trouble(folder)
-        raise UserError(
-            f"{folder} is not a folder{f' ({why})' if why else ''}: give runs_dir=DIR with the records of runs"
-        )
-    runs: list[Run] = []
-    problems: list[str] = []
-    for path in find_records(folder, problems):
-        runs += _read(path, problems)
-    if not runs:
-        raise UserError(f"{problems[0] if problems else f'there is no record.json below {folder}'}")
-    runs += planned_without_record(folder, runs, problems)
-    runs = _without_copies(runs, problems)
-    _set_shares(runs)
+    runs, problems = collect(folder)
     by_table: dict[str, list[Run]] = {}
     for one in runs:
         keys = [getattr(one.record, key) for key in TABLE_KEYS]
@@ -246,143 +203,9 @@ def load(folder: Path) -> tuple[list[Section], list[str]]:
     return [_section(by_table[key]) for key in sorted(by_table)], problems
 
 
-def find_records(folder: Path, problems: list[str] | None = None) -> Iterator[Path]:
-    """Every record.json and records.jsonl below a folder; not a run's own first stage, which lies in that run's folder.
-
-    A sentence about each folder that cannot be read goes to `problems`.
-    """
-
-    def note(error: OSError) -> None:
-        if problems is not None:
-            problems.append(f"{refusal(error)}; what lies in it is left out")
-
-    for parent, folders, files in os.walk(folder, onerror=note):
-        folders.sort()
-        if COLLECTED in files:
-            yield Path(parent) / COLLECTED
-        if "record.json" in files:
-            yield Path(parent) / "record.json"
-            folders.clear()
-
-
-def _read(path: Path, problems: list[str]) -> list[Run]:
-    """The runs of a record.json or records.jsonl; sentences about what cannot be used go to `problems`."""
-    runs = []
-    try:
-        if path.name != COLLECTED:
-            return [Run(read_record(path), path.parent, path)]
-        lines = content_of(path, "give a folder with records").splitlines()
-    except UserError as error:
-        problems.append(str(error))
-        return []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = parse_record(path, line)
-            runs.append(Run(record, path.parent / file_name(record.cell or f"line-{number}"), path))
-        except UserError as error:
-            problems.append(f"line {number} of {error}")
-    return runs
-
-
-def planned_without_record(folder: Path, runs: list[Run], problems: list[str]) -> list[Run]:
-    """The cells that a suite planned and that left no record, each with the reason; adds plans that are damaged."""
-    known = {(run.record.suite, run.record.cell) for run in runs}
-    found = []
-    for path in sorted(folder.rglob("suite.json")):
-        try:
-            plan = read_plan(path)
-        except UserError as error:
-            problems.append(str(error))
-            continue
-        of_suite = [run.record for run in runs if run.record.suite == plan.suite]
-        for cell in plan.cells:
-            if (plan.suite, cell.name) not in known:
-                found.append(Run(_planned_record(plan.suite, cell, of_suite), None))
-    return found
-
-
-def _planned_record(suite: str, cell: PlannedCell, of_suite: list[RunRecord]) -> RunRecord:
-    """A record for a cell that left none, to stand in the table of the suite's other records."""
-    alike = [record for record in of_suite if record.protocol == cell.protocol]
-    same = [record for record in alike if record.dataset == cell.dataset]
-    template = (same or alike or [RunRecord(dataset=cell.dataset, protocol=cell.protocol)])[0]
-    record = RunRecord(**{key: getattr(template, key) for key in TABLE_KEYS})
-    record.suite, record.cell, record.method = suite, cell.name, cell.method
-    record.percent, record.fold, record.seed = cell.percent, cell.fold, cell.seed
-    record.status, record.error = cell.state, cell.reason or "not run"
-    return record
-
-
-def _set_shares(runs: list[Run]) -> None:
-    """Sets each run's share: the percentage that was drawn by, or that the list of images really is."""
-    totals: dict[str, int] = {}
-    for run in runs:  # of one split all runs count the same images, but a method may leave some unlabelled ones out
-        images = run.record.labeled_images + run.record.unlabeled_images
-        totals[run.record.split_sha256] = max(totals.get(run.record.split_sha256, 0), images)
-    by_asked: dict[Any, float] = {}  # split.percent of the configuration -> share, for cells that left no record
-    for run in runs:
-        run.share = _share(run.record, totals[run.record.split_sha256])
-        if run.folder is not None:
-            by_asked[_split_of(run.record).get("percent")] = run.share
-    for run in runs:
-        if run.folder is None and run.record.protocol in GIVEN:
-            run.share = by_asked.get(run.record.percent, UNKNOWN_SHARE)
-
-
-def _share(record: RunRecord, images: int) -> float:
-    """The percentage of `images` that a run has labelled; of lists, three digits of it."""
-    if record.protocol in _WHOLE:
-        return ALL_LABELS
-    if record.protocol not in GIVEN and record.percent is not None:
-        return record.percent
-    split = _split_of(record)
-    # Older records repeat the percentage of the configuration, which means nothing unless the list was made for it.
-    made_for_it = "{percent}" in str(split.get("index_file")) or "@" in str(split.get("index_file"))
-    share = record.percent if record.percent != split.get("percent") or made_for_it else None
-    if share is None and record.labeled_images:
-        share = 100 * record.labeled_images / images
-    return UNKNOWN_SHARE if share is None else float(f"{share:.3g}")
-
-
-def _split_of(record: RunRecord) -> dict[str, Any]:
-    """`split` of a run's configuration."""
-    split = record.config.get("split")
-    return {key: value for key, value in split.items() if _is_plain(value)} if isinstance(split, dict) else {}
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, str | int | float)
-
-
-def _without_copies(runs: list[Run], problems: list[str]) -> list[Run]:
-    """Counts a run once whose folder was copied, and the newest where one was run again elsewhere."""
-    newest: dict[str, Run] = {}
-    for one in sorted(runs, key=lambda run: (run.record.status == "ok", run.record.started)):
-        r = one.record
-        place = [*(getattr(r, key) for key in TABLE_KEYS), r.method, _variable_part(r), r.percent, r.fold, r.seed]
-        key = json.dumps(place)
-        if key in newest:
-            problems.append(f"{newest[key].folder} is not counted: {one.folder} is a newer run of the same cell.")
-        newest[key] = one
-    return list(newest.values())
-
-
-def _variable_part(record: RunRecord) -> dict[str, Any]:
-    """What a record's configuration says besides which split and seed: runs are averaged only where it is equal."""
-    if not record.config:
-        keys = ("steps", "augment", "pipeline", "batch_labeled", "batch_unlabeled", "micro_batch", "reported_network")
-        return {key: getattr(record, key) for key in keys} if record.status == "ok" else {}
-    plain = without_circumstances(copy.deepcopy(record.config))
-    plain.pop("seed", None)
-    split = plain.get("split")
-    if isinstance(split, dict):
-        plain["split"] = {key: value for key, value in split.items() if key not in ("percent", "fold")}
-    return plain
-
-
 def _name_variants(runs: list[Run], steps: int) -> None:
     """Says for each run of one method what its configuration has that the commonest one of so many steps has not."""
-    parts = [_variable_part(run.record) for run in runs]
+    parts = [variable_part(run.record) for run in runs]
     alike = [part for run, part in zip(runs, parts, strict=True) if run.record.steps == steps] or parts
     texts = Counter(json.dumps(part, sort_keys=True) for part in alike if part)
     if not texts:
@@ -394,25 +217,26 @@ def _name_variants(runs: list[Run], steps: int) -> None:
         one.variant = ", ".join(values[:3]) + (f" and {len(values) - 3} more" if len(values) > 3 else "")
 
 
-def _place(method: str) -> tuple[int, str]:
-    return (_ORDER.index(method) if method in _ORDER else len(_ORDER), method)
+def _place(kind: tuple[str, str]) -> tuple[int, str, str]:
+    method, labeller = kind
+    return (_ORDER.index(method) if method in _ORDER else len(_ORDER), method, labeller)
 
 
 def _section(runs: list[Run]) -> Section:
     """Sorts the runs that share a table into rows and columns."""
-    methods = sorted({run.record.method for run in runs}, key=_place)
+    kinds = sorted({kind_of(run.record) for run in runs}, key=_place)
     percents = sorted({run.share for run in runs})
     columns = [percent for percent in percents if percent < ALL_LABELS] or percents
     rows, reference = [], []
     steps = _usual_steps(runs)
-    for method in methods:
-        _name_variants([run for run in runs if run.record.method == method], steps)
+    for kind in kinds:
+        _name_variants([run for run in runs if kind_of(run.record) == kind], steps)
     baselines = _baselines(runs)
-    for method in methods:
-        own = [run for run in runs if run.record.method == method]
+    for method, labeller in kinds:
+        own = [run for run in runs if kind_of(run.record) == (method, labeller)]
         for variant in sorted({run.variant for run in own}):
-            row = Row(method, variant, {})
-            extra = Row(method, variant, {})
+            row = Row(method, variant, {}, labeller or None)
+            extra = Row(method, variant, {}, labeller or None)
             for percent in percents:
                 here = [run for run in own if run.variant == variant and run.share == percent]
                 cell = _cell(percent, here, baselines)

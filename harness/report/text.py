@@ -187,9 +187,10 @@ def facts(section: Section) -> list[tuple[str, str]]:
         ("first weights", one.pretraining or "not recorded"),
         ("data pipeline", _listed(section.distinct("pipeline"))),
     ]
-    if one.tune_images:
-        labels = f"{one.tune_images:,} images with {one.tune_boxes:,} boxes, labels beside those of the training"
-        found.append(("set for choosing settings", labels))
+    tune = {(run.record.tune_images, run.record.tune_boxes) for run in section.runs if run.record.tune_images}
+    if tune:
+        listed = " or ".join(f"{images:,} images with {boxes:,} boxes" for images, boxes in sorted(tune))
+        found.append(("set for choosing settings", f"{listed}, labels beside those of the training"))
     deviations = sorted({line for run in section.runs for line in run.record.augment_deviations})
     found += [("augmentation differs from the paper", "; ".join(deviations))] if deviations else []
     on_cpu = [run.record.environment for run in section.runs if not run.record.environment.get("gpus")]
@@ -199,11 +200,6 @@ def facts(section: Section) -> list[tuple[str, str]]:
     lenders = sorted({method_label(run.record.method) for run in section.runs if borrows_stage_one(run.record)})
     if lenders:
         found.append((f"stage 1 of {', '.join(lenders)}", "the supervised baseline of this suite, not the paper's own"))
-    foreign = sorted(
-        {(method_label(run.record.method), run.record.labeller) for run in section.runs if run.record.labeller}
-    )
-    seen = "which may have seen these images, their labels or the evaluation images"
-    found += [(f"pseudo labels of {method}", f"a file made by {labeller}, {seen}") for method, labeller in foreign]
     machines = sorted({machine(run.record.environment) for run in section.runs})
     found += [
         ("machine", "; ".join(machines)),

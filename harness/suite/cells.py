@@ -17,12 +17,14 @@ import torch
 from omegaconf import DictConfig
 
 from harness.core.files import open_to_append, refusal
+from harness.core.readback import tail
 from harness.core.record import available_cores, read_record, write_record
 from harness.core.stopping import StopRequest
 from harness.core.types import RunRecord, UserError
+from harness.launch.launcher import THREAD_VARIABLES
 from harness.suite.claims import Claims
 from harness.suite.fork_server import ForkedCell, ForkServer, end_with_parent
-from harness.suite.plan import SuiteCell, state_of, tail
+from harness.suite.plan import SuiteCell, state_of
 
 if TYPE_CHECKING:
     from harness.suite.view import SuiteView
@@ -32,7 +34,6 @@ GIB_PER_RUN = 1.5  # what one run of the small preset may take, for the number s
 _POLL_SECONDS = 0.2
 _LOOK_SECONDS = 1.0  # between looks at cells that other processes run
 _SUITE_PROCESS = "SSODBENCH_SUITE_PROCESS"  # tells a cell whose child it is
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
 def default_jobs(cfg: DictConfig) -> int:
@@ -57,7 +58,7 @@ def available_gib() -> float:
 
 def environments(cfg: DictConfig, jobs: int) -> list[dict[str, str]]:
     """One environment per process side by side: its threads, and its GPUs where there are any."""
-    base = dict(os.environ) | dict.fromkeys(_THREAD_VARIABLES, str(cfg.threads))
+    base = dict(os.environ) | dict.fromkeys(THREAD_VARIABLES, str(cfg.threads))
     base["SSODBENCH_SUITE"] = cfg.suite.name
     if cfg.device == "cpu" or not torch.cuda.is_available():
         return [base] * jobs
@@ -219,6 +220,13 @@ def try_to_start(
     return process
 
 
+def arguments(cell: SuiteCell) -> list[str]:
+    """Of `ssodbench`, to run a cell."""
+    folders = [word for folder in cell.cfg.cli.config_dirs for word in ("--config-dir", str(folder))]
+    stage_one = [f"method.offline.checkpoint={cell.needs.run_dir}"] if cell.needs is not None else []
+    return ["train", *folders, *cell.overrides, *stage_one]
+
+
 def start(
     cell: SuiteCell, suite_dir: Path, environment: dict[str, str], server: ForkServer | None = None
 ) -> CellProcess:
@@ -226,18 +234,14 @@ def start(
 
     It has a session of its own: Ctrl-C reaches the suite alone, which then asks each cell once to save and stop.
     """
-    overrides = list(cell.overrides)
-    if cell.needs is not None:
-        overrides.append(f"method.offline.checkpoint={cell.needs.run_dir}")
-    folders = [word for folder in cell.cfg.cli.config_dirs for word in ("--config-dir", str(folder))]
     log = suite_dir / "logs" / f"{cell.name}.log"
     with open_to_append(log) as output:
         output.write(b"\n")
         if server is not None:
             output.flush()
-            return server.start(["train", *folders, *overrides], log, environment)
+            return server.start(arguments(cell), log, environment)
         return subprocess.Popen(
-            [*train_command(), *folders, *overrides],
+            [*train_command(), *arguments(cell)[1:]],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -204,12 +204,3 @@ def write_plan(suite_dir: Path, cfg: DictConfig, cells: list[SuiteCell]) -> None
     ]
     content = {"suite": cfg.suite.name, "cells": rows}
     write_atomically(suite_dir / "suite.json", msgspec.json.format(msgspec.json.encode(content), indent=1))
-
-
-def tail(log: Path, lines: int) -> str:
-    """The last lines that are not empty."""
-    try:
-        text = log.read_bytes()[-20_000:].decode(errors="replace")
-    except OSError:
-        return ""
-    return "\n".join([line.rstrip() for line in text.splitlines() if line.strip()][-lines:])

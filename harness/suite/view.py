@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from harness.core.readback import Progress as RunProgress
-from harness.core.readback import read_progress
+from harness.core.readback import read_progress, tail
 from harness.core.record import read_record
 from harness.core.types import UserError
 from harness.engine.log import EtaColumn, duration
 from harness.suite.claims import Claims
-from harness.suite.plan import SuiteCell, state_of, tail
+from harness.suite.plan import SuiteCell, state_of
 
 UNFINISHED = ("waiting", "running", "held")
 
@@ -32,12 +32,18 @@ class CellStatus:
     note: str = ""
 
 
-def status_of(cell: SuiteCell, claims: Claims) -> CellStatus:
-    """The status of a cell: its progress while a live process holds its folder, otherwise that of its record."""
+def steps_of(cell: SuiteCell) -> tuple[str, str]:
+    """How far a cell is, and how long it takes still, as texts."""
     progress = read_progress(cell.run_dir)
     steps = f"{progress.step}/{progress.steps}" if progress is not None else "-"
+    return steps, duration(progress.eta if progress else None)
+
+
+def status_of(cell: SuiteCell, claims: Claims) -> CellStatus:
+    """The status of a cell: its progress while a live process holds its folder, otherwise that of its record."""
+    steps, eta = steps_of(cell)
     if (holder := claims.holder(cell.name, cell.run_dir)) is not None:
-        return CellStatus("running", steps=steps, eta=duration(progress.eta if progress else None), note=holder)
+        return CellStatus("running", steps=steps, eta=eta, note=holder)
     path = cell.run_dir / "record.json"
     if not path.exists():
         return CellStatus("waiting")

@@ -16,6 +16,7 @@ import torch
 from nvidia.dali import Pipeline
 from torch import Tensor
 
+from harness.core.stages import stage
 from harness.core.types import ImageSource, UserError
 from pipelines.base import BadImageError, BasePipeline, Job, canvas
 from pipelines.dali.graph import Graph, define, define_decode
@@ -189,7 +190,8 @@ class DaliPipeline(BasePipeline):
                     lanes.appendleft(self._borrow(job))
                 runner = lanes[0]
                 lanes.rotate(-1)
-                under_way.append((job, runner, runner.submit(job)))
+                with stage("feed"):
+                    under_way.append((job, runner, runner.submit(job)))
                 if len(under_way) > ahead:
                     yield self._finish(under_way, runners)
             while under_way:

@@ -206,7 +206,7 @@ VOC_FILES: list[tuple[str, Callable[[Path], None], tuple[str, ...]]] = [
     ("object of an empty name", xml("<name>cat", "<name> "), ("train001.xml", "object 1", "<name> is empty")),
     ("XML missing", voc(lambda r: (r / "Annotations" / "train002.xml").unlink()), ("train002.xml", "off the list")),
     ("picture missing", voc(lambda r: (r / "JPEGImages" / "val001.jpg").unlink()), ("val001.jpg", "missing")),
-    ("list of missing pictures", listed("train", b"nothing\nnobody\n"), ("2 picture(s)", "nothing.xml")),
+    ("list of missing pictures", listed("train", b"nothing\nnobody\n"), ("2 pictures", "nothing.xml")),
     ("empty list", listed("train", b"\n\n"), ("train.txt", "lists no image")),
     ("list in another encoding", listed("val", b"\xff\xfe\x00x"), ("val.txt", "UTF-8")),
     ("list of a picture twice", listed("train", b"train001\ntrain001\n"), ("train001.jpg", "more than once")),

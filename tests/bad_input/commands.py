@@ -121,7 +121,7 @@ CASES = [
         ("data.yaml", "which is not there", "names: [FIRST, SECOND]"),
         _beside,
     ),
-    Case("init two folders", "init {pets} {tmp}", ("{tmp}",)),
+    Case("init two folders", "init {pets} {tmp}", ("{tmp}", "one value without a key")),
     Case("init, unused key", "init {pets} split.percent=5", ("split.percent", "it takes")),
     Case(
         "init over another file",

@@ -6,8 +6,9 @@ from torchvision.models import detection
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from detectors.detector import targets_of
+from detectors.fcos import fcos
 from detectors.matching import match_anchors
-from detectors.one_stage import fcos, retinanet
+from detectors.retinanet import retinanet
 from harness.core.types import UserError, View
 
 SIZES = (8, 16, 32, 64, 128)

@@ -12,7 +12,8 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_p
 
 from detectors.detector import Detector
 from detectors.faster_rcnn import STYLES, faster_rcnn, small_faster_rcnn
-from detectors.one_stage import fcos, retinanet
+from detectors.fcos import fcos
+from detectors.retinanet import retinanet
 from detectors.rpn import CANDIDATES, Anchors, Rpn, RpnSettings, base_anchors
 from harness.core.types import UserError
 

@@ -14,7 +14,8 @@ from torch import nn
 
 from detectors.detector import Detector, targets_of
 from detectors.faster_rcnn import faster_rcnn, small_faster_rcnn
-from detectors.one_stage import fcos, retinanet
+from detectors.fcos import fcos
+from detectors.retinanet import retinanet
 from detectors.timm_backbones import PACKAGES, FoldedConv, SimplePyramid, timm_pyramid
 from harness.core.types import UserError
 

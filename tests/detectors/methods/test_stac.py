@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from detectors.detector import targets_of
+from detectors.fcos import fcos
 from detectors.methods.stac import Stac
-from detectors.one_stage import fcos
 from harness.core.types import UserError
 
 

@@ -227,17 +227,25 @@ def test_student_that_rises_from_the_start(make_small):
     assert counts(told(method, range(5, 10), loss=4.0)) == [0, 0, 0, 0, 1]
 
 
-@pytest.mark.parametrize(("shown", "warned"), [([1] * 20, True), ([1] * 19 + [2], False)])
-def test_one_class_that_gets_all_labels(make_small, shown, warned):
-    """20 boxes at each of 5 log lines, two of which are padding."""
+@pytest.mark.parametrize(
+    ("shown", "names", "said"),
+    [
+        ([1] * 20, (), "class 1 (of"),
+        ([2] * 20, ("red cell", "plate\nlet", "white cell"), "class plate let (of"),
+        ([1] * 19 + [2], (), None),
+    ],
+)
+def test_one_class_that_gets_all_labels(make_small, shown, names, said):
+    """20 boxes at each of 5 log lines, two of which are padding; the class is named where names are known."""
     method = watched(make_small)
+    method.class_names = names
     labels = torch.tensor([[*shown, 2, 2]])
     valid = torch.arange(22)[None] < 20
     box = torch.tensor([0.0, 0, 5, 5]).expand(1, 22, 4)
     method.labels = {"classification": PaddedTargets(box, labels, torch.ones(1, 22), valid)}
     found = told(method, range(7))
-    assert counts(found) == [0, 0, 0, 0, int(warned), 0, 0]
-    assert not warned or ("class 1 (of" in found[4][0] and "method.score" in found[4][0])
+    assert counts(found) == [0, 0, 0, 0, int(said is not None), 0, 0]
+    assert said is None or (said in found[4][0] and "method.score" in found[4][0])
 
 
 def test_mean_teacher_is_silent_without_any_label(make_small, make_batch, monkeypatch):

@@ -122,7 +122,7 @@ def test_every_method_composes_in_every_preset(method: str, preset: str) -> None
         ("method.ema.momentum=2", "method.ema.momentum=2 must be a number of at least 0 and at most 1"),
         ("method.ema=3", "method.ema=3 must be keys out of momentum, ramp, gamma, interval, update, buffers or null"),
         ("runs_dir=null", "runs_dir=null must be a path"),
-        ("run_dir=2024", "run_dir=2024 must be a path, written ./NAME"),
+        ("run_dir=2024", "run_dir=2024 must be a path (./NAME"),
         ("check=deep", "check=deep must be one of quick, headers, full"),
         ("data=null", "data=null names no option: choose one of bccd, coco, custom, shapes, voc"),
         ("method=null", "method=null names no option"),
@@ -340,7 +340,7 @@ def test_version_and_help_do_not_load_a_configuration(capsys: pytest.CaptureFixt
 
 
 def test_extras_that_are_not_chosen_are_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("nvidia.dali", "wandb", "submitit"):
+    for module in ("nvidia.dali", "wandb"):
         monkeypatch.setitem(sys.modules, module, None)
     cfg = compose.load(["pipeline=torchvision", "logging.loggers=[wandb]"])
     extras.check_extras(cfg)

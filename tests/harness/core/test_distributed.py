@@ -26,6 +26,7 @@ from harness.core.distributed import resolve_device
 from harness.core.types import UserError
 from harness.data.sampling import BatchSampler
 from harness.engine import checkpoint
+from harness.engine.taught import KEPT_IMAGES, read_kept
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -123,7 +124,11 @@ CASES = {
 
 def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
     one = _train(tmp_path, "one", 1, GROUP_NORM, *CASES["soft_teacher"])
-    _assert_equivalent(one, _train(tmp_path, "two", 2, GROUP_NORM, *CASES["soft_teacher"]))
+    two = _train(tmp_path, "two", 2, GROUP_NORM, *CASES["soft_teacher"])
+    _assert_equivalent(one, two)
+    of_one, of_two = ([image.image_id for image in read_kept(run_dir).images] for run_dir in (one, two))
+    assert of_one == of_two
+    assert len(of_one) == KEPT_IMAGES
 
 
 def test_batch_norm_differs_in_its_running_statistics_alone(tmp_path: Path) -> None:

@@ -97,3 +97,17 @@ def test_the_types_are_light() -> None:
     script = f"import sys, harness.core.types; print([name for name in {heavy} if name in sys.modules])"
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cpu", True), (torch.device("cpu"), True), ("cuda:0", False)])
+def test_target_waits_for_what_is_read_on_the_cpu(device: torch.device | str, waits: bool) -> None:
+    asked: list[bool] = []
+
+    class Recorder:
+        def to(self, _: torch.device | str, *, non_blocking: bool) -> Recorder:
+            asked.append(non_blocking)
+            return self
+
+    one: Any = Recorder()
+    Target(one, one, one).to(device)
+    assert asked == [not waits] * 3

@@ -17,7 +17,9 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
 from harness.core.types import Target, View
+from harness.data.ground_truth import from_coco
 from harness.engine import evaluate
+from tests.harness.engine.evaluations import random_predictions, random_truth
 
 
 def _truth(rng: np.random.Generator, images: int = 12) -> dict[str, Any]:
@@ -106,3 +108,14 @@ def test_boxes_go_back_through_the_inverse_matrix_and_labels_to_category_ids() -
     rows = evaluate.predictions(evaluate.detect_all(network, batches(), 0.05), np.array([5, 90]))  # type: ignore[arg-type]
     np.testing.assert_allclose(rows, [[17, 10, 10, 10, 10, 0.8, 90]], rtol=1e-6)
     assert network.training
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_quick_scorer_gives_pycocotools_numbers(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    truth = random_truth(rng, images=int(rng.integers(1, 40)))
+    rows = random_predictions(rng, truth) if seed else np.zeros((0, 7))
+    found, wanted = evaluate.quick_score(rows, from_coco(truth)), evaluate.score(rows, truth)
+    assert list(found) == list(wanted)
+    for name, value in wanted.items():
+        assert found[name] is None if value is None else found[name] == pytest.approx(value, rel=1e-12, abs=1e-12)

@@ -14,51 +14,10 @@ from PIL import Image
 from harness.cli import main
 from harness.config import compose
 from harness.core.distributed import World
-from harness.core.types import Target, View
 from harness.engine import annotate, look
 
 pytestmark = pytest.mark.timeout(180)
 HERE = World(0, 1, torch.device("cpu"))
-
-
-def view(matrix: list[list[float]], size: tuple[int, int] = (100, 100)) -> View:
-    return View(torch.zeros(1, 3, 128, 128), torch.tensor([size]), torch.tensor([matrix]))
-
-
-def target(*rows: tuple[list[float], int, float]) -> Target:
-    boxes = torch.tensor([row[0] for row in rows]).reshape(-1, 4)
-    return Target(boxes, torch.tensor([row[1] for row in rows]), torch.tensor([row[2] for row in rows]))
-
-
-def test_every_box_of_the_teacher_is_taught_or_not_and_the_reason_is_right() -> None:
-    weak = view([[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1]])
-    strong = view([[2.0, 0, -20.0], [0, 2.0, 0], [0, 0, 1]])  # twice as large, 20 px to the left
-    found = target(
-        ([20.0, 10, 40, 30], 1, 0.95),  # at 20, 20, 60, 60 of the strong view
-        ([30.0, 30, 45, 45], 2, 0.8),
-        ([0.0, 0, 8, 8], 1, 0.9),  # left of the strong view
-        ([12.0, 40, 30, 48], 1, 0.3),
-    )
-    uses = {
-        "classification": target(([20.0, 20, 60, 60], 1, 0.95), ([40.0, 60, 70, 90], 2, 0.8)),
-        "regression": target(([20.0, 20, 60, 60], 1, 0.95), ([1.0, 1, 9, 9], 2, 0.99)),
-    }
-    kept, rejected = look.sort_out(found, uses, weak, strong)
-    assert kept.words == ["classification and regression", "classification", "regression"]
-    assert kept.target.boxes.tolist() == [[20, 20, 60, 60], [40, 60, 70, 90], [1, 1, 9, 9]]
-    assert rejected.words == ["outside of the strong view", "score too low"]
-    assert rejected.target.scores.tolist() == pytest.approx([0.9, 0.3])
-    assert rejected.target.boxes[1].tolist() == [4, 80, 40, 96]
-
-
-def test_a_class_of_its_own_is_another_box() -> None:
-    weak = view(np.eye(3).tolist())
-    found = target(([20.0, 20, 60, 60], 1, 0.95))
-    kept, rejected = look.sort_out(found, {"classification": target(([20.0, 20, 60, 60], 2, 0.95))}, weak, weak)
-    assert kept.target.labels.tolist() == [2]
-    assert rejected.target.labels.tolist() == [1]
-    nothing, _ = look.sort_out(found[torch.tensor([], dtype=torch.int64)], {}, weak, weak)
-    assert len(nothing.target) == 0
 
 
 def test_views_show_boxes_on_the_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

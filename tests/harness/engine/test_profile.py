@@ -6,10 +6,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.stats
 
 from harness.cli import main
-from harness.engine.profile import Meter, alternate
+from harness.engine.profile import Meter, alternate, ratio
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -45,11 +47,15 @@ def test_figures_of_each_pipeline(
 
 
 @pytest.mark.parametrize(
-    ("override", "words"),
-    [("profile.pipelines=[dali,fast]", "'fast', which is none of dali"), ("profile.views=[sideways]", "sideways")],
+    ("overrides", "words"),
+    [
+        (["profile.pipelines=[dali,fast]"], "'fast', which is none of dali"),
+        (["profile.pipelines=[dali]", "profile.views=[sideways]"], "sideways"),
+        (["profile.pipelines=[dali]", "profile.sweep={threads: [1]}"], "give one of them"),
+    ],
 )
-def test_mistakes(command: list[str], override: str, words: str, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main([*command, override]) == 2
+def test_mistakes(command: list[str], overrides: list[str], words: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, *overrides]) == 2
     assert words in capfd.readouterr().err
 
 
@@ -68,3 +74,14 @@ def test_turns_alternate_and_are_of_equal_length() -> None:
     assert measured == ["a", "b", "b", "a", "a", "b"]
     assert meters["a"].images == 4 * sum(batches for name, batches in order[4:] if name == "a")
     assert isinstance(meters["b"], Meter)
+    assert len(meters["a"].rates) == 3
+
+
+def test_interval_of_a_ratio_is_that_of_paired_logarithms() -> None:
+    rng = np.random.default_rng(0)
+    rates, others = rng.uniform(90, 110, 6), rng.uniform(40, 60, 6)
+    found = ratio(rates.tolist(), others.tolist())
+    test = scipy.stats.ttest_rel(np.log(rates), np.log(others)).confidence_interval(0.95)
+    assert (found["low"], found["high"]) == pytest.approx((np.exp(test.low), np.exp(test.high)))
+    assert found["ratio"] == pytest.approx(scipy.stats.gmean(rates / others))
+    assert ratio([2.0], [1.0]) == {"ratio": 2.0, "low": None, "high": None}

@@ -36,6 +36,7 @@ from harness.engine.errors import KINDS
 from harness.engine.evaluate import METRICS
 from harness.engine.loop import RunError
 from harness.engine.matches import read_matches
+from harness.engine.taught import PSEUDO_LABELS
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -75,7 +76,10 @@ def _outcome(run_dir: Path) -> dict[str, Any]:
     for line in lines:
         for key in ("images_per_s", "data_wait", "memory_mb", "gpu_memory_mb"):
             line.pop(key, None)
-    return {**outcome, "lines": lines, "predictions": (run_dir / "predictions.json").read_text()}
+    kept = run_dir / PSEUDO_LABELS
+    assert kept.exists() == (record["method"] not in ("supervised", "stac"))  # of teachers alone
+    labels = kept.read_text() if kept.exists() else ""
+    return {**outcome, "lines": lines, "predictions": (run_dir / "predictions.json").read_text(), "labels": labels}
 
 
 METHODS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from scipy import stats
 from harness.core.types import RunRecord
 from harness.data.ground_truth import from_coco
 from harness.engine.accumulate import scores
-from harness.engine.matches import match, write_matches
-from harness.report import report, tables
-from harness.report.bootstrap import average, difference, resample
+from harness.engine.matches import match, read_matches, write_matches
+from harness.report import chance, report, resample_cache, tables
+from harness.report.bootstrap import Resampled, average, difference, resample
 from harness.report.chance import ImageChance
 from harness.report.comparison import Analysis, analyse
 from harness.report.costs import costs
@@ -188,6 +189,99 @@ def test_interval_over_images_is_the_paired_bootstrap_of_the_means(tmp_path: Pat
     assert labels_text(one).startswith("= supervised with ")
     assert labels_text(one).endswith(", by images)")
     assert len(section.runs) == 6
+
+
+def _report(folder: Path, name: str, cache_dir: Path | None) -> dict[str, bytes]:
+    """Every file of a report; all are equally deep, so that addresses are the same."""
+    out = folder / "out" / name
+    report.run(folder / "runs", out, 60, 0, cache_dir)
+    return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many resamples were made, call by call."""
+    made: list[int] = []
+
+    def counting(matches: Any, resamples: int, seed: int) -> Resampled:
+        made.append(resamples)
+        return resample(matches, resamples, seed)
+
+    monkeypatch.setattr(chance, "resample", counting)
+    return made
+
+
+def test_report_from_the_cache_is_the_same_byte_for_byte(tmp_path: Path, counted: list[int]) -> None:
+    _with_matches(tmp_path / "runs", RUNS)
+    without = _report(tmp_path, "without", None)
+    assert counted == [60] * 6
+    first, second = (_report(tmp_path, name, tmp_path / "cache") for name in ("first", "second"))
+    assert counted == [60] * 12  # the second made none
+    assert without == first == second
+    assert "drawn anew 60\n" in without["report.md"].decode()
+
+
+@pytest.mark.parametrize("damage", ["cut", "a flipped bit", "empty", "another archive", "a folder"])
+def test_damaged_cache_is_made_again(tmp_path: Path, counted: list[int], damage: str) -> None:
+    _with_matches(tmp_path / "runs", RUNS)
+    before = _report(tmp_path, "before", tmp_path / "cache")
+    kept = sorted((tmp_path / "cache/resamples").iterdir())
+    assert len(kept) == 6
+    content = bytearray(kept[2].read_bytes())
+    content[len(content) // 2] ^= 4
+    if damage == "another archive":
+        np.savez(kept[2], draws=np.zeros(3))
+    elif damage == "a folder":
+        kept[2].unlink()
+        kept[2].mkdir()
+    else:
+        kept[2].write_bytes({"cut": content[:900], "a flipped bit": content, "empty": b""}[damage])
+    counted.clear()
+    assert _report(tmp_path, "after", tmp_path / "cache") == before
+    assert counted == [60]
+    assert _report(tmp_path, "again", tmp_path / "cache") == before
+    assert counted == [60] * (2 if damage == "a folder" else 1)  # a file is mended
+
+
+def test_cache_goes_by_content(tmp_path: Path, counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other matches, another number of resamples and other code have entries of their own; a copy has not."""
+    _with_matches(tmp_path / "runs", RUNS)
+    _report(tmp_path, "one", tmp_path / "cache")
+    shutil.copytree(tmp_path / "runs", tmp_path / "elsewhere")
+    counted.clear()
+    report.run(tmp_path / "elsewhere", tmp_path / "out/copy", 60, 0, tmp_path / "cache")
+    assert counted == []
+    report.run(tmp_path / "runs", tmp_path / "out/more", 61, 0, tmp_path / "cache")
+    assert counted == [61] * 6
+    counted.clear()
+    matches = read_matches(tmp_path / "runs/quick/stac-1-1/matches.npz")
+    matches.scores[:] = matches.scores * 0.5
+    write_matches(tmp_path / "runs/quick/stac-1-1/matches.npz", matches)
+    _report(tmp_path, "changed", tmp_path / "cache")
+    assert counted == [60]
+    counted.clear()
+    monkeypatch.setattr(resample_cache, "_code", lambda: "other code")
+    _report(tmp_path, "code", tmp_path / "cache")
+    assert counted == [60] * 6
+
+
+def test_cached_resamples_of_another_evaluation_are_refused_too(tmp_path: Path, counted: list[int]) -> None:
+    _with_matches(tmp_path / "runs", RUNS)
+    _report(tmp_path, "one", tmp_path / "cache")
+    path = tmp_path / "runs/quick/stac-1-1/matches.npz"
+    path.write_bytes((tmp_path / "runs/quick/supervised-10-1/matches.npz").read_bytes())
+    counted.clear()
+    text = _report(tmp_path, "two", tmp_path / "cache")["report.md"].decode()
+    assert counted == []
+    assert "is not of the evaluation in the record beside it" in text
+
+
+def test_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path: Path, counted: list[int]) -> None:
+    _with_matches(tmp_path / "runs", RUNS)
+    (tmp_path / "cache").write_text("a file")
+    one, two = (_report(tmp_path, name, tmp_path / "cache") for name in ("one", "two"))
+    assert one == two
+    assert counted == [60] * 12
 
 
 def test_one_fold_has_an_interval_from_its_images(tmp_path: Path) -> None:

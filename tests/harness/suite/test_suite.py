@@ -16,14 +16,13 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from harness.commands import suite
 from harness.config import compose
 from harness.config.identity import config_sha256, identity
 from harness.core.lock import RunLock
 from harness.core.record import read_record
 from harness.core.types import UserError
 from harness.suite import cells as jobs
-from harness.suite import plan
+from harness.suite import plan, suite
 from harness.suite.claims import Claims
 
 pytestmark = pytest.mark.timeout(120)
@@ -298,13 +297,6 @@ def test_cells_of_another_process_are_left_to_it(bench):
     threading.Timer(0.5, claims.release, [cell("supervised", 1)]).start()
     assert bench.run(*ONE) == 0  # waits, and finds that the other one has not finished it
     assert bench.started() == [cell("supervised", 1)]
-
-
-def test_on_a_cluster_nobody_waits_for_cells_of_others(bench):
-    claims = Claims(bench.folder)
-    assert claims.take(cell("supervised", 1), bench.folder / cell("supervised", 1))
-    assert bench.run(*ONE, "launcher=slurm") == 3
-    claims.release(cell("supervised", 1))
 
 
 def test_a_killed_process_holds_nothing(bench):
