@@ -22,6 +22,8 @@ from harness.config.plain import resolved
 from harness.core import files
 from harness.core.types import UserError
 
+_SMALL = ("small", "small_retinanet", "small_fcos")  # detectors whose YAML says their name as it is
+
 
 def load(overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()) -> DictConfig:
     """Composes and checks the configuration of a command.
@@ -175,7 +177,7 @@ def _fill_defaults(cfg: DictConfig) -> None:
 def _name_backbone(cfg: DictConfig) -> None:
     """A detector on one of timm's networks is called by it, where nobody has said a name."""
     backbone = cfg.detector.get("backbone")
-    if backbone and (OmegaConf.is_interpolation(cfg.detector, "name") or cfg.detector.name == "small"):
+    if backbone and (OmegaConf.is_interpolation(cfg.detector, "name") or cfg.detector.name in _SMALL):
         family = str(cfg.detector.name).removesuffix(f"_r{cfg.detector.get('depth')}")
         cfg.detector.name = f"{family}_{str(backbone).removeprefix('timm:')}"
 

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from detectors.detector import Detector
 from detectors.methods.method import Method
+from detectors.timm_backbones import TimmBackbone
 from detectors.weights import Generated
 from harness.config import extras, schema, sections
 from harness.config.make import make
@@ -22,6 +23,7 @@ from harness.config.names import cell_name
 from harness.config.run import RunSettings
 from harness.config.sections import FeedOptions
 from harness.config.step import StepShape, draws_unlabeled, shape_of
+from harness.core import validate
 from harness.core.distributed import World
 from harness.core.types import ImageSource, Normalize, Pipeline, Split, UserError, Views
 from harness.data import prepare
@@ -265,6 +267,7 @@ def experiment(settings: RunSettings, world: World, data: Data, start: Start | N
     torch.manual_seed(settings.seed)
     schedule = settings.schedule
     network = detector(settings.detector, settings.cache_dir, len(data.dataset.train.category_ids))
+    _require_large_enough(network, settings.feed.augment)
     if start is not None:
         start.load_into(network)
     trained = method(settings.method, network, schedule.steps).to(world.device)
@@ -284,6 +287,27 @@ def experiment(settings: RunSettings, world: World, data: Data, start: Start | N
     feed = pipeline(settings.feed, world, network.normalize, trained.views, drawn, *lists)
     optimizer = build_optimizer(trained.trainable(), schedule.optimizer, trained.parameter_groups())
     return Experiment(settings, world, data, trained, optimizer, drawn, feed)
+
+
+def _require_large_enough(network: Detector, augment: Mapping[str, Any]) -> None:
+    """Refuses a policy that makes pictures smaller than a cell of the coarsest map of one of timm's networks.
+
+    Raises:
+        UserError: naming the view.
+    """
+    body = getattr(network.backbone, "body", None)
+    if not isinstance(body, TimmBackbone):
+        return
+    stride = max(network.backbone.strides)  # type: ignore[arg-type]
+    for name, view in augment["views"].items():
+        short = (view.get("resize") or {}).get("short")
+        sides = short if isinstance(short, list) else [short]
+        if any(side is not None and side < stride for side in sides):
+            raise UserError(
+                f"augment.views.{name}.resize.short={validate.shown(short)} is smaller than the stride of {stride} px "
+                f"of the coarsest map of {network.name}: give larger pictures (data.small.short_side with preset=small "
+                "and photos)"
+            )
 
 
 def prepare_caches(cfgs: Sequence[DictConfig]) -> None:

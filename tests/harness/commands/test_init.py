@@ -32,7 +32,7 @@ def test_without_pictures_to_evaluate_some_are_held_out(
     assert "10 pictures to train on, with 11 boxes, none to evaluate, 2 classes (a, b)" in out
     prepare, train = printed_commands(out)
     assert {"split.holdout=0.2", "split.percent=100"} <= set(prepare)
-    assert train[2:] == [*prepare[2:4], "method=supervised", *prepare[4:]]
+    assert train[2:] == [*prepare[2:4], "method=supervised", *prepare[4:], "preset=photos"]
     assert cli.main([*prepare, "cache_dir=cache", "export_dir=out"]) == 0
     out = capsys.readouterr().out
     assert "8 pictures to train on with 9 boxes; 2 pictures to evaluate on" in out
