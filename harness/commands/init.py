@@ -13,6 +13,7 @@ from harness.config import compose, extras, targets
 from harness.core.console import Console, counted
 from harness.core.files import require_writable, write_atomically
 from harness.core.types import UserError
+from harness.data.datasets import CocoIndex
 from harness.engine import own_data
 
 
@@ -48,10 +49,16 @@ def run(cfg: DictConfig) -> int:
         f"wrote {out}: for training on a CPU pictures of {small.short_side} px with anchors of "
         f"{', '.join(map(str, small.anchor_sizes))} px"
     )
+    _say_next(train, len(val) > 0, out, console)
+    return 0
+
+
+def _say_next(train: CocoIndex, evaluates: bool, out: Path, console: Console) -> None:
+    """The next two commands. Where half of the pictures show nothing, they are those that nobody labelled."""
     console.say("now look at the data, then train:")
     given = f"--config-dir {shlex.quote(str(out.parent.parent))} data={shlex.quote(out.stem)}"
-    most = int(train.boxed().sum()) >= len(train) / 2  # else the others are those that nobody labelled
-    if len(val):
+    most = int(train.boxed().sum()) >= len(train) / 2
+    if evaluates:
         keys, method = "", f"method=mean_teacher {'split.percent=10' if most else 'split.protocol=annotated'}"
     else:
         keys = f" {'split.percent=100' if most else 'split.protocol=annotated'} split.holdout=0.2"
@@ -60,11 +67,10 @@ def run(cfg: DictConfig) -> int:
     console.say(f"  ssodbench train {given} {method}{keys} preset=photos")
     if missing := extras.missing_for_photos():
         console.say(f"preset=photos, the CPU recipe for photographs, needs first: {missing}")
-    if not len(val):
+    if not evaluates:
         console.say("split.holdout takes a fifth of the labelled pictures to evaluate on")
     if keys and most:
         console.say("a folder of unlabelled pictures beside them: method=mean_teacher data.unlabeled_images=FOLDER")
-    return 0
 
 
 def _name(root: Path) -> str:
