@@ -162,7 +162,7 @@ def test_export(benchmark: Any, index: CocoIndex, tmp_path: Path) -> None:
     """Both files of one split, without polygons."""
     dataset = Dataset("scale", index, index)
     split = prepare.resolve_split(dataset, options("soft_teacher"))
-    labeled, _ = benchmark.pedantic(lambda: split_files.export_split(dataset, split, tmp_path), rounds=2)
+    labeled, _ = benchmark.pedantic(lambda: split_files.export_all(dataset, [split], tmp_path), rounds=2)
     assert labeled.name == "instances_train2017.1@10.json"
 
 

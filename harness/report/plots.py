@@ -48,7 +48,7 @@ _DARK = {
     "#56b4e9": "#7cc7f2",
     "#8c6d31": "#c9a227",
 }
-_RC: Any = {
+STYLE: Any = {
     "svg.hashsalt": "ssodbench",  # the same records give the same file
     "font.size": 10,
     "axes.spines.top": False,
@@ -112,7 +112,7 @@ def _label(row: Row) -> str:
     return figure_label(row.label)
 
 
-def _svg(figure: Figure) -> str:
+def as_svg(figure: Figure) -> str:
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of names whose letters the font has not: a box stands for each
@@ -140,7 +140,7 @@ def _ap_by_ratio(section: Section) -> str | None:
     if not rows:
         return None
     looks = look(section.rows)
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.subplots()
         count = len(rows)
@@ -171,7 +171,7 @@ def _ap_by_ratio(section: Section) -> str | None:
         axes.set_xlabel("labelled images")
         axes.set_ylabel("AP (COCO, 0.50:0.95)")
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-        return _svg(figure)
+        return as_svg(figure)
 
 
 # How compute is counted: axis label -> (value of a cost, whether it is on that front).
@@ -190,7 +190,7 @@ def ap_by_compute(section: Section, found: dict[tuple[str, float], Cost]) -> str
     kinds = [name for name, read in _COMPUTE.items() if len({read(cost)[0] for cost in found.values()} - {None}) > 1]
     if not percents or not kinds:
         return None
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(2.2 + 2.6 * len(percents), 0.3 + 2.4 * len(kinds)), layout="constrained")
         axes = figure.subplots(len(kinds), len(percents), squeeze=False, sharex="row", sharey=True)
         for line, name in enumerate(kinds):
@@ -203,7 +203,7 @@ def ap_by_compute(section: Section, found: dict[tuple[str, float], Cost]) -> str
                 if name == "images seen":
                     panel.xaxis.set_major_formatter(EngFormatter(sep=""))
         _legend(figure, axes.flat)
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def _compute_panel(
@@ -235,7 +235,7 @@ def published_against_ours(sections: list[Section], published: list[dict[str, An
     if not points:
         return None
     looks = look({row.label: row for section in sections for row in section.rows}.values())
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 4.4), layout="constrained")
         axes = figure.subplots()
         for row, theirs, ours, alike in points:
@@ -246,7 +246,7 @@ def published_against_ours(sections: list[Section], published: list[dict[str, An
         axes.plot([0, most], [0, most], color=_EDGE, lw=1, ls=(0, (4, 3)))
         axes.set(xlim=(0, most), ylim=(0, most), xlabel="published AP", ylabel="our AP")
         _legend(figure, [axes])
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def published_pairs(
@@ -306,7 +306,7 @@ def _learning_curves(section: Section, curves: Curves) -> str | None:
     if not percents or not kinds:
         return None
     looks = look(section.rows)
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(2.2 + 2.6 * len(percents), 0.4 + 2.3 * len(kinds)), layout="constrained")
         axes = _panels(len(percents), len(kinds), figure)
         for column, percent in enumerate(percents):
@@ -330,7 +330,7 @@ def _learning_curves(section: Section, curves: Curves) -> str | None:
         for panel in axes.flat:
             panel.set_ylim(bottom=0)
         _legend(figure, axes.flat)
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def _pseudo_labels(section: Section, curves: Curves) -> str | None:
@@ -347,7 +347,7 @@ def _pseudo_labels(section: Section, curves: Curves) -> str | None:
     if not percents:
         return None
     looks = look(section.rows)
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10.4, 0.5 + 2.1 * len(percents)), layout="constrained")
         axes = figure.subplots(len(percents), len(measures), squeeze=False, sharex=True, sharey=True)
         for line, percent in enumerate(percents):
@@ -375,7 +375,7 @@ def _pseudo_labels(section: Section, curves: Curves) -> str | None:
                                 level, color=colour, lw=1.5, label=f"{_label(row)}: made once, before training"
                             )
         _legend(figure, axes.flat)
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def eval_curve(lines: list[Line], network: str) -> pd.Series[float]:

@@ -15,7 +15,7 @@ from harness.core.escape import figure_label
 from harness.core.files import read_bytes
 from harness.engine.profile import ratio_text
 from harness.engine.sweep import line_of
-from harness.report.plots import _RC, _svg
+from harness.report.plots import STYLE, as_svg
 
 # The loader's stages, then the teacher's, the student's, and what the optimiser needs, each kind in hues of its own.
 _COLOURS = {
@@ -71,7 +71,7 @@ def _means(stages: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 def svg(bars: Bars) -> str:
     """Stacked bars, one above the other: milliseconds of a step by stage."""
     names = ordered(dict.fromkeys(name for bar in bars.values() for name in bar))
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 1.9 + 0.45 * len(bars)), layout="constrained")
         axes = figure.subplots()
         rows, ends = list(range(len(bars))), [0.0] * len(bars)
@@ -84,7 +84,7 @@ def svg(bars: Bars) -> str:
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("milliseconds of a training step")
         figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=9)
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def tables(found: Mapping[str, Any]) -> list[Table]:
