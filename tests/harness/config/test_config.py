@@ -124,7 +124,7 @@ def test_every_method_composes_in_every_preset(method: str, preset: str) -> None
         ("runs_dir=null", "runs_dir=null must be a path"),
         ("run_dir=2024", "run_dir=2024 must be a path (./NAME"),
         ("check=deep", "check=deep must be one of quick, headers, full"),
-        ("data=null", "data=null names no option: choose one of bccd, coco, custom, shapes, voc"),
+        ("data=null", "data=null names no option: choose one of bccd, coco, custom, raccoon, shapes, voc"),
         ("method=null", "method=null names no option"),
         ("schedule=null", "schedule=null names no option"),
         ("suite=null", "suite=null names no option"),

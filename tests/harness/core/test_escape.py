@@ -165,7 +165,7 @@ def test_matplotlib_draws_the_name(name: str) -> None:
     figure = Figure(figsize=(2, 2))
     axes = figure.subplots()
     axes.plot([1, 2], label=f"a {escape.figure_label(name)}")
-    axes.set_title(escape.figure_label(name))
+    axes.set_title(escape.figure_label(name, longest=1000))
     axes.legend()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg")

@@ -469,7 +469,7 @@ def test_record_without_its_configuration_is_not_a_finished_run(
     (tmp_path / "run" / "config.yaml").unlink()
     capfd.readouterr()
     assert main(_command(cache, tmp_path / "run")) == 0
-    assert "finished" not in capfd.readouterr().err
+    assert "is finished" not in capfd.readouterr().err
     assert (tmp_path / "run" / "config.yaml").exists()
     assert _outcome(tmp_path / "run") == before
 
