@@ -129,7 +129,7 @@ def test_no_damage_stops_a_report(
     healthy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: st.DataObject, name: str
 ) -> None:
     """Figures are made, but not rendered, which takes most of the time; see the next test."""
-    monkeypatch.setattr(plots, "_svg", lambda _: "<svg/>")
+    monkeypatch.setattr(plots, "as_svg", lambda _: "<svg/>")
     content = (healthy / name).read_bytes()
     folder = tmp_path / "work"
     if not folder.exists():
