@@ -34,7 +34,7 @@ from harness.config import sections
 from harness.config.identity import identity
 from harness.config.run import settings_of
 from harness.core import distributed
-from harness.core.console import STDERR, Console
+from harness.core.console import STDERR, Console, counted
 from harness.core.distributed import World
 from harness.core.files import write_atomically
 from harness.core.record import environment
@@ -159,7 +159,7 @@ def _sum(cells: Sequence[SuiteCell], costs: Mapping[str, MethodCost], jobs: int,
     ]
     for number in sorted({1, 2, 4, 8, 16} - {jobs}):
         if number <= len(cells):
-            lines.append(f"on {number} machine{'s' if number > 1 else ''} that run one cell each at this speed: "
+            lines.append(f"on {counted(number, 'machine')} at this speed, one cell at a time on each: "
                          f"{_hours(schedule(cells, seconds, number) + REPORT)}")  # fmt: skip
     return [*lines, f"all cells one after the other: {total / 3600:.2f} device-hours"]
 
