@@ -1,8 +1,8 @@
 """A suite: methods x percents x folds x seeds, every cell a process of its own, taken up where it stopped.
 
 A cell whose record says ok under the same configuration is not run again, and one that another process runs is left to
-it. A method whose configuration names a first
-stage (`offline.stage1`) waits for that method's cell of the same percent, fold and seed, and starts from its folder.
+it. A method whose configuration names a first stage (`offline.stage1`) waits for that method's cell of the same
+percent, fold and seed, and starts from its folder.
 """
 
 from __future__ import annotations
