@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.cluster.conftest import UNSAVED, Cluster, end_of, shown_by_slurm, until
 from tests.cluster.virtual_slurm import ask
@@ -113,12 +114,47 @@ def test_a_suite_that_is_preempted_and_cancelled_in_part_is_finished_by_the_same
     assert "stac" in said
     code, said = _suite(cluster, *given, "suite.wait=true")
     assert code == 0, said
-    assert "2 cells to submit" not in said.split("job")[0] or "1 cells, after" in said
+    assert "2 cells to submit" in said
     records = _records(cluster)
     assert {record["status"] for record in records.values()} == {"ok"}
     again = _jobs(cluster)
     assert again["supervised 10"] == jobs["supervised 10"]
     assert again["supervised 20"] != jobs["supervised 20"]
+
+
+@pytest.mark.timeout(700)
+def test_nine_cells_of_which_some_are_killed_cancelled_and_preempted_are_finished(cluster: Cluster) -> None:
+    given = ["suite.percents=[10,20,30]", "suite.jobs=3", "schedule.steps=200", UNSAVED]
+    assert _suite(cluster, *given)[0] == 0
+    jobs = _jobs(cluster)
+    preempted, killed, cancelled = _wait_for_folders(cluster, 3)[:3]
+    for cluster.run_dir in (killed, cancelled, preempted):
+        done = cluster.wait_for_step(5)
+    holder = re.search(r"\d+", (killed / "lock").read_text())
+    assert holder is not None
+    os.kill(int(holder[0]), signal.SIGKILL)
+    subprocess.run(["scancel", jobs[_short(cancelled.name)]], check=True)
+    until(lambda: shown_by_slurm(jobs[_short(killed.name)], "JobState") == "FAILED", "the end of the killed one")
+    cluster.preempt()
+    until(lambda: shown_by_slurm(jobs[_short(preempted.name)], "Restarts") == "1", "a requeue")
+    until(_idle, "the end of what is left", 280)
+    records = _records(cluster)
+    first = records[_short(preempted.name)]
+    assert (first["status"], first["job"]["requeues"]) == ("ok", 1)
+    assert first["resumed_from"][0] >= done
+    assert records[_short(cancelled.name)]["status"] == "interrupted"
+    assert records[_short(killed.name)]["status"] != "ok"
+    finished = {name for name, record in records.items() if record["status"] == "ok"}
+    code, said = _suite(cluster, *given)
+    assert code == 0, said
+    assert f"{9 - len(finished)} cells to submit" in said
+    until(_idle, "the end of the suite", 280)
+    records = _records(cluster)
+    assert len(records) == 9
+    assert {record["status"] for record in records.values()} == {"ok"}
+    again = _jobs(cluster)
+    assert {name for name in jobs if again[name] == jobs[name]} == finished
+    assert (_folder(cluster) / "report" / "report.html").exists()
 
 
 def _logs(cluster: Cluster) -> str:
