@@ -316,7 +316,7 @@ class _Session:
         """A few for reports to show; whatever goes wrong with them is told, and costs no finished run."""
         try:
             taught.keep(self.run_)
-        except Exception as error:
+        except Exception as error:  # of any kind: the record is written, and hours of training must not end in this
             say(self.world, f"warning: no pseudo labels are kept for reports ({type(error).__name__}: {error})")
 
     def _analyse(self) -> None:

@@ -113,6 +113,7 @@ def _label(row: Row) -> str:
 
 
 def as_svg(figure: Figure) -> str:
+    """The figure as SVG whose colours follow the page's scheme, the same text for the same figure."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of names whose letters the font has not: a box stands for each
