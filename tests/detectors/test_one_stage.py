@@ -91,7 +91,7 @@ def test_fcos_losses_and_detections_are_torchvisions(make_batch, boxes):
     output = detector.output(features, view)
     model, targets = in_torchvisions_terms(view, detection.FCOS)
     head = {
-        "cls_logits": output.logits, "bbox_regression": output.deltas, "bbox_ctrness": output.centerness[..., None]
+        "cls_logits": output.logits, "bbox_regression": output.deltas, "bbox_ctrness": output.quality[..., None]
     }  # fmt: skip
     expected = model.compute_loss(targets, head, [output.anchors] * 2, output.level_sizes)
     found = detector.losses(features, view, targets_of(view), torch.zeros(2, dtype=torch.int64))
