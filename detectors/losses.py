@@ -1,4 +1,4 @@
-"""Loss formulas that several detectors and methods share. All of them return 0-d tensors in float32."""
+"""Loss formulas that several detectors and methods share, in float32: 0-d sums, or elementwise where they say so."""
 
 from __future__ import annotations
 
@@ -35,3 +35,26 @@ def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor, focal_gamma: 
 def binary_cross_entropy(logits: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
     """Sum of weights * BCE of logits, all of one shape."""
     return (F.binary_cross_entropy_with_logits(logits.float(), wanted, reduction="none") * weights).sum()
+
+
+def soft_focal(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Elementwise |p - q|^2 BCE(p, q), p = sigmoid(logits), q wanted in 0..1 (quality focal loss, Li et al., 2020)."""
+    logits = logits.float()
+    return (logits.sigmoid() - wanted).square() * F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+
+
+def joint_focal(logits: Tensor, quality: Tensor, wanted: Tensor) -> Tensor:
+    """Elementwise |c - q|^2 BCE(c, q) of c = sigmoid(logits) sigmoid(quality), times 0.75 where q is 0 (ARSL).
+
+    Args:
+        logits: any shape.
+        quality: logits that broadcast to it.
+        wanted: q in 0..1, of the shape of `logits`.
+    """
+    logits, quality = logits.float(), quality.float()
+    log_class, log_quality = F.logsigmoid(logits), F.logsigmoid(quality)
+    log_joint = log_class + log_quality
+    # 1 - c = (1 - s) + s (1 - t) for the two sigmoids s and t: never the logarithm of a rounded 0
+    log_not = torch.logaddexp(F.logsigmoid(-logits), log_class + F.logsigmoid(-quality))
+    surprise = -(wanted * log_joint + (1 - wanted) * log_not)
+    return (log_joint.exp() - wanted).square() * surprise * torch.where(wanted > 0, 1.0, 0.75)

@@ -28,6 +28,8 @@ _KNOWN = {
     "soft_teacher": ("#d55e00", "D"),
     "unbiased_teacher": ("#cc79a7", "^"),
     "mean_teacher": ("#009e73", "v"),
+    "dense_teacher": ("#8f5fbf", "<"),
+    "arsl": ("#a6761d", ">"),
 }
 _OTHERS = (("#e69f00", "P"), ("#56b4e9", "X"), ("#8c6d31", "*"))
 Curves = dict[Path | None, list[Line]]  # run folder -> lines of its metrics.jsonl
