@@ -13,7 +13,7 @@ from torchvision.ops import generalized_box_iou_loss
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from detectors.backbones import Depth, Norm, Pyramid, SmallBackbone, Stages
-from detectors.fcos_heads import BoxHead, ClassHead
+from detectors.fcos_heads import DistanceHead, ClassHead
 from detectors.one_stage import (
     STRIDES,
     ClassLoss,
@@ -75,7 +75,7 @@ class Fcos(OneStage):
         self.score = score or "sqrt"
         width = backbone.out_channels
         self.classification_head = ClassHead(width, self.num_classes, convolutions, groups)
-        self.regression_head = BoxHead(width, convolutions, groups, len(anchors.bases), bool(scales))
+        self.regression_head = DistanceHead(width, convolutions, groups, len(anchors.bases), bool(scales))
 
     def heads(self, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
         deltas, quality = self.regression_head(features)

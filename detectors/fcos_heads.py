@@ -61,7 +61,7 @@ class ClassHead(nn.Module):
         return torch.cat([_by_cell(self.cls_logits(level)) for level in self.towers(features)], 1)
 
 
-class BoxHead(nn.Module):
+class DistanceHead(nn.Module):
     """A tower, and from it the four distances and the quality of every cell.
 
     Args:

@@ -51,3 +51,40 @@ def test_binary_cross_entropy_by_hand():
         expected += w * -(y * math.log(p) + (1 - y) * math.log(1 - p))
     found = losses.binary_cross_entropy(torch.tensor(logits), torch.tensor(wanted), torch.tensor(weights))
     assert found.item() == pytest.approx(expected, abs=1e-6)
+
+
+LOGITS = (-90.0, -20.0, -3.0, -0.1, 0.0, 1.5, 6.0, 25.0, 90.0)
+
+
+def precise_sigmoid(x: float) -> tuple[float, float]:
+    """A probability, and what is missing to 1, neither of them rounded to 0."""
+    return (1 / (1 + math.exp(-x)), math.exp(-x) / (1 + math.exp(-x))) if x >= 0 else precise_sigmoid(-x)[::-1]
+
+
+@pytest.mark.parametrize("wanted", [0.0, 0.3, 1.0])
+def test_soft_focal_loss_of_every_logit(wanted):
+    logits = torch.tensor(LOGITS, requires_grad=True)
+    found = losses.soft_focal(logits, torch.full((len(LOGITS),), wanted))
+    for logit, value in zip(LOGITS, found.tolist(), strict=True):
+        p, missing = precise_sigmoid(logit)
+        bce = -wanted * math.log(p) - (1 - wanted) * math.log(missing)
+        assert value == pytest.approx((p - wanted) ** 2 * bce, rel=1e-4, abs=1e-7)
+    found.sum().backward()
+    assert torch.isfinite(logits.grad).all()
+
+
+@pytest.mark.parametrize("wanted", [0.0, 0.3, 1.0])
+def test_joint_focal_loss_of_every_pair_of_logits(wanted):
+    """c = s t; 1 - c is (1 - s) + s (1 - t), which keeps its digits where both are nearly 1."""
+    logits, quality = torch.meshgrid(torch.tensor(LOGITS), torch.tensor(LOGITS), indexing="ij")
+    logits, quality = logits.clone().requires_grad_(), quality.clone().requires_grad_()
+    found = losses.joint_focal(logits, quality, torch.full_like(logits, wanted).detach())
+    for i, logit in enumerate(LOGITS):
+        for j, other in enumerate(LOGITS):
+            (s, no_s), (t, no_t) = precise_sigmoid(logit), precise_sigmoid(other)
+            bce = -wanted * math.log(s * t) - (1 - wanted) * math.log(no_s + s * no_t)
+            expected = (s * t - wanted) ** 2 * bce * (1.0 if wanted else 0.75)
+            assert found[i, j].item() == pytest.approx(expected, rel=1e-4, abs=1e-7), (logit, other)
+    found.sum().backward()
+    assert torch.isfinite(logits.grad).all()
+    assert torch.isfinite(quality.grad).all()
