@@ -13,7 +13,7 @@ from torchvision.ops import generalized_box_iou_loss
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from detectors.backbones import Depth, Norm, Pyramid, SmallBackbone, Stages
-from detectors.fcos_heads import DistanceHead, ClassHead
+from detectors.fcos_heads import ClassHead, DistanceHead
 from detectors.one_stage import (
     STRIDES,
     ClassLoss,

@@ -13,7 +13,7 @@ from torchvision.ops import box_iou
 
 from detectors.detector import targets_of
 from detectors.fcos import fcos
-from detectors.fcos_heads import DistanceHead, ClassHead
+from detectors.fcos_heads import ClassHead, DistanceHead
 from detectors.matching import match_anchors
 from detectors.one_stage import Wanted
 from detectors.retinanet import retinanet
