@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import generalized_box_iou_loss
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
+from detectors import losses
 from detectors.backbones import Depth, Norm, Pyramid, SmallBackbone, Stages
 from detectors.fcos_heads import ClassHead, DistanceHead
 from detectors.one_stage import (
@@ -162,7 +162,7 @@ class Fcos(OneStage):
         quality = F.binary_cross_entropy_with_logits(output.quality, targets.quality.values, reduction="none")
         return {
             "class": targets.classes.mean(class_loss(output, targets.classes.values)),
-            "box": targets.boxes.mean(generalized_box_iou_loss(predicted, targets.boxes.values)),
+            "box": targets.boxes.mean(losses.giou_loss(predicted, targets.boxes.values)),
             self.quality: targets.quality.mean(quality),
         }
 

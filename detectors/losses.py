@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_TINY = 1e-7  # px^2, that no area is divided by 0
+
 
 def box_regression(predicted: Tensor, wanted: Tensor, weights: Tensor, beta: float) -> Tensor:
     """Sum of smooth L1 over boxes (..., 4) times weights (...).
@@ -58,3 +60,28 @@ def joint_focal(logits: Tensor, quality: Tensor, wanted: Tensor) -> Tensor:
     log_not = torch.logaddexp(F.logsigmoid(-logits), log_class + F.logsigmoid(-quality))
     surprise = -(wanted * log_joint + (1 - wanted) * log_not)
     return (log_joint.exp() - wanted).square() * surprise * torch.where(wanted > 0, 1.0, 0.75)
+
+
+def giou_loss(a: Tensor, b: Tensor) -> Tensor:
+    """1 - GIoU of boxes (..., 4) with their counterparts: (...), in 0..2, about 1 where both are empty.
+
+    Values and gradients are those of torchvision's `generalized_box_iou_loss`, which waits for the device.
+    """
+    shared, union = _shared_and_union(a.float(), b.float())
+    hull = _hull(a.float(), b.float())
+    return 1 - (shared / (union + _TINY) - (hull - union) / (hull + _TINY))
+
+
+def _shared_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Areas (...) of the intersection and of the union of each pair of boxes (..., 4)."""
+    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a.unbind(-1), b.unbind(-1)
+    width = torch.min(ax2, bx2) - torch.max(ax1, bx1)
+    height = torch.min(ay2, by2) - torch.max(ay1, by1)
+    shared = torch.where((width > 0) & (height > 0), width * height, 0.0)
+    return shared, (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - shared
+
+
+def _hull(a: Tensor, b: Tensor) -> Tensor:
+    """Areas (...) of the smallest boxes around each pair."""
+    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a.unbind(-1), b.unbind(-1)
+    return (torch.max(ax2, bx2) - torch.min(ax1, bx1)) * (torch.max(ay2, by2) - torch.min(ay1, by1))

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torchvision.ops import generalized_box_iou_loss
 
 from detectors import losses
 
@@ -88,3 +89,19 @@ def test_joint_focal_loss_of_every_pair_of_logits(wanted):
     found.sum().backward()
     assert torch.isfinite(logits.grad).all()
     assert torch.isfinite(quality.grad).all()
+
+
+def test_giou_loss_is_torchvisions_to_the_bit():
+    """Values and gradients: boxes that overlap, touch, are apart, the same, or empty."""
+    generator = torch.Generator().manual_seed(0)
+    corners, sides = torch.rand(2, 500, 2, generator=generator) * 20, torch.rand(2, 500, 2, generator=generator) * 15
+    sides[:, :20] = 0
+    a, b = torch.cat([corners, corners + sides], -1).round(decimals=1)  # some edges meet
+    b[10:30] = a[10:30]
+    results = []
+    for function in (losses.giou_loss, generalized_box_iou_loss):
+        pair = [part.clone().requires_grad_() for part in (a, b)]
+        value = function(*pair)
+        (value * torch.arange(500)).sum().backward()
+        results.append([value, *(part.grad for part in pair)])
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from detectors.fcos import Fcos, small_fcos
+from detectors.one_stage import DenseOutput
 
 EMA = {"momentum": 0.9, "ramp": False, "update": "after", "buffers": True}
 
@@ -45,3 +46,12 @@ def giou_loss(a: list[float], b: list[float]) -> float:
 
 def unlabelled(losses: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix("unlabeled_"): value for name, value in losses.items() if name.startswith("unlabeled")}
+
+
+def without_values(output: DenseOutput) -> DenseOutput:
+    """On torch's meta device: who asks for a value, for which a step would wait on a GPU, gets an error."""
+    assert output.quality is not None
+    logits, deltas, quality = (
+        part.detach().to("meta").requires_grad_() for part in (output.logits, output.deltas, output.quality)
+    )
+    return DenseOutput(logits, deltas, quality, output.anchors.to("meta"), output.level_sizes)

@@ -13,7 +13,7 @@ from detectors.methods.arsl import Arsl
 from detectors.one_stage import DenseOutput
 from detectors.padded import PaddedTargets
 from harness.core.types import UserError
-from tests.detectors.methods.dense_cells import EMA, bce, giou_loss, make_fcos, sigmoid, unlabelled
+from tests.detectors.methods.dense_cells import EMA, bce, giou_loss, make_fcos, sigmoid, unlabelled, without_values
 
 HEIGHTS = (8, 4, 2)  # cells of the levels of a picture of 32 px
 STRIDES = (4, 8, 16)
@@ -298,3 +298,13 @@ def test_weight_rises_over_2000_steps():
 def test_a_detector_that_tells_centerness():
     with pytest.raises(UserError, match=r"method=arsl .* set detector\.quality=iou, or take detector=fcos_iou"):
         Arsl(make_fcos(quality="centerness"), 10, ema=EMA, burn_in=0)
+
+
+def test_nothing_waits_for_the_device():
+    method = make_method()
+    output = without_values(random_output(method, 0, 1.0))
+    with torch.no_grad():
+        targets, metrics = method.dense_targets(output)
+    losses = method.student.loss(output, targets, method.class_loss)
+    sum(losses.values()).backward()
+    assert {value.shape for value in [*losses.values(), *metrics.values()]} == {()}

@@ -12,7 +12,7 @@ from detectors.fcos import Fcos
 from detectors.methods.dense import on_canvas_of
 from detectors.methods.dense_teacher import DenseTeacher
 from harness.core.types import Batch, UserError, View
-from tests.detectors.methods.dense_cells import EMA, bce, giou_loss, make_fcos, sigmoid, unlabelled
+from tests.detectors.methods.dense_cells import EMA, bce, giou_loss, make_fcos, sigmoid, unlabelled, without_values
 
 
 def make_method(steps: int = 10, **options: object) -> DenseTeacher:
@@ -219,3 +219,13 @@ def test_centerness_serves_as_well(make_batch):
 def test_no_labelled_view():
     with pytest.raises(UserError, match=r"method\.labeled_views"):
         make_method(labeled_views=[])
+
+
+def test_nothing_waits_for_the_device(make_batch):
+    method, view = make_method(), make_batch().unlabeled["weak"]
+    output = without_values(method.teacher.output(method.teacher.features(view.images), view))
+    with torch.no_grad():
+        targets, metrics = method.dense_targets(output)
+    losses = method.student.loss(output, targets, method.class_loss)
+    sum(losses.values()).backward()
+    assert {value.shape for value in [*losses.values(), *metrics.values()]} == {()}
