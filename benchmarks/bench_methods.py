@@ -14,7 +14,6 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from hydra.utils import get_class
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -24,7 +23,6 @@ from torchvision.ops import MultiScaleRoIAlign
 from benchmarks import methods
 from detectors.faster_rcnn import FasterRcnn
 from detectors.methods.method import Method
-from harness.config.targets import GROUPS
 from harness.core.draws import image_keys
 from harness.core.types import Batch, Target, View, Views
 
@@ -70,15 +68,6 @@ def make_batch(seed: int, views: Views) -> Batch:
     )  # fmt: skip
 
 
-def make_method(name: str, detector: str) -> Method:
-    options = {k: v for k, v in methods.method_config(name).items() if k not in GROUPS["method"].own}
-    if "burn_in" in options:
-        options["burn_in"] = WARM_UP
-    return get_class(options.pop("_target_"))(
-        detector=methods.make_detector(detector, CLASSES), steps=1000, **options
-    ).train()
-
-
 class Training:
     """A method or a torchvision model with its optimiser; every call is one step."""
 
@@ -112,7 +101,7 @@ def run(benchmark, training: Training) -> None:
 
 @pytest.mark.parametrize(("name", "detector"), methods.pairs())
 def test_step(benchmark, name: str, detector: str) -> None:
-    method = make_method(name, detector)
+    method = methods.make_method(name, methods.make_detector(detector, CLASSES), WARM_UP)
     run(benchmark, Training(method, method.trainable()))
 
 
@@ -175,5 +164,7 @@ class Peer(nn.Module):
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
 def test_torchvision_peer(benchmark, memory_format: torch.memory_format) -> None:
-    peer = Peer(methods.make_detector("small", CLASSES)).train().to(memory_format=memory_format)
+    ours = methods.make_detector("small", CLASSES)
+    assert isinstance(ours, FasterRcnn)
+    peer = Peer(ours).train().to(memory_format=memory_format)
     run(benchmark, Training(peer, peer))

@@ -11,12 +11,19 @@ from omegaconf import OmegaConf
 
 import harness
 from detectors.detector import Detector
+from detectors.methods.method import Method
 from harness.config.make import make
+from harness.config.targets import GROUPS
+from harness.core.types import UserError
 
 CONF = Path(harness.__file__).parent / "conf"
 METHODS = sorted(file.stem for file in (CONF / "method").glob("*.yaml"))
-DETECTORS = ("small", "small_retinanet", "small_fcos")
-EVERYWHERE = "mean_teacher"  # trains every detector, and is measured with all of these
+DETECTORS: dict[str, dict[str, Any]] = {  # and options, which some methods ask for
+    "small": {},
+    "small_retinanet": {},
+    "small_fcos": {"quality": "iou", "scales": True},
+}
+EVERYWHERE = ("mean_teacher", "supervised")  # measured with all of these
 
 
 def method_config(name: str) -> dict[str, Any]:
@@ -32,17 +39,36 @@ def make_detector(name: str, classes: int = 4) -> Detector:
     """One of `DETECTORS` from scratch, the same weights every time."""
     torch.manual_seed(0)
     config = OmegaConf.load(CONF / "detector" / f"{name}.yaml")
-    config = OmegaConf.merge(config, {"weights": "scratch", "cache_dir": "."})
+    config = OmegaConf.merge(config, {"weights": "scratch", "cache_dir": ".", **DETECTORS[name]})
     detector: Detector = make("detector", config, num_classes=classes)
     return detector.to(memory_format=torch.channels_last)
 
 
+def make_method(name: str, detector: Detector, burn_in: int = 0) -> Method:
+    """A method that trains a detector, in its small preset.
+
+    Raises:
+        UserError: it cannot train that one.
+    """
+    options = {k: v for k, v in method_config(name).items() if k not in GROUPS["method"].own}
+    if "burn_in" in options:
+        options["burn_in"] = burn_in
+    method: Method = get_class(options.pop("_target_"))(detector=detector, steps=1000, **options)
+    return method.train()
+
+
+def _fits(method: str, detector: str) -> bool:
+    try:
+        make_method(method, make_detector(detector))
+    except UserError:
+        return False
+    return True
+
+
 def pairs() -> list[tuple[str, str]]:
-    """Each method with the first of `DETECTORS` that it can train; one of them with all."""
-    made = {name: make_detector(name) for name in DETECTORS}
+    """Each method with the first of `DETECTORS` that it can train; some with all."""
     found = []
     for method in METHODS:
-        needs = get_class(method_config(method)["_target_"]).needs
-        fitting = [name for name in DETECTORS if isinstance(made[name], needs)]
-        found += [(method, name) for name in (fitting if method == EVERYWHERE else fitting[:1])]
+        fitting = [name for name in DETECTORS if _fits(method, name)]
+        found += [(method, name) for name in (fitting if method in EVERYWHERE else fitting[:1])]
     return found
