@@ -242,7 +242,7 @@ def read_picture(path: str) -> np.ndarray:
         _require_regular(status, path)
         data = np.empty(status.st_size, dtype=np.uint8)
         done = 0
-        while done < len(data) and (count := os.readv(file, [data[done:]])):
+        while done < len(data) and (count := os.readv(file, [data.data[done:]])):
             done += count
         return data[:done]
     finally:
