@@ -6,6 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from harness.core import boxes as box_ops
+
+_TINY = 1e-7  # square pixels, instead of no area
+
 
 def box_regression(predicted: Tensor, wanted: Tensor, weights: Tensor, beta: float) -> Tensor:
     """Sum of smooth L1 over boxes (..., 4) times weights (...).
@@ -35,3 +39,18 @@ def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor, focal_gamma: 
 def binary_cross_entropy(logits: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
     """Sum of weights * BCE of logits, all of one shape."""
     return (F.binary_cross_entropy_with_logits(logits.float(), wanted, reduction="none") * weights).sum()
+
+
+def giou(predicted: Tensor, wanted: Tensor) -> Tensor:
+    """(...): 1 - generalised IoU (Rezatofighi et al., 2019) of boxes (..., 4), in 0..2.
+
+    A predicted box may be turned inside out: its area is negative then, so that the gradient turns it back.
+    """
+    corner = torch.maximum(predicted[..., :2], wanted[..., :2])
+    other = torch.minimum(predicted[..., 2:], wanted[..., 2:])
+    shared = (other - corner).clamp(min=0).prod(-1)
+    area = (predicted[..., 2:] - predicted[..., :2]).prod(-1)
+    union = (area + box_ops.area(wanted) - shared).clamp(min=_TINY)
+    hull = torch.maximum(predicted[..., 2:], wanted[..., 2:]) - torch.minimum(predicted[..., :2], wanted[..., :2])
+    around = hull.clamp(min=0).prod(-1).clamp(min=_TINY)
+    return 1 - shared / union + (around - union) / around
