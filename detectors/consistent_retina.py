@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import sigmoid_focal_loss
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from detectors import losses
@@ -19,7 +20,7 @@ from detectors.assigners import adaptive
 from detectors.backbones import Depth, Norm, Pyramid, SmallBackbone, Stages
 from detectors.fam3d import Fam3d
 from detectors.matching import AnchorMatches, match_anchors
-from detectors.one_stage import STRIDES, DenseOutput, OneStage, focal_loss
+from detectors.one_stage import STRIDES, DenseOutput, OneStage
 from detectors.padded import PaddedTargets, gather_rows
 from detectors.rpn import CANDIDATES, Anchors
 from detectors.small_pyramid import small_pyramid
@@ -189,7 +190,7 @@ class ConsistentRetina(OneStage):
         learns = matches.positive | matches.negative
         wanted = torch.where(matches.positive[..., None], gather_rows(targets.boxes, matches.target), output.anchors)
         return {
-            "class": (focal_loss(output.logits, labels, matches.positive) * learns).sum() / count,
+            "class": (_class_loss(output.logits, labels, matches.positive) * learns).sum() / count,
             "box": _BOX_WEIGHT * (losses.giou(boxes, wanted) * weights).sum() / count,
         }
 
@@ -224,6 +225,13 @@ class ConsistentRetina(OneStage):
             )
         matches = match_anchors(output.anchors, targets, 0.5, 0.4, low_quality=True, usable=usable)
         return matches, matches.positive.float()
+
+
+def _class_loss(logits: Tensor, labels: Tensor, positive: Tensor) -> Tensor:
+    """(B, A): focal loss (alpha 0.25, gamma 2) summed over classes; no class is right where not positive."""
+    columns = torch.arange(1, logits.shape[-1] + 1, device=logits.device)
+    wanted = (labels[..., None] == columns) & positive[..., None]
+    return sigmoid_focal_loss(logits, wanted.to(logits.dtype), alpha=0.25, gamma=2.0).sum(-1)
 
 
 def _in_rows(levels: list[Tensor]) -> Tensor:
