@@ -19,12 +19,14 @@ from detectors import losses
 from detectors.assigners import adaptive
 from detectors.backbones import Depth, Norm, Pyramid, SmallBackbone, Stages
 from detectors.fam3d import Fam3d
+from detectors.large_pyramid import large_pyramid
 from detectors.matching import AnchorMatches, match_anchors
 from detectors.one_stage import STRIDES, DenseOutput, OneStage
 from detectors.padded import PaddedTargets, gather_rows
 from detectors.rpn import CANDIDATES, Anchors
+from detectors.simple_pyramid import SimplePyramid
 from detectors.small_pyramid import small_pyramid
-from detectors.timm_backbones import SimplePyramid, TimmName, large_pyramid
+from detectors.timm_networks import TimmName
 from detectors.weights import Generated
 from harness.core import boxes as box_ops
 from harness.core.types import UserError, View
