@@ -28,6 +28,7 @@ _CIRCUMSTANCES = (
     "pipeline.prefetch",
     "evaluation.scorer",  # both give the same numbers
     "method.offline.checkpoint",
+    "method.deviations",  # words
     "method.unlabeled",  # says what its class does in any case
     "detector.cache_dir",
     "detector.start",  # start_sha256 says which weights they are

@@ -16,6 +16,11 @@ from harness.core.types import RunRecord
 from harness.report.tables import Cell, Row, Section
 
 MARKS = "abcdefghijklmnopqrstuvwxyz"
+# Of a record: what differs, and how that is said.
+_DEVIATIONS = {
+    "augment_deviations": "Augmentation differs from the paper",
+    "method_deviations": "The method differs from its official code",
+}
 
 
 @dataclass(frozen=True)
@@ -175,12 +180,13 @@ def _labelled_view(row: Row) -> dict[str, Any]:
 
 
 def _deviations(section: Section) -> list[tuple[str, tuple[str, ...]]]:
-    """Where an augmentation policy differs from its paper's."""
+    """Where an augmentation policy differs from its paper's, or a method from its official code."""
     by_text: dict[str, list[str]] = {}
     for row in section.rows:
-        for line in sorted({line for record in _records(row) for line in record.augment_deviations}):
-            by_text.setdefault(line, []).append(row.label)
-    return [(f"Augmentation differs from the paper: {line}.", tuple(labels)) for line, labels in by_text.items()]
+        for key, said in _DEVIATIONS.items():
+            for line in sorted({line for record in _records(row) for line in getattr(record, key)}):
+                by_text.setdefault(f"{said}: {line}.", []).append(row.label)
+    return [(text, tuple(labels)) for text, labels in by_text.items()]
 
 
 def _mark(number: int) -> str:
