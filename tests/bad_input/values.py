@@ -203,6 +203,8 @@ _GROUPS = [
     _value("suite.reference=2", command="suite suite=smoke"),
     _value("suite.cost=3", command="suite suite=smoke"),
     _value("suite.method_overrides={stac: 3}", command="suite suite=smoke"),
+    _value("suite.variants=wide", command="suite suite=smoke"),
+    _value("suite.variants={wide: 3}", command="suite suite=smoke"),
 ]
 _TARGETS = [
     _value("method._target_=detectors.methods.stac.Stacc", "cannot be imported"),
