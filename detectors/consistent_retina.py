@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import sigmoid_focal_loss
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from detectors import losses
@@ -21,7 +20,7 @@ from detectors.backbones import Depth, Norm, Pyramid, SmallBackbone, Stages
 from detectors.fam3d import Fam3d
 from detectors.large_pyramid import large_pyramid
 from detectors.matching import AnchorMatches, match_anchors
-from detectors.one_stage import STRIDES, DenseOutput, OneStage
+from detectors.one_stage import STRIDES, DenseOutput, OneStage, focal_loss, one_hot
 from detectors.padded import PaddedTargets, gather_rows
 from detectors.rpn import CANDIDATES, Anchors
 from detectors.simple_pyramid import SimplePyramid
@@ -189,11 +188,12 @@ class ConsistentRetina(OneStage):
         matches, weights = self.assign(output, boxes, view, targets)
         count = weights.sum().clamp(min=1)
         labels = gather_rows(targets.labels, matches.target)
+        classes = one_hot(labels, matches.positive, self.num_classes)
         learns = matches.positive | matches.negative
         wanted = torch.where(matches.positive[..., None], gather_rows(targets.boxes, matches.target), output.anchors)
         return {
-            "class": (_class_loss(output.logits, labels, matches.positive) * learns).sum() / count,
-            "box": _BOX_WEIGHT * (losses.giou(boxes, wanted) * weights).sum() / count,
+            "class": (focal_loss(output, classes) * learns).sum() / count,
+            "box": _BOX_WEIGHT * (losses.giou_loss(boxes, wanted) * weights).sum() / count,
         }
 
     @torch.no_grad()
@@ -227,13 +227,6 @@ class ConsistentRetina(OneStage):
             )
         matches = match_anchors(output.anchors, targets, 0.5, 0.4, low_quality=True, usable=usable)
         return matches, matches.positive.float()
-
-
-def _class_loss(logits: Tensor, labels: Tensor, positive: Tensor) -> Tensor:
-    """(B, A): focal loss (alpha 0.25, gamma 2) summed over classes; no class is right where not positive."""
-    columns = torch.arange(1, logits.shape[-1] + 1, device=logits.device)
-    wanted = (labels[..., None] == columns) & positive[..., None]
-    return sigmoid_focal_loss(logits, wanted.to(logits.dtype), alpha=0.25, gamma=2.0).sum(-1)
 
 
 def _in_rows(levels: list[Tensor]) -> Tensor:

@@ -47,6 +47,11 @@ class ConsistentTeacher(TeacherMethod):
     """
 
     needs = ConsistentRetina
+    fitting = "detector=consistent_retina, or with preset=small small_consistent_retina"
+    deviations = (
+        "one queue of scores over all micro-batches of a step, where the code has one for each GPU",
+        "losses are divided by the weights of a micro-batch, where the code divides by their mean over GPUs",
+    )
     measures = ("pseudo_boxes", "threshold", "labelled_share")
     queue: Tensor  # (C, n) scores, newest first; 0 stands for none
 
@@ -69,11 +74,6 @@ class ConsistentTeacher(TeacherMethod):
         background_weight: NotNegative = 0.01,
         joint_forward: bool = False,
     ) -> None:
-        if not isinstance(detector, ConsistentRetina):
-            raise UserError(
-                f"detector={detector.name} does not fit method=consistent_teacher: say detector=consistent_retina, or "
-                "small_consistent_retina with preset=small"
-            )
         super().__init__(
             detector,
             steps,

@@ -28,7 +28,6 @@ _CIRCUMSTANCES = (
     "pipeline.prefetch",
     "evaluation.scorer",  # both give the same numbers
     "method.offline.checkpoint",
-    "method.deviations",  # words
     "method.unlabeled",  # says what its class does in any case
     "detector.cache_dir",
     "detector.start",  # start_sha256 says which weights they are
@@ -58,6 +57,9 @@ _ADDED = (
     "detector.backbone_lr_scale",
     "detector.start_sha256",
     "detector.backbone",
+    "detector.quality",
+    "detector.scales",
+    "detector.score",
     "split.holdout",
     "split.tune",
     "evaluation.set",

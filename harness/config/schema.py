@@ -267,4 +267,3 @@ class MethodKeys:
     augment: Name
     unlabeled: bool | None = None  # whether it draws unlabelled images; None: its class's views say so
     offline: OfflineOptions | None = None
-    deviations: list[str] | None = None  # from the paper's official code, for the record

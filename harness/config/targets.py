@@ -38,7 +38,7 @@ GROUPS = {
     "method": Group(
         "detectors.methods.method:Method",
         ("detector", "steps"),
-        ("name", "augment", "unlabeled", "offline", "deviations"),
+        ("name", "augment", "unlabeled", "offline"),
     ),
     "pipeline": Group(
         "harness.core.types:Pipeline",

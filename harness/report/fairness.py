@@ -16,11 +16,6 @@ from harness.core.types import RunRecord
 from harness.report.tables import Cell, Row, Section
 
 MARKS = "abcdefghijklmnopqrstuvwxyz"
-# Of a record: what differs, and how that is said.
-_DEVIATIONS = {
-    "augment_deviations": "Augmentation differs from the paper",
-    "method_deviations": "The method differs from its official code",
-}
 
 
 @dataclass(frozen=True)
@@ -180,13 +175,15 @@ def _labelled_view(row: Row) -> dict[str, Any]:
 
 
 def _deviations(section: Section) -> list[tuple[str, tuple[str, ...]]]:
-    """Where an augmentation policy differs from its paper's, or a method from its official code."""
+    """Where an augmentation policy, or a method in what no option undoes, differs from its paper."""
     by_text: dict[str, list[str]] = {}
     for row in section.rows:
-        for key, said in _DEVIATIONS.items():
-            for line in sorted({line for record in _records(row) for line in getattr(record, key)}):
-                by_text.setdefault(f"{said}: {line}.", []).append(row.label)
-    return [(text, tuple(labels)) for text, labels in by_text.items()]
+        records = _records(row)
+        lines = {f"Augmentation differs from the paper: {line}." for one in records for line in one.augment_deviations}
+        lines |= {f"The method differs from its code: {line}." for one in records for line in one.method_deviations}
+        for line in sorted(lines):
+            by_text.setdefault(line, []).append(row.label)
+    return [(line, tuple(labels)) for line, labels in by_text.items()]
 
 
 def _mark(number: int) -> str:

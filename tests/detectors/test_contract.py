@@ -24,8 +24,10 @@ METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 FAMILIES = ("small", "faster_rcnn", "retinanet", "fcos", "consistent_retina")
 STEPS = 5
 TWO_STAGE_ONLY = {"soft_teacher", "unbiased_teacher"}
-FITTING = {  # the families of the methods that do not train every detector, small ones first
+DENSE_ONLY = {"dense_teacher", "arsl"}
+OWN = {  # the families of methods that do not train every detector, the CPU preset's first
     **dict.fromkeys(TWO_STAGE_ONLY, ("small", "faster_rcnn")),
+    **dict.fromkeys(DENSE_ONLY, ("small_fcos_iou", "fcos_iou")),
     "consistent_teacher": ("small_consistent_retina", "consistent_retina"),
 }
 
@@ -33,7 +35,13 @@ FITTING = {  # the families of the methods that do not train every detector, sma
 def load(group: str, name: str) -> DictConfig:
     config = OmegaConf.load(CONF / group / f"{name}.yaml")
     assert isinstance(config, DictConfig)
-    return config
+    base = config.pop("defaults", ["_self_"])[0]
+    return config if base == "_self_" else OmegaConf.merge(load(group, base), config)
+
+
+def usual(method: str, small: bool = True) -> str:
+    """A detector that the method trains: of the CPU preset, or without batch statistics."""
+    return OWN.get(method, FAMILIES)[0 if small else 1]
 
 
 def make_detector(name: str) -> Detector:
@@ -44,9 +52,10 @@ def make_detector(name: str) -> Detector:
 def built_detector(name: str) -> Detector:
     torch.manual_seed(0)
     options = {"weights": "scratch", "cache_dir": "."}
-    if name.startswith("small"):
+    if name == "small":
+        options |= {"channels": [8, 8, 16, 16], "pyramid_channels": 16, "roi": {"hidden": 32}}
+    elif name.startswith("small_"):
         options |= {"channels": [8, 8, 16, 16], "pyramid_channels": 16}
-        options |= {"roi": {"hidden": 32}} if name == "small" else {}
     else:
         options |= {"pyramid_channels": 32, "depth": 18}
     if name == "faster_rcnn":
@@ -97,13 +106,8 @@ def same(a: dict, b: dict) -> bool:
 
 def pairs():
     for method in METHODS:
-        for detector in FITTING.get(method, FAMILIES):
+        for detector in OWN.get(method, FAMILIES):
             yield method, detector
-
-
-def small_of(method: str) -> Detector:
-    """A small detector that the method can train."""
-    return make_detector(FITTING.get(method, FAMILIES)[0])
 
 
 @pytest.mark.parametrize(("name", "family"), list(pairs()))
@@ -112,7 +116,7 @@ def test_two_steps(make_batch, name, family):
     method = make_method(name, make_detector(family), preset).train()
     optimizer = optimizer_of(method)
     with_gradient, keys = set(), set()
-    several = family in ("small", "fcos") or family.endswith("consistent_retina")
+    several = family in ("small", "fcos", "small_fcos_iou", "fcos_iou") or family.endswith("consistent_retina")
     boxes = {} if several else {"labeled_boxes": (2,), "unlabeled_boxes": (3,)}
     batches = [make_batch(seed, pseudo=name == "stac", **boxes) for seed in range(2)]
     losses, metrics = train_step(method, optimizer, batches[0], 0)
@@ -153,7 +157,7 @@ def test_two_steps(make_batch, name, family):
 def test_before_there_are_unlabelled_images(make_batch, name):
     """Up to `unlabeled_from` a batch has none, and the keys stay."""
     changes = {"burn_in": 0.4} if name not in ("supervised", "stac") else {}
-    method = make_method(name, small_of(name), "small", **changes).train()
+    method = make_method(name, make_detector(usual(name)), "small", **changes).train()
     batch = make_batch(pseudo=True)
     if method.unlabeled_from:
         assert method.unlabeled_from == 2
@@ -176,11 +180,24 @@ def test_pairs_that_do_not_fit(name, family):
         make_method(name, make_detector(family))
 
 
+@pytest.mark.parametrize("name", sorted(DENSE_ONLY))
+@pytest.mark.parametrize("family", ["small", "retinanet"])
+def test_dense_methods_name_the_detectors_that_they_train(name, family):
+    with pytest.raises(UserError, match=r"does not fit method .*: choose detector=fcos_iou or fcos, .* small_fcos"):
+        make_method(name, make_detector(family))
+
+
+@pytest.mark.parametrize("family", ["small", "retinanet"])
+def test_consistent_teacher_names_its_detector(family):
+    with pytest.raises(UserError, match=r"does not fit method .*: choose detector=consistent_retina, .* small_consis"):
+        make_method("consistent_teacher", make_detector(family))
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_same_seed_gives_the_same_bits(make_batch, name):
     results = []
     for _ in range(2):
-        method = make_method(name, small_of(name), "small").train()
+        method = make_method(name, make_detector(usual(name)), "small").train()
         optimizer = optimizer_of(method)
         for step in range(2):
             train_step(method, optimizer, make_batch(step, pseudo=True), step)
@@ -196,7 +213,7 @@ def test_hidden_truth_cannot_reach_a_loss(make_batch, name):
     """
     results = []
     for noise in (None, 0, 1):
-        method = make_method(name, small_of(name), "small").train()
+        method = make_method(name, make_detector(usual(name)), "small").train()
         optimizer = optimizer_of(method)
         history = []
         for step in range(2):
@@ -216,7 +233,7 @@ def test_hidden_truth_cannot_reach_a_loss(make_batch, name):
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("preset", ["paper", "small"])
 def test_every_key_of_the_configuration_is_an_option(name, preset):
-    method = make_method(name, small_of(name), preset)
+    method = make_method(name, make_detector(usual(name)), preset)
     assert method.views.labeled
     config = load("method", name)
     assert config.name == name
@@ -226,7 +243,7 @@ def test_every_key_of_the_configuration_is_an_option(name, preset):
 @pytest.mark.parametrize("name", METHODS)
 def test_bfloat16_autocast(make_batch, name):
     """Boxes and losses stay float32."""
-    method = make_method(name, small_of(name), "small").train()
+    method = make_method(name, make_detector(usual(name)), "small").train()
     batch = make_batch(pseudo=True)
     with torch.autocast("cpu", torch.bfloat16):
         losses, _ = method(batch, 0)
@@ -248,7 +265,7 @@ def example_method(detector: Detector) -> Method:
 
 def made(name: str) -> Method:
     """On a detector without batch statistics, which differ between devices by nature."""
-    detector = make_detector(FITTING.get(name, ("", "faster_rcnn"))[1])
+    detector = make_detector(usual(name, small=False))
     return (example_method(detector) if name == "the example" else make_method(name, detector, "small")).train()
 
 

@@ -142,7 +142,7 @@ def test_few_labelled_images_count_little(make_batch, monkeypatch, scores, weigh
 
 
 def test_another_detector_is_refused_in_words(make_small):
-    with pytest.raises(UserError, match=r"detector=small does not fit method=consistent_teacher: say detector="):
+    with pytest.raises(UserError, match=r"detector=small does not fit method .*: choose detector=consistent_retina"):
         ConsistentTeacher(make_small(), 10, ema=EASY)
 
 

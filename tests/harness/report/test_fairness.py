@@ -166,10 +166,3 @@ def test_a_baseline_without_a_variant_stands_for_all(tmp_path: Path) -> None:
     make(tmp_path, "stac", 5, 1, 43.0, variant="wide", cell="wide")
     (section,), _ = tables.load(tmp_path)
     assert section.rows[1].cells[5.0].gain == pytest.approx(3.0)
-
-
-def test_how_a_method_differs_from_its_official_code_is_a_footnote(tmp_path: Path) -> None:
-    make(tmp_path, "supervised", 5, 1, 40.0)
-    make(tmp_path, "stac", 5, 1, 43.0, method_deviations=["one queue"])
-    (note,) = json.loads(_texts(tmp_path)[".json"])["tables"][0]["footnotes"]
-    assert (note["text"], note["rows"]) == ("The method differs from its official code: one queue.", ["STAC"])
