@@ -22,6 +22,7 @@ _CIRCUMSTANCES = (
     "checkpointing",
     "launcher",
     "suite",
+    "variant",  # a name; what it changes is told by the other keys
     "data.root",
     "pipeline.threads",
     "pipeline.prefetch",

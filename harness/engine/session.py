@@ -423,6 +423,7 @@ def new_record(run_: Experiment, extra: offline.Extra) -> RunRecord:
         labeled_boxes=len(data.labeled.boxes),
         eval_images=len(data.val),
         labeller=extra.labeller,
+        variant=settings.variant,
         evaluated_on=data.dataset.evaluated_on,
         tune_images=len(data.dataset.tune) if data.dataset.tune else 0,
         tune_boxes=len(data.dataset.tune.boxes) if data.dataset.tune else 0,

@@ -144,7 +144,6 @@ _PLAIN = [
     "augment.views.labeled.min_visible=-1",
     "augment.views.labeled.resize.short=0",
     "augment.views.labeled.resize=64",
-    "augment.views.weak=[1]",
     "augment.views.strong.erase=[{count: 1000000, ratio: 0.1}]",
     "augment.views.strong.color=[{one_of: {hue: 2}}]",
     "augment.antialias=1",
@@ -212,6 +211,8 @@ _GROUPS = [
     _value("suite.reference=2", command="suite suite=smoke"),
     _value("suite.cost=3", command="suite suite=smoke"),
     _value("suite.method_overrides={stac: 3}", command="suite suite=smoke"),
+    _value("suite.variants=wide", command="suite suite=smoke"),
+    _value("suite.variants={wide: 3}", command="suite suite=smoke"),
 ]
 _TARGETS = [
     _value("method._target_=detectors.methods.stac.Stacc", "cannot be imported"),
