@@ -21,6 +21,7 @@ _SUITE_AXES = {
     "method": "suite.methods",
     "split.percent": "suite.percents",
     "split.fold": "suite.folds",
+    "split.shots": "suite.shots",
     "seed": "suite.seeds",
 }
 

@@ -58,6 +58,7 @@ _ADDED = (
     "detector.backbone",
     "split.holdout",
     "split.tune",
+    "split.shots",
     "evaluation.set",
     "method.offline.labels",
     "method.offline.labeller",

@@ -47,6 +47,7 @@ class PlannedCell(Struct):
     reason: str | None
     dataset: str
     protocol: str
+    shots: Count | None = None
 
 
 class Plan(Struct):

@@ -34,7 +34,7 @@ def stop_code(signal_number: int) -> int:
 def note_failure(code: int) -> None:
     """Keeps the exit code of the process that fails first, where the launcher of a group names a file for it.
 
-    A launcher that then ends the others may be left with their exit code, which is that of a run that was asked to stop.
+    A launcher that then ends the others may be left with their exit code, that of a run that was asked to stop.
 
     Args:
         code: of this process; nothing is kept of 0, nor of one that a signal has stopped.

@@ -52,7 +52,7 @@ class OneSlurm:
             for parent in (folder, *folder.parents[:2]):
                 parent.chmod(0o755)
             # The one with accounts is soon asked for jobs that its controller has forgotten.
-            self._current = VirtualSlurm(folder, accounting, min_job_age=2 if accounting else 30)
+            self._current = VirtualSlurm(folder, accounting, min_job_age=2 if accounting else 600)
             self._current.start()
         return self._current
 

@@ -190,7 +190,9 @@ def test_a_gpu_that_was_asked_for_and_is_not_there_is_told(cluster: Cluster, dev
     assert f"asked for devices=2 on n1 by device={device}, but CUDA is not there" in said
     assert "say device=cpu" in said
     assert not (cluster.run_dir / "record.json").exists()
-    assert shown_by_slurm(cluster.job, "Restarts") == "0"  # the other process was ended for it, and that is no pre-emption
+    assert (
+        shown_by_slurm(cluster.job, "Restarts") == "0"
+    )  # the other process was ended for it, and that is no pre-emption
 
 
 def test_a_lost_node_is_survived(cluster: Cluster) -> None:

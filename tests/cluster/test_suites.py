@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import psutil
-import pytest
 
 from tests.cluster.conftest import UNSAVED, Cluster, end_of, shown_by_slurm, until
 from tests.cluster.virtual_slurm import ask

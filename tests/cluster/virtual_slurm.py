@@ -248,7 +248,9 @@ class VirtualSlurm:
         for name, daemon in self.daemons.items():
             if daemon.poll() is not None:
                 said = (self.folder / f"{name}.out").read_text(errors="replace").splitlines()
-                raise RuntimeError(f"{name} has ended with {daemon.returncode}: {said[-1] if said else 'without a word'}")
+                raise RuntimeError(
+                    f"{name} has ended with {daemon.returncode}: {said[-1] if said else 'without a word'}"
+                )
 
 
 def ask(*command: str) -> str:

@@ -47,6 +47,17 @@ UNKNOWN = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
 SILENT = "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1"
 
 
+# sacct 22.05 of arrays that were cancelled before any of their tasks ran.
+SACCT_ARRAYS = [
+    ("9_[0%1]", "9_0", True),
+    ("9_[0-3,7%4]", "9_3", True),
+    ("9_[0-3,7%4]", "9_7", True),
+    ("9_[0-3,7%4]", "9_5", False),
+    ("19_[0-3]", "9_3", False),
+    ("9_[0-3]", "9", False),
+]
+
+
 @pytest.fixture
 def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
     """Makes shell scripts all that PATH has of Slurm, whatever the machine has."""
@@ -207,6 +218,17 @@ def test_the_script_is_what_a_shell_reads() -> None:
     assert case is not None
     said = subprocess.run(["bash", "-c", f'{case[1]}; printf "%s\\n" "$@"'], capture_output=True, text=True, check=True)
     assert said.stdout.splitlines()[4:][-1] == "run_dir=a b'c"
+
+
+@pytest.mark.parametrize(("number", "job", "found"), SACCT_ARRAYS)
+def test_tasks_that_never_ran_are_found_in_the_accounts(
+    tmp_path: Path, programs: Programs, number: str, job: str, found: bool
+) -> None:
+    row = f"CANCELLED by 0|0:0|None assigned|{number}\n"
+    programs(scontrol=UNKNOWN, sacct=_cat(tmp_path, row))
+    assert ended(job, tmp_path) == (
+        JobState(job, "CANCELLED", "by 0", code=0) if found else JobState(job, "GONE", ended("1", tmp_path).reason)
+    )
 
 
 @pytest.mark.parametrize(("failure", "code", "requeued"), [("echo 2 > $SSODBENCH_FAILURE", 2, False), (":", 143, True)])
