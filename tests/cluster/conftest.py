@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.cluster.virtual_slurm import VirtualSlurm, ask, missing
@@ -159,6 +160,14 @@ def end_of(process: subprocess.Popen[str], seconds: float = 400.0) -> tuple[int,
     """Exit code and words of a process."""
     said, _ = process.communicate(timeout=seconds)
     return process.returncode, said
+
+
+def memory_of(process: subprocess.Popen[str]) -> float:
+    """MB that a process takes with its children, 0 once it has ended."""
+    with suppress(psutil.Error):
+        own = psutil.Process(process.pid)
+        return sum(one.memory_info().rss for one in (own, *own.children(recursive=True))) / 2**20
+    return 0.0
 
 
 def until(holds: Callable[[], Any], what: str, seconds: float = 400.0) -> None:

@@ -15,7 +15,7 @@ import pytest
 from harness.cli import main
 from harness.core.lock import RunLock
 from harness.engine import checkpoint
-from tests.cluster.conftest import SMALL, UNSAVED, Cluster, end_of, shown_by_slurm, until
+from tests.cluster.conftest import SMALL, UNSAVED, Cluster, end_of, memory_of, shown_by_slurm, until
 from tests.cluster.virtual_slurm import ask
 
 
@@ -26,7 +26,7 @@ def _saved_step(cluster: Cluster) -> int:
     return int(state["step"])
 
 
-_PREEMPTED = ["schedule.steps=240", UNSAVED]
+_PREEMPTED = ["schedule.steps=160", UNSAVED]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_a_preempted_job_loses_no_step_and_ends_as_one_that_was_not(
 
 
 def test_a_preempted_job_of_two_nodes_loses_no_step(cluster: Cluster) -> None:
-    command = cluster.submit("schedule.steps=160", UNSAVED, "launcher.nodes=2", "batch.micro=2")
+    command = cluster.submit("schedule.steps=120", UNSAVED, "launcher.nodes=2", "batch.micro=2")
     done = cluster.wait_for_step(10)
     cluster.preempt()
     code, said = end_of(command)
@@ -74,7 +74,7 @@ def test_a_preempted_job_of_two_nodes_loses_no_step(cluster: Cluster) -> None:
 
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_the_signal_before_the_time_limit_saves_and_requeues(cluster: Cluster, nodes: int) -> None:
-    given = ["schedule.steps=160", UNSAVED, f"launcher.nodes={nodes}", "batch.micro=2"]
+    given = ["schedule.steps=120", UNSAVED, f"launcher.nodes={nodes}", "batch.micro=2"]
     command = cluster.submit(*given)
     done = cluster.wait_for_step(10)
     subprocess.run(["scancel", "--signal=USR2", cluster.job], check=True)
@@ -132,19 +132,20 @@ def test_a_job_cancelled_in_the_queue_is_told(cluster: Cluster) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
 def test_the_same_command_attaches_to_the_job_of_one_that_has_gone(cluster: Cluster, number: int) -> None:
-    first = cluster.submit("schedule.steps=500", UNSAVED)
+    first = cluster.submit("schedule.steps=300", UNSAVED)
     cluster.wait_for_step(3)
     job = cluster.job
+    print(f"\nwaiting for a job: {memory_of(first):.0f} MB")  # noqa: T201
     os.killpg(first.pid, number)
     code, said = end_of(first)
     assert code == (-signal.SIGKILL if number == signal.SIGKILL else 128 + number)
     assert number == signal.SIGKILL or f"scancel {job}" in said
-    code, said = cluster.train("schedule.steps=500", UNSAVED)
+    code, said = cluster.train("schedule.steps=300", UNSAVED)
     assert code == 0
     assert f"job {job} of this run is in the queue already" in said
     assert cluster.job == job
     assert cluster.record()["resumed_from"] == []
-    code, said = cluster.train("schedule.steps=500", UNSAVED)
+    code, said = cluster.train("schedule.steps=300", UNSAVED)
     assert code == 0
     assert "is finished" in said  # without a job
 
@@ -197,7 +198,7 @@ def test_a_gpu_that_was_asked_for_and_is_not_there_is_told(cluster: Cluster, dev
 
 def test_a_lost_node_is_survived(cluster: Cluster) -> None:
     """The job is NODE_FAIL for some seconds before it is PENDING again, which is no end."""
-    command = cluster.submit("schedule.steps=300", "checkpointing.every=10")
+    command = cluster.submit("schedule.steps=200", "checkpointing.every=10")
     cluster.wait_for_step(15)
     (node,) = ask("squeue", "-h", "-j", cluster.job, "-o", "%N").split()
     cluster.slurm.lose_node(node)

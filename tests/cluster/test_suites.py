@@ -10,9 +10,7 @@ import subprocess
 import time
 from pathlib import Path
 
-import psutil
-
-from tests.cluster.conftest import UNSAVED, Cluster, end_of, shown_by_slurm, until
+from tests.cluster.conftest import UNSAVED, Cluster, end_of, memory_of, shown_by_slurm, until
 from tests.cluster.virtual_slurm import ask
 
 SUITE = [
@@ -56,8 +54,7 @@ def test_a_suite_is_submitted_and_finishes_by_itself(cluster: Cluster) -> None:
     command = cluster.start("suite", *SUITE, "suite.percents=[10,20,30]", "suite.jobs=4", UNSAVED)
     peak = 0.0
     while command.poll() is None:
-        with_children = [psutil.Process(command.pid), *psutil.Process(command.pid).children(recursive=True)]
-        peak = max(peak, sum(process.memory_info().rss for process in with_children if process.is_running()) / 2**20)
+        peak = max(peak, memory_of(command))
         time.sleep(0.3)
     code, said = end_of(command)
     assert code == 0, said
@@ -119,6 +116,9 @@ def test_a_suite_that_is_preempted_and_cancelled_in_part_is_finished_by_the_same
     again = _jobs(cluster)
     assert again["supervised 10"] == jobs["supervised 10"]
     assert again["supervised 20"] != jobs["supervised 20"]
+    html = _folder(cluster) / "report" / "report.html"
+    left_by_job = _folder(cluster) / "slurm" / f"{again['report']}.exit"
+    assert html.stat().st_mtime <= left_by_job.stat().st_mtime  # who watched did not write it once more
 
 
 def test_nine_cells_of_which_some_are_killed_cancelled_and_preempted_are_finished(cluster: Cluster) -> None:
@@ -190,6 +190,7 @@ def test_one_who_watches_may_go_and_come_back(cluster: Cluster) -> None:
     watching = cluster.start("suite", *SUITE, *given, "suite.wait=true")
     _wait_for_folders(cluster, 1)
     jobs = _jobs(cluster)
+    print(f"\nwatching a suite: {memory_of(watching):.0f} MB")  # noqa: T201
     for number in (signal.SIGHUP, signal.SIGINT):  # a closed terminal; Ctrl-C
         os.killpg(watching.pid, number)
         code, said = end_of(watching)
