@@ -87,7 +87,8 @@ def missing(accounting: bool = False) -> str | None:
     search = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
     lacking = [name for name in PROGRAMS + (ACCOUNTING if accounting else ()) if not shutil.which(name, path=search)]
     if lacking:
-        return f"Slurm is not installed ({', '.join(lacking)} not found): {PACKAGES}"
+        packages = f"{PACKAGES} slurmdbd mariadb-server" if accounting else PACKAGES
+        return f"Slurm is not installed ({', '.join(lacking)} not found): {packages}"
     return None if os.geteuid() == 0 else "a Slurm of one's own needs root"
 
 
