@@ -144,7 +144,6 @@ _PLAIN = [
     "augment.views.labeled.min_visible=-1",
     "augment.views.labeled.resize.short=0",
     "augment.views.labeled.resize=64",
-    "augment.views.weak=[1]",
     "augment.views.strong.erase=[{count: 1000000, ratio: 0.1}]",
     "augment.views.strong.color=[{one_of: {hue: 2}}]",
     "augment.antialias=1",

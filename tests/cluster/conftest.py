@@ -50,8 +50,6 @@ class OneSlurm:
         if self._current is None or self._current.accounting != accounting:
             self.stop()
             folder = self._make_folder("slurm")
-            for parent in (folder, *folder.parents[:2]):
-                parent.chmod(0o755)
             # The one with accounts is soon asked for jobs that its controller has forgotten.
             self._current = VirtualSlurm(folder, accounting, min_job_age=2 if accounting else 600)
             self._current.start()

@@ -107,6 +107,7 @@ class VirtualSlurm:
         self.conf = folder / "slurm.conf"
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         self._lock: TextIO | None = None
+        self._database: Path | None = None
 
     def start(self) -> None:
         """Starts the daemons and waits until both nodes are idle.
@@ -159,6 +160,8 @@ class VirtualSlurm:
                 daemon.wait(15)
             daemon.kill()
         self.daemons.clear()
+        if self._database is not None:
+            shutil.rmtree(self._database, ignore_errors=True)
         kept = [line for line in _HOSTS.read_text().splitlines() if _MARK not in line]
         _HOSTS.write_text("\n".join(kept) + "\n")
         self._lock.close()
@@ -199,12 +202,12 @@ class VirtualSlurm:
         self._until(lambda: _works("munge", "-n"), "munge")
 
     def _start_database(self) -> None:
-        data, sock = self.folder / "db", self.folder / "db" / "sock"
-        if not (data / "mysql").exists():
-            data.mkdir()
-            shutil.chown(data, "mysql")
-            install = ["mariadb-install-db", "--user=mysql", f"--datadir={data}", "--skip-test-db"]
-            subprocess.run(install, check=True, capture_output=True)
+        # Not below `folder`: the database's user must reach it, and pytest closes its folders whenever a session starts.
+        data = self._database = Path(tempfile.mkdtemp(prefix="ssodbench-slurm-"))
+        shutil.chown(data, "mysql")
+        sock = data / "sock"
+        install = ["mariadb-install-db", "--user=mysql", f"--datadir={data}", "--skip-test-db"]
+        subprocess.run(install, check=True, capture_output=True)
         Path("/run/mysqld").mkdir(exist_ok=True)
         link = Path("/run/mysqld/mysqld.sock")
         link.unlink(missing_ok=True)
