@@ -41,12 +41,17 @@ if {stopped}; then # saved before its time
     echo "ssodbench: job $id saved its state and ends, since Slurm ends it"
   elif [ "${{SLURM_RESTART_COUNT:-0}}" -ge {requeues} ]; then
     echo "ssodbench: job $id saved its state and ends: launcher.requeues={requeues} are used up"
-  elif scontrol requeue "$id"; then
+  else
+    # Said first, since Slurm ends this script at once.
     echo "ssodbench: job $id saved its state and goes back into the queue"
-    sleep 600 # which Slurm breaks off
-  elif scontrol --oneliner show job "$id" | grep -q 'PreemptTime=[0-9]'; then
-    echo "ssodbench: job $id saved its state and leaves it to Slurm to put it into the queue again"
-    sleep 3600
+    if scontrol requeue "$id"; then
+      sleep 600 # which Slurm breaks off
+    elif scontrol --oneliner show job "$id" | grep -q 'PreemptTime=[0-9]'; then
+      echo "ssodbench: job $id leaves it to Slurm to put it into the queue again"
+      sleep 3600
+    else
+      echo "ssodbench: job $id ends, since Slurm does not put it into the queue again"
+    fi
   fi
 fi
 echo $code > "$end.new" && mv -f "$end.new" "$end"

@@ -202,7 +202,7 @@ class VirtualSlurm:
         self._until(lambda: _works("munge", "-n"), "munge")
 
     def _start_database(self) -> None:
-        # Not below `folder`: the database's user must reach it, and pytest closes its folders whenever a session starts.
+        # Not in `folder`: the user of the database must reach it, and pytest closes its folders when a session starts.
         data = self._database = Path(tempfile.mkdtemp(prefix="ssodbench-slurm-"))
         shutil.chown(data, "mysql")
         sock = data / "sock"
