@@ -24,6 +24,7 @@ SMALL = [
     *("split.percent=20", "batch.labeled=4", "logging.loggers=[]", "logging.every=1", "pipeline=torchvision"),
     *("evaluation.every=null", "device=cpu", "launcher=slurm", "launcher.cpus=1"),
 ]
+SSODBENCH = [sys.executable, "-P", "-m", "tests.cluster.impatient"]
 UNSAVED = "checkpointing.every=100000"  # whatever is saved was saved because the job had to go
 
 
@@ -95,9 +96,9 @@ class Cluster:
         """`ssodbench COMMAND`, in a process group of its own as a shell starts it."""
         given = [*overrides, f"cache_dir={self.cache}"]
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "tests.cluster.impatient", command, *given],
+            [*SSODBENCH, command, *given],
             cwd=self.folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300", "PYTHONPATH": str(ROOT)},
+            env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -152,6 +153,11 @@ class Cluster:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         until(lambda: not ask("squeue", "-h"), "an empty queue")
+
+
+def environment() -> dict[str, str]:
+    """Variables of the commands, and through them of the jobs."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300", "PYTHONPATH": str(ROOT)}
 
 
 def end_of(process: subprocess.Popen[str], seconds: float = 400.0) -> tuple[int, str]:

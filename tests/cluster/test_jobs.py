@@ -12,10 +12,19 @@ from pathlib import Path
 
 import pytest
 
-from harness.cli import main
 from harness.core.lock import RunLock
 from harness.engine import checkpoint
-from tests.cluster.conftest import SMALL, UNSAVED, Cluster, end_of, memory_of, shown_by_slurm, until
+from tests.cluster.conftest import (
+    SMALL,
+    SSODBENCH,
+    UNSAVED,
+    Cluster,
+    end_of,
+    environment,
+    memory_of,
+    shown_by_slurm,
+    until,
+)
 from tests.cluster.virtual_slurm import ask
 
 
@@ -34,7 +43,8 @@ def undisturbed(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The weights of the run that is pre-empted below, trained here without a break."""
     run_dir = tmp_path_factory.mktemp("local") / "run"
     local = [word for word in SMALL if not word.startswith("launcher")]
-    assert main(["train", *local, *_PREEMPTED, f"run_dir={run_dir}", f"cache_dir={cache}"]) == 0
+    command = [*SSODBENCH, "train", *local, *_PREEMPTED, f"run_dir={run_dir}", f"cache_dir={cache}"]
+    subprocess.run(command, check=True, cwd=run_dir.parent, env=environment(), stdout=subprocess.DEVNULL)
     return json.loads((run_dir / "record.json").read_text())["weights_sha256"]
 
 
