@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from harness.config import moved
-from harness.config.targets import CONF_DIR
+from harness.config.targets import CONF_DIR, of_other_option
 from harness.core import validate
 
 # What of a run a suite varies, and by which key.
@@ -21,6 +21,7 @@ _SUITE_AXES = {
     "method": "suite.methods",
     "split.percent": "suite.percents",
     "split.fold": "suite.folds",
+    "split.shots": "suite.shots",
     "seed": "suite.seeds",
 }
 
@@ -107,6 +108,8 @@ def _about(error: Exception, overrides: Sequence[str]) -> str:
     message = _message(error)
     match = re.search(r"Could not override '([^']+)'", message) or re.search(r"Key '([^']+)' is not in struct", message)
     if match:
+        if elsewhere := of_other_option(match.group(1)):
+            return elsewhere
         hint = validate.near(match.group(1), _known_keys()) or "; `ssodbench --help` says how to list the keys"
         return f"the key {match.group(1)} is not known{hint}"
     if "Could not find '" in message:

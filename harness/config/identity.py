@@ -62,6 +62,7 @@ _ADDED = (
     "detector.score",
     "split.holdout",
     "split.tune",
+    "split.shots",
     "evaluation.set",
     "method.offline.labels",
     "method.offline.labeller",

@@ -48,6 +48,7 @@ class PlannedCell(Struct):
     dataset: str
     protocol: str
     variant: str | None = None
+    shots: Count | None = None
 
 
 class Plan(Struct):

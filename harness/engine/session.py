@@ -415,6 +415,8 @@ def new_record(run_: Experiment, extra: offline.Extra) -> RunRecord:
         val_sha256=data.dataset.val.sha256,
         protocol=data.split.protocol,
         percent=float(data.split.percent),
+        shots=data.split.shots,
+        labeled_by_class={} if data.split.shots is None else prepare.images_by_class(data.dataset.train, data.labeled),
         fold=int(data.split.fold),
         split_sha256=data.split.sha256,
         labeled_images=len(data.labeled),

@@ -109,6 +109,7 @@ def analyse(section: Section, chance: ImageChance, resamples: int) -> Analysis:
             curves[row.named].needed(cell),
             spent[row.label, cell.percent].ratio(base_cost) if base_cost is not None else None,
             _against(cell, equal_row.cells[cell.percent]) if equal_row is not None else None,
+            section.column(cell.percent) if section.by_shots else "",
         )
         compared.append(Compared(row, cell, found, curves[row.named].needed_by_images(cell, chance), equal_row))
     drawn = resamples if chance.of_run else 0

@@ -19,6 +19,7 @@ from harness.core.types import RunRecord
 from harness.report.collect import (
     ALL_LABELS,
     GIVEN,
+    SHOTS,
     TABLE_KEYS,
     UNKNOWN_SHARE,
     Run,
@@ -42,6 +43,11 @@ _EVALUATED_ON = {
     "holdout": ", evaluated on held-out training images",
     "tune": ", evaluated on the images that settings are chosen on",
 }
+
+
+def shots_text(shots: float) -> str:
+    """ "1 shot", "5 shots"."""
+    return f"{shots:g} shot{'' if shots == 1 else 's'}"
 
 
 def method_label(name: str) -> str:
@@ -163,7 +169,7 @@ class Section:
 
     keys: dict[str, Any]
     rows: list[Row]
-    percents: list[float]  # columns
+    percents: list[float]  # columns; shots where the splits are drawn by those
     reference: list[Row] = field(default_factory=list)  # trained on all labels
     plots: dict[str, str] = field(default_factory=dict)  # name -> SVG
 
@@ -189,10 +195,21 @@ class Section:
         text = f"{self.keys['dataset']}, split protocol {self.keys['protocol']}, {suite}"
         return text + _EVALUATED_ON.get(self.keys["evaluated_on"], "")
 
+    @property
+    def by_shots(self) -> bool:
+        """Whether the columns are of so many labelled images for each class, not of percentages."""
+        return self.keys["protocol"] == SHOTS
+
     def column(self, percent: float) -> str:
-        """The heading of a column: "10 %"; the protocol is named where it does not draw by a percentage."""
+        """The heading of a column: "10 %", "5 shots"; the protocol is named where it draws by neither."""
+        if self.by_shots:
+            return shots_text(percent)
         text = "share unknown" if percent == UNKNOWN_SHARE else f"{percent:g} %"
         return f"{text} ({self.keys['protocol']})" if self.keys["protocol"] in GIVEN else text
+
+    def of_labels(self, percent: float) -> str:
+        """What a column is of, within a sentence: "10 % of the labels", "5 shots"."""
+        return self.column(percent) if self.by_shots else f"{self.column(percent)} of the labels"
 
     def distinct(self, key: str) -> list[Any]:
         """The different values of a record's field, in order."""
@@ -240,7 +257,8 @@ def _section(runs: list[Run]) -> Section:
     """Sorts the runs that share a table into rows and columns."""
     kinds = sorted({kind_of(run.record) for run in runs}, key=_place)
     percents = sorted({run.share for run in runs})
-    columns = [percent for percent in percents if percent < ALL_LABELS] or percents
+    parts = [percent for percent in percents if percent < ALL_LABELS or runs[0].record.protocol == SHOTS]
+    columns = parts or percents
     rows, reference = [], []
     steps = _usual_steps(runs)
     for kind in kinds:

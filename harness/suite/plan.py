@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 from omegaconf import DictConfig, OmegaConf
 
-from harness.config import checks, compose, schema, sections, targets
+from harness.config import checks, compose, explain, schema, sections, targets
 from harness.config.identity import config_sha256, differences, identity, without_circumstances
 from harness.config.names import cell_name, group_name
 from harness.core import validate
@@ -31,7 +31,7 @@ class SuiteCell:
 
     name: str
     method: str
-    percent: float
+    percent: float  # of the images that are labelled, or the shots that they are drawn by
     fold: int
     seed: int
     run_dir: Path
@@ -62,6 +62,7 @@ class SuiteCell:
 _OWN_KEYS = {
     "method": "suite.methods=[...]",
     "split.percent": "suite.percents=[...]",
+    "split.shots": "suite.shots=[...]",
     "split.fold": "suite.folds=[...]",
     "seed": "suite.seeds=[...]",
     "run_dir": "runs_dir=DIR",
@@ -83,7 +84,10 @@ def plan(cfg: DictConfig) -> list[SuiteCell]:
         key = override.split("=", 1)[0].lstrip("+~")
         if key in _OWN_KEYS:
             raise UserError(f"{key} is set by the suite for each cell: say {_OWN_KEYS[key]} instead")
-    methods, percents, folds = _axis(suite, "methods", str), _axis(suite, "percents", float), _axis(suite, "folds", int)
+    amount, percents = _amounts(suite, overrides)
+    if amount == "split.shots":
+        overrides += ["split.protocol=shots", f"{amount}={percents[0]}"]
+    methods, folds = _axis(suite, "methods", str), _axis(suite, "folds", int)
     seeds = [None] if suite.get("seeds") is None else _axis(suite, "seeds", int)
     variants = _variants(suite, overrides)
     wanted = list(product(percents, folds, seeds, methods, variants))
@@ -106,12 +110,12 @@ def plan(cfg: DictConfig) -> list[SuiteCell]:
     for percent, fold, seed, method, variant in wanted:
         number = fold if seed is None else seed
         share = int(percent) if percent == int(percent) else percent
-        own = [f"split.percent={share}", f"split.fold={fold}", f"seed={number}"]
-        cell_cfg = _with_place(composed[method, variant], share, fold, number)
+        own = [f"{amount}={share}", f"split.fold={fold}", f"seed={number}"]
+        cell_cfg = _with_place(composed[method, variant], amount, share, fold, number)
         name = cell_name(cell_cfg)
         run_dir = suite_dir / name
         cost = float((suite.get("cost") or {}).get(method, 1.0))
-        given = [*extra[method, variant], *own, f"run_dir={run_dir}"]
+        given = [*(o for o in extra[method, variant] if explain.override_key(o) != amount), *own, f"run_dir={run_dir}"]
         cell = SuiteCell(name, method, percent, fold, number, run_dir, given, cell_cfg, cost=cost, variant=variant)
         cells.append(cell)
     _check_apart(cells)
@@ -182,6 +186,28 @@ def _composed(overrides: list[str], config_dirs: list[str], method: str, variant
     return cfg
 
 
+def _amounts(suite: DictConfig, overrides: list[str]) -> tuple[str, list[Any]]:
+    """The key that says how much each cell's split labels, and its values.
+
+    Raises:
+        UserError: there are two such keys, or shots with what does not go with them.
+    """
+    if suite.get("shots") is None:
+        return "split.percent", _axis(suite, "percents", float)
+    said = dict(override.lstrip("+~").partition("=")[::2] for override in overrides)
+    if "suite.percents" in said:
+        raise UserError("suite.percents and suite.shots both say how many images are labelled: leave one of them out")
+    if said.get("split.protocol", "shots") != "shots":
+        raise UserError(
+            f"suite.shots draws by split.protocol=shots, not by {said['split.protocol']}: leave one of them out"
+        )
+    if suite.get("reference"):
+        raise UserError(
+            "suite.reference=true trains on all labels, which split.protocol=shots never gives: leave it out"
+        )
+    return "split.shots", _axis(suite, "shots", int)
+
+
 def _check_named(suite: DictConfig, config_dirs: list[str]) -> None:
     """Raises UserError where `suite.cost` or `suite.method_overrides` names a method that there is not."""
     folders = [targets.CONF_DIR, *map(Path, config_dirs)]
@@ -206,10 +232,11 @@ def _check_apart(cells: list[SuiteCell]) -> None:
             )
 
 
-def _with_place(composed: DictConfig, percent: float, fold: int, seed: int) -> DictConfig:
+def _with_place(composed: DictConfig, amount: str, value: float, fold: int, seed: int) -> DictConfig:
     """A cell's configuration, as its own process will compose it, without composing it anew."""
     cfg = copy.deepcopy(composed)
-    cfg.split.percent, cfg.split.fold, cfg.seed = percent, fold, seed
+    OmegaConf.update(cfg, amount, value)
+    cfg.split.fold, cfg.seed = fold, seed
     checks.check_config(cfg)
     return cfg
 
@@ -274,6 +301,7 @@ def write_plan(suite_dir: Path, cfg: DictConfig, cells: list[SuiteCell]) -> None
     keys = ("name", "method", "variant", "percent", "fold", "seed", "state", "reason")
     rows = [
         {key: getattr(cell, key) for key in keys}
+        | ({"percent": None, "shots": shots} if (shots := cell.cfg.split.get("shots")) is not None else {})
         | {"dataset": group_name(cell.cfg, "data"), "protocol": cell.cfg.split.protocol}
         for cell in cells
     ]
