@@ -16,6 +16,7 @@ from harness.commands.usage import COMMANDS
 from harness.core.console import STDERR, settle
 from harness.core.escape import never_refuse, plain
 from harness.core.files import open_closed_streams, refusal, require_working_folder
+from harness.core.stopping import note_failure
 from harness.core.types import RunError, UserError
 from harness.core.validate import near
 
@@ -86,7 +87,12 @@ def keyed(command: str, given: list[str]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; gives its exit code."""
-    code = _main(arguments)
+    try:
+        code = _main(arguments)
+    except Exception:
+        note_failure(1)
+        raise
+    note_failure(code)
     settle()
     return code
 

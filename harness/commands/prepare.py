@@ -37,6 +37,7 @@ _FORMATS = {
     "shapes_dataset": "COCO's",
 }
 _PERCENTS, _FOLDS = (1.0, 2.0, 5.0, 10.0), (1, 2, 3, 4, 5)  # of the papers
+_SHOTS = (1, 5, 10)
 _LONG = 10_000  # pictures from which a check without a terminal reports each tenth
 _SHOWN = 8  # classes named in a sentence
 _FEW = 4  # classes up to which a table has a column for each
@@ -93,7 +94,7 @@ def describe(cfg: DictConfig) -> dict[str, Any]:
     for line in chosen.get("warnings", ()):
         console.print(line, markup=False)
     if checks.fatal is None and export_dir:
-        found["files"] = _export(dataset, _splits(options, wanted, [options.percent], [options.fold]), export_dir)
+        found["files"] = _export(dataset, _splits(options, wanted, (), [options.fold]), export_dir)
         for file in found["files"]:
             console.print(f"wrote {file}", markup=False)
     console.print(_write(found, export_dir, Path(cfg.cache_dir)), markup=False)
@@ -106,16 +107,25 @@ def describe(cfg: DictConfig) -> dict[str, Any]:
 def _described(options: SplitOptions, wanted: PrepareOptions) -> list[SplitOptions]:
     """Every split to describe: of a protocol that draws, those of the papers too."""
     if not options.chosen.draws:
-        return _splits(options, wanted, [options.percent], [options.fold])
-    return _splits(options, wanted, (*_PERCENTS, options.percent), (*_FOLDS, options.fold))
+        return _splits(options, wanted, (), [options.fold])
+    return _splits(options, wanted, _SHOTS if options.chosen.amount == "shots" else _PERCENTS, (*_FOLDS, options.fold))
 
 
 def _splits(
-    options: SplitOptions, wanted: PrepareOptions, percents: Sequence[float], folds: Sequence[int]
+    options: SplitOptions, wanted: PrepareOptions, amounts: Sequence[float], folds: Sequence[int]
 ) -> list[SplitOptions]:
-    """prepare.percents x prepare.folds, with what is given here for the one that is not set."""
-    shares, draws = sorted(set(map(float, wanted.percents or percents))), sorted(set(wanted.folds or folds))
-    return [replace(options, percent=percent, fold=fold) for percent, fold in product(shares, draws)]
+    """prepare.percents (or prepare.shots) x prepare.folds; where one is not set, what is given here and `options` has.
+
+    Raises:
+        UserError: the key that is set is not the one that the protocol draws by.
+    """
+    key = "shots" if options.chosen.amount == "shots" else "percent"
+    given, other = (wanted.shots, "percents") if key == "shots" else (wanted.percents, "shots")
+    if getattr(wanted, other) is not None:
+        raise UserError(f"prepare.{other} says nothing of split.protocol={options.protocol}: leave it null")
+    kind, draws = type(getattr(options, key)), sorted(set(wanted.folds or folds))
+    values = sorted({kind(value) for value in given or (*amounts, getattr(options, key))})
+    return [replace(options, fold=fold, **{key: value}) for value, fold in product(values, draws)]
 
 
 def _part(index: CocoIndex, pictures: ImageCheck, level: str) -> dict[str, Any]:
@@ -151,6 +161,8 @@ def _named(index: CocoIndex, counts: np.ndarray) -> dict[str, int]:
 def _split(whole: Dataset, options: SplitOptions, checks: Checks, evaluate_on: str | None) -> dict[str, Any]:
     """Counts of one split, or the error that says why there is none."""
     row: dict[str, Any] = {"protocol": options.protocol, "percent": options.percent, "fold": options.fold}
+    if options.shots is not None:
+        row |= {"percent": None, "shots": options.shots}
     try:
         dataset = set_apart(whole, options, evaluate_on)
         split = prepare.resolve_split(dataset, options)
@@ -319,7 +331,9 @@ def _split_table(splits: list[dict[str, Any]], classes: list[str]) -> Table:
     """
     first, few = splits[0], len(classes) <= _FEW
     kept = f"empty images: {first['empty_images']}, crowd boxes: {first['crowd_boxes']}, min side: {first['min_side']}"
-    table = _table(f"splits by protocol {first['protocol']} ({kept})", "%")
+    by_shots = first.get("shots") is not None
+    whole = "; shots are images of each class, and every box on a labelled image is labelled" if by_shots else ""
+    table = _table(f"splits by protocol {first['protocol']} ({kept}{whole})", "shots" if by_shots else "%")
     per_class = [literal(name) for name in classes] if few else ["least", "median", "most", "no box"]
     for heading in ("fold", "labelled", "shown", "boxes", *per_class):
         table.add_column(heading, justify="right")
@@ -329,5 +343,10 @@ def _split_table(splits: list[dict[str, Any]], classes: list[str]) -> Table:
         if not few:
             counts = [min(counts), int(np.median(counts)), max(counts), len(row["classes_without_labeled_box"])]
         cells = (row["labeled_ids"], row["labeled_images"], row["labeled_boxes"], *counts)
-        table.add_row(f"{row['percent']:g}", str(row["fold"]), *(f"{n:,}" for n in cells), row["sha256"][:10])
+        table.add_row(
+            f"{row['shots'] if by_shots else row['percent']:g}",
+            str(row["fold"]),
+            *(f"{n:,}" for n in cells),
+            row["sha256"][:10],
+        )
     return table

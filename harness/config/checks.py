@@ -37,6 +37,7 @@ def check_together(cfg: DictConfig) -> None:
     batch, steps = sections.batch_options(cfg), sections.schedule_options(cfg).steps
     check_annealing(batch.anneal_steps, batch.ratio, steps)
     _check_interval(sections.evaluation_options(cfg).every, steps)
+    _check_amount(cfg)
     sections.step_shape(cfg)
     # Without batch.micro a step may only later be found not to be shared: commands that train nothing do not mind.
     if batch.micro is not None or cfg.devices > batch.labeled + batch.unlabeled:
@@ -130,6 +131,13 @@ def _check_policy(plain: dict[str, Any]) -> None:
     policy.view("test")
     if plain["method"].get("offline"):
         policy.view("pseudo")
+
+
+def _check_amount(cfg: DictConfig) -> None:
+    """Checks that a split is drawn by one key; what a suite draws by is known of its cells alone."""
+    if (cfg.get("suite") or {}).get("shots") is None:
+        options = sections.split_options(cfg)
+        options.chosen.check_amount(options, [override.split("=", 1)[0].lstrip("+~") for override in cfg.cli.overrides])
 
 
 def _check_interval(every: float | None, steps: int) -> None:

@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from harness.config import moved
-from harness.config.targets import CONF_DIR
+from harness.config.targets import CONF_DIR, of_other_option
 from harness.core import validate
 
 # What of a run a suite varies, and by which key.
@@ -21,8 +21,11 @@ _SUITE_AXES = {
     "method": "suite.methods",
     "split.percent": "suite.percents",
     "split.fold": "suite.folds",
+    "split.shots": "suite.shots",
     "seed": "suite.seeds",
 }
+
+_OF_OVERRIDES = ("suite.variants", "suite.method_overrides")  # keys whose values are overrides
 
 
 def override_key(override: str) -> str:
@@ -32,7 +35,7 @@ def override_key(override: str) -> str:
 
 def explained(error: Exception, overrides: Sequence[str]) -> str:
     """One sentence about what Hydra could not compose."""
-    return _several(overrides) or _no_option(overrides) or _about(error, overrides)
+    return _several(overrides) or _no_option(overrides) or _unquoted(overrides) or _about(error, overrides)
 
 
 def _several(overrides: Sequence[str]) -> str | None:
@@ -69,6 +72,21 @@ def _no_option(overrides: Sequence[str]) -> str | None:
     return None
 
 
+def _unquoted(overrides: Sequence[str]) -> str | None:
+    """One sentence about overrides within a suite's key that Hydra cannot read without quotes."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key.lstrip("+").startswith(_OF_OVERRIDES) and "=" in value:
+            try:
+                OverridesParser.create().parse_override(override)
+            except HydraException:
+                return (
+                    f"{validate.shown(override)} cannot be read: put each override in quotes, such as "
+                    f"'{key}={{NAME: [\"schedule.steps=300\"]}}'"
+                )
+    return None
+
+
 def unknown_option(message: str) -> str:
     """One sentence from Hydra's page about a missing group option."""
     match = re.search(r"Could not (?:find|load) '([^']+)'", message)
@@ -90,6 +108,8 @@ def _about(error: Exception, overrides: Sequence[str]) -> str:
     message = _message(error)
     match = re.search(r"Could not override '([^']+)'", message) or re.search(r"Key '([^']+)' is not in struct", message)
     if match:
+        if elsewhere := of_other_option(match.group(1)):
+            return elsewhere
         hint = validate.near(match.group(1), _known_keys()) or "; `ssodbench --help` says how to list the keys"
         return f"the key {match.group(1)} is not known{hint}"
     if "Could not find '" in message:

@@ -22,6 +22,7 @@ _CIRCUMSTANCES = (
     "checkpointing",
     "launcher",
     "suite",
+    "variant",  # a name; what it changes is told by the other keys
     "data.root",
     "pipeline.threads",
     "pipeline.prefetch",
@@ -61,6 +62,7 @@ _ADDED = (
     "detector.score",
     "split.holdout",
     "split.tune",
+    "split.shots",
     "evaluation.set",
     "method.offline.labels",
     "method.offline.labeller",

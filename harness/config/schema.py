@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from harness.core.validate import File, Images, Limits, Name, Pixels, Positive, Seed, Share, Steps, Threads
-from harness.splits.protocols import Fold, Percent, SplitOptions
+from harness.splits.protocols import Fold, Percent, Shots, SplitOptions
 
 LoggerName = Literal["tensorboard", "wandb", "mlflow"]
 Decay = Literal["flat", "step", "linear", "cosine"]
@@ -41,6 +41,7 @@ class PrepareOptions:
 
     percents: Annotated[list[Percent], Limits(least=1)] | None
     folds: Annotated[list[Fold], Limits(least=1)] | None
+    shots: Annotated[list[Shots], Limits(least=1)] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +158,10 @@ class SuiteOptions:
     percents: Annotated[list[Percent], Limits(least=1)]
     folds: Annotated[list[Fold], Limits(least=1)]
     seeds: Annotated[list[Seed], Limits(least=1)] | None = None
+    shots: Annotated[list[Shots], Limits(least=1)] | None = None
     reference: bool = False
     method_overrides: dict[str, list[str]] = field(default_factory=dict)
+    variants: dict[str, list[str]] | None = None
     jobs: Annotated[int, Limits(ge=1, le=1024)] | None = None
     cost: dict[str, Positive] = field(default_factory=dict)
     wait: bool | None = None
@@ -246,6 +249,7 @@ class Config:
     preset_name: Name | None
     cli: CliOptions
     suite: SuiteOptions | None = None
+    variant: Name | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,9 @@ GROUPS = {
         ("backbone_lr_scale", "start", "start_sha256"),
     ),
     "method": Group(
-        "detectors.methods.method:Method", ("detector", "steps"), ("name", "augment", "unlabeled", "offline")
+        "detectors.methods.method:Method",
+        ("detector", "steps"),
+        ("name", "augment", "unlabeled", "offline"),
     ),
     "pipeline": Group(
         "harness.core.types:Pipeline",
@@ -90,7 +92,20 @@ def check_constructor(name: str, values: dict[str, Any], key: str | None = None)
     except ModuleNotFoundError:
         return  # an extra is not installed: `harness.config.extras` says so where it is needed
     arguments = {key: value for key, value in values.items() if key not in (*group.own, "_target_")}
-    validate.check_arguments(target, arguments, key or name, group.given, group.own)
+    validate.check_arguments(
+        target, arguments, key or name, group.given, group.own, lambda unknown: of_other_option(f"{name}.{unknown}")
+    )
+
+
+def of_other_option(key: str) -> str:
+    """A sentence about a dotted key that only other options of its group have; "" where none has it."""
+    group, _, rest = key.partition(".")
+    if group not in NAMED:
+        return ""
+    line = re.compile(rf"^{re.escape(rest.partition('.')[0])}:", re.MULTILINE)
+    options = [file.stem for file in sorted((CONF_DIR / group).glob("*.yaml")) if line.search(file.read_text())]
+    choices = " or ".join(f"{group}={option}" for option in options)
+    return f"{key} belongs to {choices}: choose that, or leave the key out" if options else ""
 
 
 def find_target(name: str, values: dict[str, Any], key: str | None = None) -> Callable[..., Any]:

@@ -7,9 +7,11 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
+FAILURE_VARIABLE = "SSODBENCH_FAILURE"  # names the file of `note_failure`
 REPEAT_SECONDS = 2.0  # within which a launcher passes on a signal that its workers may have got as well
 
 
@@ -27,6 +29,20 @@ class Interrupted(Exception):  # noqa: N818  not an error
 def stop_code(signal_number: int) -> int:
     """Exit code of a process that a signal has stopped, as shells have it."""
     return 128 + signal_number
+
+
+def note_failure(code: int) -> None:
+    """Keeps the exit code of the process that fails first, where the launcher of a group names a file for it.
+
+    A launcher that then ends the others may be left with their exit code, that of a run that was asked to stop.
+
+    Args:
+        code: of this process; nothing is kept of 0, nor of one that a signal has stopped.
+    """
+    path = os.environ.get(FAILURE_VARIABLE)
+    if path and 0 < code < stop_code(1):
+        with suppress(OSError), Path(path).open("x") as file:  # of several the first
+            file.write(f"{code}\n")
 
 
 def stop_signals() -> list[int]:

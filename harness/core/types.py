@@ -114,6 +114,7 @@ class Split:
     fold: int
     protocol: str
     sha256: str
+    shots: int | None = None  # of each class, where the protocol draws by it
 
 
 @dataclass(frozen=True)
@@ -242,6 +243,8 @@ class RunRecord:
     val_sha256: str = ""
     protocol: str = ""
     percent: float | None = 0.0  # None where the split is given as ids, whose share nobody asked for
+    shots: int | None = None  # labelled images that each class was to have at least, where the split is drawn by that
+    labeled_by_class: dict[str, int] = field(default_factory=dict)  # with shots: class -> labelled images that show it
     fold: int = 0
     split_sha256: str = ""
     labeled_images: int = 0
@@ -253,6 +256,7 @@ class RunRecord:
         "val"  # val: the dataset's own; holdout: taken from the labelled images; tune: for choices alone
     )
     labeller: str | None = None  # who made the pseudo labels of a file; may have seen any of the data
+    variant: str | None = None  # the name of the suite's variant that it is
     tune_images: int = 0  # labelled images that settings may be chosen on, and no training sees
     tune_boxes: int = 0
     empty_images: str = ""  # policy for labelled images without a box: keep or drop

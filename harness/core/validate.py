@@ -112,7 +112,12 @@ def make_checked(kind: type[T], values: Mapping[str, Any], key: str) -> T:
 
 
 def check_arguments(
-    target: Callable[..., Any], values: Mapping[str, Any], key: str, given: Iterable[str], own: Iterable[str] = ()
+    target: Callable[..., Any],
+    values: Mapping[str, Any],
+    key: str,
+    given: Iterable[str],
+    own: Iterable[str] = (),
+    elsewhere: Callable[[str], str] = lambda _: "",
 ) -> None:
     """Checks keys against a constructor's parameters.
 
@@ -122,6 +127,7 @@ def check_arguments(
         key: the group's name, for messages.
         given: parameters that the program itself passes.
         own: keys of the group that the constructor does not take; named where a key is not known.
+        elsewhere: what is said of a key that is not known here, as it is of something else; "" for no such.
 
     Raises:
         UserError: as `check`.
@@ -131,6 +137,9 @@ def check_arguments(
     known = {name: field for name, field in parameters.items() if name not in passed}
     if open_ended:
         known |= {name: _Field(Any, required=False) for name in values if name not in known}
+    for name in values:
+        if name not in (*known, *own) and (said := elsewhere(name)):
+            raise UserError(said)
     _check_fields(known, values, key, own)
 
 

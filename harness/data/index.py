@@ -78,6 +78,15 @@ class CocoIndex:
         first = np.cumsum(counts) - counts
         return np.arange(len(owner)) - first[owner] + self.offsets[images][owner], owner
 
+    def shown_classes(self, crowd: str = "drop", min_side: int = 0) -> np.ndarray:
+        """(N, C) bool, of which classes the images show a box, as `source` gives them with the same arguments."""
+        boxes = np.ones(len(self.crowd), bool) if crowd == "keep" else ~self.crowd
+        owner = np.repeat(np.arange(len(self)), np.diff(self.offsets))
+        found = np.zeros((len(self), self.num_classes), bool)
+        found[owner[boxes], self.labels[boxes] - 1] = True
+        found[self.sizes.min(1, initial=np.iinfo(self.sizes.dtype).max) < min_side] = False
+        return found
+
     def annotated(self) -> np.ndarray:
         """(N,) bool, the images with an annotation, be it a crowd."""
         return np.diff(self.offsets) > 0

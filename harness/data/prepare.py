@@ -26,13 +26,18 @@ def resolve_split(dataset: Dataset, options: SplitOptions) -> Split:
     Raises:
         UserError: if there is no such split, or its labelled part shows no box.
     """
-    protocol, train = options.chosen, dataset.whole.train
+    protocol = options.chosen
+    train = dataset.train if protocol.leaves_tune else dataset.whole.train
     listed = protocol.read(options)
     more = _unlabeled_part(dataset, protocol) if dataset.reads_unlabeled(protocol) else None
     protocol.refuse_unread(options)
     others = more.image_ids if more and protocol.takes_unlabeled_part else None
-    split = protocol.split(Candidates(train.image_ids, train.annotated(), train.boxed(), others), options, listed)
-    if dataset.undivided:
+    protocol.check_amount(options)
+    policy, by_class = options.policy, "shots" in protocol.reads
+    shows = train.shown_classes(policy.crowd_boxes, policy.min_side) if by_class else None
+    images = Candidates(train.image_ids, train.annotated(), train.boxed(), others, shows, train.category_names)
+    split = protocol.split(images, options, listed)
+    if dataset.undivided and not protocol.leaves_tune:
         split = without_images(split, train.image_ids[~np.isin(train.image_ids, dataset.train.image_ids)])
     if more and not protocol.takes_unlabeled_part:
         split = with_unlabeled(split, more.image_ids, more.sha256)
@@ -91,6 +96,14 @@ def labeled_source(dataset: Dataset, split: Split, options: SplitOptions, checks
     policy = options.policy
     ids = _without(split.labeled_ids, checks, "train")
     return dataset.train.source(ids, policy.crowd_boxes, policy.empty_images, policy.min_side)
+
+
+def images_by_class(index: CocoIndex, source: ImageSource) -> dict[str, int]:
+    """Class -> how many images of a source show it."""
+    owner = np.repeat(np.arange(len(source)), np.diff(source.offsets))
+    shows = np.zeros((len(source), index.num_classes), bool)
+    shows[owner, source.labels - 1] = True
+    return dict(zip(index.category_names, shows.sum(0).tolist(), strict=True))
 
 
 def sources(
@@ -231,7 +244,9 @@ def about_split(dataset: Dataset, split: Split, options: SplitOptions, labeled: 
     names = [name for name, count in zip(train.category_names, counts, strict=True) if not count]
     if names:
         shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-        remedy = "a larger split.percent or another split.fold may have some" if protocol.draws else "label some"
+        remedy = (
+            f"a larger split.{protocol.amount} or another split.fold may have some" if protocol.draws else "label some"
+        )
         lines.append(
             f"no labelled box shows {len(names)} of the {train.num_classes} classes ({shown}), which nothing can be "
             f"learnt of: {remedy}"

@@ -38,9 +38,12 @@ def set_apart(dataset: Dataset, options: SplitOptions, evaluate_on: str | None =
     if evaluate_on == "tune" and options.tune is None:
         raise UserError("evaluation.set=tune needs images to evaluate on: set split.tune, such as split.tune=0.1")
     if dataset.no_val and options.holdout is None and evaluate_on != "tune":
+        share = "the training part by split.tune=0.2 evaluation.set=tune"
+        if not options.chosen.leaves_tune:
+            share = "the labelled ones by split.holdout=0.2"
         raise UserError(
-            f"data={dataset.name} has no images to evaluate on ({dataset.no_val}): give some, or take a share of the "
-            "labelled ones by split.holdout=0.2"
+            f"data={dataset.name} has no images to evaluate on ({dataset.no_val}): give some, or take a share of "
+            f"{share}"
         )
     if options.tune is None and options.holdout is None:
         return dataset

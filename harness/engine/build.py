@@ -108,7 +108,7 @@ def pipeline(
 
 def refuse_no_unlabeled(method: str, options: SplitOptions) -> NoReturn:
     """Raises UserError: a method that needs unlabelled images has none in this split."""
-    remedy = "lower split.percent" if options.chosen.draws else "add images that are not labelled"
+    remedy = f"lower split.{options.chosen.amount}" if options.chosen.draws else "add images that are not labelled"
     raise UserError(
         f"method={method} needs unlabelled images and {options.said} leaves none: {remedy}, or take method=supervised"
     )
@@ -365,9 +365,9 @@ def check_split(cell: str, method: Mapping[str, Any], options: SplitOptions, ope
         if draws_unlabeled(method) and not unlabeled:
             refuse_no_unlabeled(str(method["name"]), options)
     except UserError as error:
+        axis = "suite.shots" if options.chosen.amount == "shots" else "suite.percents"
         raise UserError(
-            f"the cell {cell} cannot be run: {error}; suite.methods, suite.percents and suite.folds "
-            "say which cells there are"
+            f"the cell {cell} cannot be run: {error}; suite.methods, {axis} and suite.folds say which cells there are"
         ) from error
 
 

@@ -27,7 +27,7 @@ from harness.core.console import STDERR, settle
 from harness.core.distributed import World
 from harness.core.files import refusal
 from harness.core.record import available_cores
-from harness.core.stopping import Interrupted, StopRequest, stop_code, stop_signals
+from harness.core.stopping import Interrupted, StopRequest, note_failure, stop_code, stop_signals
 from harness.core.types import UserError
 from harness.engine import build
 from harness.engine.loop import RunError
@@ -150,8 +150,10 @@ def _end_alone(world: World, stop: StopRequest, error: Exception, told: tuple[st
         told = ("", 1)
     elif told is None:
         STDERR.say("".join(traceback.format_exception(error)))
+        note_failure(1)
     else:
         STDERR.say(f"ssodbench: rank {world.rank}: {told[0]}")
+        note_failure(told[1])
     settle()
     os._exit(told[1] if told else 1)  # leaving the group in order would wait for the others
 

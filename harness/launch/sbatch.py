@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.core.files import write_atomically
-from harness.core.stopping import stop_code
+from harness.core.stopping import FAILURE_VARIABLE, stop_code
 from harness.core.types import RunError, UserError
 from harness.launch.ranks import JOB_SIGNALS, JOB_VARIABLE
 
@@ -29,21 +29,29 @@ esac
 # The last task of an array has the number of the whole array as its SLURM_JOB_ID.
 id=${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}
 end={folder}/$id.exit
-rm -f "$end" # of an earlier job of that number
+export {failure}={folder}/$id.failure
+rm -f "$end" "${failure}" # of an earlier job of that number
 trap : TERM {signals} # for the processes below, which finish their step and save; this script waits for them
 srun {srun} "$@"
 code=$?
+# srun gives the highest code, which is that of the processes that it has ended because another one failed.
+if [ -s "${failure}" ]; then code=$(cat "${failure}"); fi
 if {stopped}; then # saved before its time
   if [ "$(squeue --noheader --states=all --job="$id" --format=%T)" != RUNNING ]; then
     echo "ssodbench: job $id saved its state and ends, since Slurm ends it"
   elif [ "${{SLURM_RESTART_COUNT:-0}}" -ge {requeues} ]; then
     echo "ssodbench: job $id saved its state and ends: launcher.requeues={requeues} are used up"
-  elif scontrol requeue "$id"; then
+  else
+    # Said first, since Slurm ends this script at once.
     echo "ssodbench: job $id saved its state and goes back into the queue"
-    sleep 600 # which Slurm breaks off
-  elif scontrol --oneliner show job "$id" | grep -q 'PreemptTime=[0-9]'; then
-    echo "ssodbench: job $id saved its state and leaves it to Slurm to put it into the queue again"
-    sleep 3600
+    if scontrol requeue "$id"; then
+      sleep 600 # which Slurm breaks off
+    elif scontrol --oneliner show job "$id" | grep -q 'PreemptTime=[0-9]'; then
+      echo "ssodbench: job $id leaves it to Slurm to put it into the queue again"
+      sleep 3600
+    else
+      echo "ssodbench: job $id ends, since Slurm does not put it into the queue again"
+    fi
   fi
 fi
 echo $code > "$end.new" && mv -f "$end.new" "$end"
@@ -102,6 +110,7 @@ class BatchJob:
             folder=shlex.quote(str(self.folder)),
             signals=" ".join(number.name.removeprefix("SIG") for number in JOB_SIGNALS if number.name != "SIGTERM"),
             srun=shlex.join(self.srun),
+            failure=FAILURE_VARIABLE,
             stopped=" || ".join(f"[ $code -eq {code} ]" for code in codes),
             requeues=self.requeues,
         )

@@ -24,6 +24,7 @@ UNKNOWN_SHARE = 0.0  # no run has labels for no image
 
 # Split protocols that are told what is labelled, and draw nothing; those of them that label the whole training part.
 GIVEN = tuple(name for name, protocol in PROTOCOLS.items() if not protocol.draws)
+SHOTS = "shots"  # the protocol that draws so many images of each class, in place of a percentage
 _WHOLE = tuple(name for name, protocol in PROTOCOLS.items() if protocol.takes_unlabeled_part)
 
 # Runs that differ in one of these are never shown in one table.
@@ -52,7 +53,9 @@ class Run:
     folder: Path | None
     file: Path | None = None  # that the record was read from
     variant: str = ""  # what its configuration has that others of the same method have not
-    share: float = UNKNOWN_SHARE  # percentage of the images that are labelled, by which it stands in a column
+    share: float = (
+        UNKNOWN_SHARE  # its column: percentage of the images that are labelled, or shots where drawn by those
+    )
     href: str = ""  # address of its record, seen from the report
 
     @property
@@ -61,9 +64,9 @@ class Run:
         return self.record.fold, self.record.seed
 
 
-def kind_of(record: RunRecord) -> tuple[str, str]:
-    """What is compared: a method, with somebody else's pseudo labels another one than without."""
-    return record.method, record.labeller or ""
+def kind_of(record: RunRecord) -> tuple[str, str, str]:
+    """What is compared: a method, its labeller, and its variant in the suite; the latter "" where there are none."""
+    return record.method, record.labeller or "", record.variant or ""
 
 
 def collect(folder: Path) -> tuple[list[Run], list[str]]:
@@ -153,8 +156,9 @@ def _planned_record(suite: str, cell: PlannedCell, of_suite: list[RunRecord]) ->
     same = [record for record in alike if record.dataset == cell.dataset]
     template = (same or alike or [RunRecord(dataset=cell.dataset, protocol=cell.protocol)])[0]
     record = RunRecord(**{key: getattr(template, key) for key in TABLE_KEYS})
-    record.suite, record.cell, record.method = suite, cell.name, cell.method
+    record.suite, record.cell, record.method, record.variant = suite, cell.name, cell.method, cell.variant
     record.percent, record.fold, record.seed = cell.percent, cell.fold, cell.seed
+    record.shots = cell.shots
     labellers = {other.labeller for other in of_suite if other.method == cell.method}
     record.labeller = labellers.pop() if len(labellers) == 1 else None
     record.status, record.error = cell.state, cell.reason or "not run"
@@ -162,7 +166,7 @@ def _planned_record(suite: str, cell: PlannedCell, of_suite: list[RunRecord]) ->
 
 
 def _set_shares(runs: list[Run]) -> None:
-    """Sets each run's share: the percentage that was drawn by, or that the list of images really is."""
+    """Sets each run's share: the percentage or shots that were drawn by, or the percentage that a list really is."""
     totals: dict[str, int] = {}
     for run in runs:  # of one split all runs count the same images, but a method may leave some unlabelled ones out
         images = run.record.labeled_images + run.record.unlabeled_images
@@ -178,7 +182,9 @@ def _set_shares(runs: list[Run]) -> None:
 
 
 def _share(record: RunRecord, images: int) -> float:
-    """The percentage of `images` that a run has labelled; of lists, three digits of it."""
+    """The percentage of `images` that a run has labelled, of lists three digits of it; or the shots drawn by."""
+    if record.shots is not None:
+        return float(record.shots)
     if record.protocol in _WHOLE:
         return ALL_LABELS
     if record.protocol not in GIVEN and record.percent is not None:
@@ -208,6 +214,7 @@ def _without_copies(runs: list[Run], problems: list[str]) -> list[Run]:
     for one in sorted(runs, key=lambda run: (run.record.status == "ok", run.record.started)):
         r = one.record
         place = [*(getattr(r, key) for key in TABLE_KEYS), kind_of(r), variable_part(r), r.percent, r.fold, r.seed]
+        place += [r.shots]
         key = json.dumps(place)
         if key in newest:
             problems.append(f"{newest[key].folder} is not counted: {one.folder} is a newer run of the same cell.")
@@ -224,5 +231,5 @@ def variable_part(record: RunRecord) -> dict[str, Any]:
     plain.pop("seed", None)
     split = plain.get("split")
     if isinstance(split, dict):
-        plain["split"] = {key: value for key, value in split.items() if key not in ("percent", "fold")}
+        plain["split"] = {key: value for key, value in split.items() if key not in ("percent", "fold", "shots")}
     return plain

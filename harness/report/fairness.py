@@ -13,7 +13,7 @@ from typing import Any
 
 from harness.core.record import BASELINE
 from harness.core.types import RunRecord
-from harness.report.tables import Cell, Row, Section
+from harness.report.tables import Cell, Row, Section, shots_text
 
 MARKS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -86,7 +86,9 @@ def _folds(row: Row) -> str:
     """ "1, 2, 3", or "1, 2, 3 (5 %: 1, 2)" where a ratio has others than the most have."""
     each = {cell.percent: _listed(cell) for cell in row.cells.values() if cell.runs}
     usual = max(each.values(), key=lambda text: (list(each.values()).count(text), len(text)))
-    others = [f"{percent:g} %: {text}" for percent, text in each.items() if text != usual]
+    by_shots = any(record.shots for record in _records(row))
+    names = {percent: shots_text(percent) if by_shots else f"{percent:g} %" for percent in each}
+    others = [f"{names[percent]}: {text}" for percent, text in each.items() if text != usual]
     return usual + (f" ({'; '.join(others)})" if others else "")
 
 

@@ -79,7 +79,7 @@ def show(section: Section, count: int) -> tuple[Gallery | None, str]:
     except _UNREADABLE as error:
         return None, f"the evaluation images cannot be shown ({error})."
     caption = (
-        f"The first {len(lines)} evaluation images by a hash of their ids; {section.column(percent)} of the labels, "
+        f"The first {len(lines)} evaluation images by a hash of their ids; {section.of_labels(percent)}, "
         f"fold {pair[0]}, seed {pair[1]}. White: the truth. Blue: right (same class, IoU of at least 0.5); orange: "
         f"wrong. Boxes with a score of at least {SHOWN_SCORE:g}."
     )

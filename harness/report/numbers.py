@@ -17,7 +17,7 @@ from harness.report.comparison import LEVEL, Compared
 from harness.report.costs import Cost
 from harness.report.parts import Part
 from harness.report.statistics import LabelsNeeded, Paired
-from harness.report.tables import Cell, Row
+from harness.report.tables import Cell, Row, Section
 
 FORMAT = 1
 SCORES = ("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l")
@@ -52,12 +52,18 @@ def to_json(parts: list[Part], published: list[dict[str, Any]], problems: list[s
     return json.dumps(content, indent=1, allow_nan=False).encode() + b"\n"  # ASCII: names may not be valid UTF-8
 
 
+def amount(section: Section, percent: float) -> dict[str, Any]:
+    """What a column is of: the percentage that is labelled, or the shots that the split was drawn by."""
+    return {"percent": None, "shots": int(percent)} if section.by_shots else {"percent": percent}
+
+
 def _table(part: Part) -> dict[str, Any]:
     section = part.section
     return {
         "title": section.title,
         "keys": section.keys,
-        "percents": section.percents,
+        "percents": [] if section.by_shots else section.percents,
+        **({"shots": [int(shots) for shots in section.percents]} if section.by_shots else {}),
         "verdict": part.analysis.verdict,
         "resamples": part.analysis.resamples,
         "holm_over": part.analysis.corrected_over,
@@ -79,7 +85,7 @@ def _row(part: Part, row: Row, reference: bool) -> dict[str, Any]:
     )
     return {
         "method": row.method,
-        "variant": row.variant,
+        "variant": row.configuration,
         "labeller": row.labeller,
         "label": row.label,
         "reference": reference,
@@ -91,7 +97,7 @@ def _row(part: Part, row: Row, reference: bool) -> dict[str, Any]:
 def _cell(part: Part, row: Row, cell: Cell) -> dict[str, Any]:
     one = part.analysis.of(row, cell)
     return {
-        "percent": cell.percent,
+        **amount(part.section, cell.percent),
         "n": cell.n,
         "missing": len(cell.missing),
         "reason": cell.reason,

@@ -202,7 +202,7 @@ def ap_by_compute(section: Section, found: dict[tuple[str, float], Cost]) -> str
             axes[line][0].set_ylabel("AP (COCO, 0.50:0.95)")
             for panel, percent in zip(axes[line], percents, strict=True):
                 if line == 0:
-                    panel.set_title(f"{figure_label(section.column(percent))} labels")
+                    panel.set_title(f"{figure_label(section.column(percent))}{'' if section.by_shots else ' labels'}")
                 panel.set_xlabel(f"{name}, stage 1 included")
                 _compute_panel(panel, section, percent, found, _COMPUTE[name])
                 if name == "images seen":
@@ -263,7 +263,7 @@ def published_pairs(
     backbone has our depth, by which the names of detectors end (faster_rcnn_r50). None is ours with the pseudo labels
     of somebody else.
     """
-    for section in sections:
+    for section in [section for section in sections if not section.by_shots]:
         depth = str(section.keys["detector"]).rpartition("_")[2].upper()
         for row in [row for row in [*section.rows, *section.reference] if not row.labeller]:
             for source in published:
@@ -315,7 +315,7 @@ def _learning_curves(section: Section, curves: Curves) -> str | None:
         figure = Figure(figsize=(2.2 + 2.6 * len(percents), 0.4 + 2.3 * len(kinds)), layout="constrained")
         axes = _panels(len(percents), len(kinds), figure)
         for column, percent in enumerate(percents):
-            axes[0][column].set_title(f"{figure_label(section.column(percent))} labels")
+            axes[0][column].set_title(f"{figure_label(section.column(percent))}{'' if section.by_shots else ' labels'}")
             axes[-1][column].set_xlabel("student step")
             for line, (name, found) in enumerate(kinds):
                 panel = axes[line][column]
@@ -356,7 +356,7 @@ def _pseudo_labels(section: Section, curves: Curves) -> str | None:
         figure = Figure(figsize=(10.4, 0.5 + 2.1 * len(percents)), layout="constrained")
         axes = figure.subplots(len(percents), len(measures), squeeze=False, sharex=True, sharey=True)
         for line, percent in enumerate(percents):
-            axes[line][0].set_ylabel(f"{figure_label(section.column(percent))} labels")
+            axes[line][0].set_ylabel(f"{figure_label(section.column(percent))}{'' if section.by_shots else ' labels'}")
             for column, measure in enumerate(measures):
                 panel = axes[line][column]
                 panel.set_ylim(0, 1.02)

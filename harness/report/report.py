@@ -63,7 +63,7 @@ def run(
         part_of(number, section, resamples, gallery, problems, cache_dir=cache_dir)
         for number, section in enumerate(sections, 1)
     ]
-    on_coco = [part.section for part in parts if part.section.keys["dataset"] == COCO]
+    on_coco = [part.section for part in parts if part.section.keys["dataset"] == COCO and not part.section.by_shots]
     lines = published(problems) if on_coco else []
     profiles = stage_bars.read(folder, problems)
     problems = list(dict.fromkeys(problems))
@@ -116,9 +116,9 @@ def summary(parts: list[Part]) -> pd.DataFrame:
                 line: dict[str, Any] = {
                     **part.section.keys,
                     "method": row.method,
-                    "variant": row.variant,
+                    "variant": row.configuration,
                     "labeller": row.labeller,
-                    "percent": percent,
+                    **numbers.amount(part.section, percent),
                 }
                 line |= {"n": cell.n, "missing": len(cell.missing), "reason": cell.reason}
                 for key in SCORES + PSEUDO:

@@ -174,6 +174,7 @@ def facts(section: Section) -> list[tuple[str, str]]:
     found = [
         ("dataset", f"{one.dataset}, sha256 {hash_of(one.dataset_sha256)}"),
         ("split protocol", f"{one.protocol}; images without boxes: {one.empty_images}, crowd boxes: {one.crowd_boxes}"),
+        *([("labels", _shots(section))] if section.by_shots else []),
         ("folds and seeds", f"folds {_listed(section.distinct('fold'))}, seeds {_listed(section.distinct('seed'))}"),
         (
             "evaluation",
@@ -206,6 +207,26 @@ def facts(section: Section) -> list[tuple[str, str]]:
         ("code", _listed([hash_of(c or "-") for c in section.distinct("commit")])),
     ]
     return found
+
+
+def _shots(section: Section) -> str:
+    """What is labelled besides the images that a class was to have."""
+    each = []
+    for shots in section.percents:
+        records = [run.record for row in section.rows for run in row.cells[shots].runs]
+        images = [count for record in records for count in record.labeled_by_class.values()]
+        if images:
+            boxes = sorted({record.labeled_boxes for record in records})
+            each.append(
+                f"{section.column(shots)}: each class on {_range(min(images), max(images))} labelled images, with "
+                f"{_range(boxes[0], boxes[-1])} boxes on all of them"
+            )
+    rule = "shots count images: each class is on at least so many, and every box on a labelled image is labelled"
+    return "; ".join([rule, *each])
+
+
+def _range(low: int, high: int) -> str:
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def machine(environment: dict[str, Any]) -> str:

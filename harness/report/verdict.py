@@ -52,6 +52,7 @@ class Comparison:
     labels_needed: LabelsNeeded | None = None  # by the baseline, for the method's AP
     compute: float | None = None  # of the method, as a multiple of the baseline's
     equal_compute: Paired | None = None  # difference to the baseline with as many images seen
+    share: str = ""  # how its column is called, where that is no percentage
 
 
 def standing(one: Comparison) -> Standing:
@@ -85,7 +86,7 @@ def verdict(comparisons: Sequence[Comparison], percent: float | None = None) -> 
 
 
 def _difference(best: Comparison, by_standing: dict[Standing, list[Comparison]], count: int) -> str:
-    where = f"At {best.percent:g} % labels, "
+    where = f"At {best.share}, " if best.share else f"At {best.percent:g} % labels, "
     better, unknown = by_standing[Standing.BETTER], by_standing[Standing.UNKNOWN]
     if better and count == 1:
         text = f"{best.method} is better than {best.baseline}, by {_with_interval(best)}"

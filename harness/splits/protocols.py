@@ -12,6 +12,9 @@
   crowd, sorted by image id (117,266 of COCO's).
 * `ids`: the labelled ids are given, and the rest is unlabelled unless that is given too.
 * `annotated`: images with an annotation are labelled, the rest is unlabelled: for datasets that are labelled in part.
+* `shots`: at least `shots` labelled images show each class, drawn anew for each fold. Images are labelled whole, as
+  people do it: every box on them is, so that frequent classes get more. Few-shot detection (TFA and after it) means
+  something else by "k shots": k boxes of a class, while the other objects on those images stay without a label.
 * `full`: all of one dataset is labelled, another one is unlabelled.
 
 A new protocol is a subclass of `SplitProtocol` and its place in `PROTOCOLS`. This module opens no dataset: a protocol
@@ -23,7 +26,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -37,6 +40,7 @@ EmptyImages = Literal["keep", "drop", "drop_unannotated"]
 CrowdBoxes = Literal["keep", "drop"]
 Percent = Annotated[float, Limits(gt=0, le=100)]
 Fold = Annotated[int, Limits(ge=1, le=10)]
+Shots = Annotated[int, Limits(ge=1, le=1_000_000)]
 Amount = Annotated[float, Limits(gt=0, le=1e9, words="a share below 1, or from 1 on a number of images: 0.2, 500")]
 
 _ANNOTATED = (
@@ -68,6 +72,7 @@ class SplitOptions:
     min_side: Annotated[int, Limits(ge=0, le=100_000)] | None
     holdout: Amount | None = None
     tune: Amount | None = None
+    shots: Shots | None = None
 
     @property
     def chosen(self) -> SplitProtocol:
@@ -98,7 +103,8 @@ class SplitOptions:
     @property
     def said(self) -> str:
         """The key that decides how many images are labelled, with its value, for messages."""
-        return f"split.percent={self.percent:g}" if self.chosen.draws else f"split.protocol={self.protocol}"
+        amount = self.chosen.amount
+        return f"split.{amount}={getattr(self, amount):g}" if amount else f"split.protocol={self.protocol}"
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,8 @@ class Candidates:
     annotated: np.ndarray  # (N,) bool, whether an image has an annotation, be it a crowd
     boxed: np.ndarray  # (N,) bool, whether it has a box that is not a crowd
     others: np.ndarray | None = None  # (M,) int64, ids of the dataset's unlabelled part where the protocol takes it
+    shows: np.ndarray | None = None  # (N, C) bool, which classes a run sees on an image, where the protocol asks for it
+    classes: Sequence[str] = ()  # (C,) their names
 
 
 class SplitProtocol(ABC):
@@ -116,13 +124,15 @@ class SplitProtocol(ABC):
 
     name: ClassVar[str]  # what `split.protocol` says
     policy: ClassVar[ImagePolicy]  # what the code of the paper shows of them
-    reads: ClassVar[tuple[str, ...]] = ()  # of the keys percent, fold, offset and index_file
+    reads: ClassVar[tuple[str, ...]] = ()  # of the keys percent, shots, fold, offset and index_file
+    amount: ClassVar[str | None] = None  # the key that says how much it draws; None: it takes what it is told
     takes_unlabeled_part: ClassVar[bool] = False  # the unlabelled images are the dataset's own unlabelled part
+    leaves_tune: ClassVar[bool] = False  # draws from what split.tune leaves, rather than to lose what that takes
 
     @property
     def draws(self) -> bool:
-        """Whether it draws a percentage of the images; otherwise it takes those that it is told."""
-        return "percent" in self.reads
+        """Whether it draws images; otherwise it takes those that it is told."""
+        return self.amount is not None
 
     def split(self, images: Candidates, options: SplitOptions, listed: Any = None) -> Split:
         """Divides images.
@@ -139,7 +149,8 @@ class SplitProtocol(ABC):
             UserError: there is no such split.
         """
         labeled, unlabeled, percent = self._choose(images, options, listed)
-        return Split(labeled, unlabeled, float(percent), options.fold, self.name, _sha256(labeled, unlabeled))
+        sha256, shots = _sha256(labeled, unlabeled), options.shots if self.amount == "shots" else None
+        return Split(labeled, unlabeled, float(percent), options.fold, self.name, sha256, shots)
 
     @abstractmethod
     def _choose(self, images: Candidates, options: SplitOptions, listed: Any) -> tuple[np.ndarray, np.ndarray, float]:
@@ -163,6 +174,22 @@ class SplitProtocol(ABC):
             if getattr(options, key) and key not in self.reads:
                 readers = " and ".join(name for name, other in PROTOCOLS.items() if key in other.reads)
                 raise UserError(f"split.{key} is read by split.protocol={readers}, not by {self.name}: {remedy}")
+
+    def check_amount(self, options: SplitOptions, given: Collection[str] = ()) -> None:  # noqa: ARG002
+        """A key that this protocol does not read may say how many images are labelled.
+
+        Args:
+            options: the keys of `split`.
+            given: dotted keys that the user has written, where a default says nothing.
+
+        Raises:
+            UserError: naming the keys.
+        """
+        if options.shots is not None:
+            raise UserError(
+                f"split.shots={options.shots} is read by split.protocol=shots, not by {self.name}: say that, or leave "
+                "split.shots null"
+            )
 
     def label(self, options: SplitOptions) -> str:
         """The split in a run's name: the protocol, and what it was told to draw."""
@@ -200,6 +227,7 @@ class _DrawnByPercent(SplitProtocol):
     """Takes `percent` of the images; at 100 all of them, without a draw or an index file."""
 
     reads: ClassVar[tuple[str, ...]] = ("percent", "fold")
+    amount = "percent"
 
     def _choose(self, images: Candidates, options: SplitOptions, listed: Any) -> tuple[np.ndarray, np.ndarray, float]:
         ids = _distinct(self._pool(images))
@@ -299,6 +327,96 @@ class UnbiasedTeacherSplit(_DrawnByPercent):
         return f": split.protocol={self.name} takes none of them, neither labelled nor unlabelled; {_ANNOTATED}"
 
 
+class ShotsSplit(SplitProtocol):
+    """At least `shots` images of each class, and none that no class needs.
+
+    The images, in the order of their ids, are shuffled by NumPy's legacy stream, which is frozen; its seed is the fold.
+    From the rarest class on (on the fewest images; of equal ones the lower category id) the next images that show it
+    are taken, until it has `shots` of them, those included that were taken for another class. Then, from the last one
+    taken on, an image whose classes all have enough without it is given back.
+    """
+
+    name = "shots"
+    policy = ImagePolicy("keep", "drop")
+    reads = ("shots", "fold")
+    amount = "shots"
+    leaves_tune = True
+
+    def check_amount(self, options: SplitOptions, given: Collection[str] = ()) -> None:
+        if options.shots is None:
+            raise UserError(
+                "split.protocol=shots needs split.shots, the labelled images of each class: say split.shots=5, for a "
+                "suite suite.shots=[1,5]"
+            )
+        if "split.percent" in given:
+            raise UserError(
+                "split.percent and split.shots both say how many images are labelled: split.protocol=shots reads "
+                "split.shots alone, leave split.percent out"
+            )
+        if options.holdout is not None:
+            raise UserError(
+                f"split.holdout={options.holdout:g} takes labelled images, of which split.protocol=shots has no more "
+                "than its classes need: leave it null and give images to evaluate on, or evaluate on images of the "
+                "training part by split.tune=0.2 evaluation.set=tune"
+            )
+
+    def label(self, options: SplitOptions) -> str:
+        return f"{self.name}-{options.shots}-fold{options.fold}"
+
+    def exported_names(self, train: str, split: Split) -> tuple[str, str]:
+        stem = f"{train}.{split.fold}@{split.shots}shots"
+        return f"{stem}.json", f"{stem}-unlabeled.json"
+
+    def _choose(self, images: Candidates, options: SplitOptions, listed: Any) -> tuple[np.ndarray, np.ndarray, float]:  # noqa: ARG002
+        assert images.shows is not None
+        assert options.shots is not None
+        ids = _distinct(images.ids)
+        self._require_enough(images.shows.sum(0), images.classes, options.shots)
+        shuffled = np.argsort(ids)[np.random.RandomState(options.fold).permutation(len(ids))]
+        labeled = ids[_needed(images.shows, shuffled, options.shots)]
+        return _by_list(ids, labeled, ids[~np.isin(ids, labeled)], None)
+
+    def _require_enough(self, counts: np.ndarray, classes: Sequence[str], shots: int) -> None:
+        """Raises UserError where fewer images show a class (C,) than it shall have."""
+        rare = [(name, count) for name, count in zip(classes, counts.tolist(), strict=True) if count < shots]
+        if not rare:
+            return
+        shown = ", ".join(f"{name} {count}" for name, count in rare[:5]) + (", ..." if len(rare) > 5 else "")
+        least = min(count for _, count in rare)
+        remedy = f"lower split.shots to {least}" if least else "take a class that is on none off the annotations"
+        raise UserError(
+            f"split.shots={shots} wants more images than show {len(rare)} of the {len(classes)} classes (images that "
+            f"show them: {shown}): {remedy}, or label more"
+        )
+
+
+def _needed(shows: np.ndarray, order: np.ndarray, shots: int) -> np.ndarray:
+    """The images that `ShotsSplit` takes.
+
+    Args:
+        shows: (N, C) bool, which classes each image shows.
+        order: (N,) rows of the images, shuffled.
+        shots: images of each class; as many show it.
+
+    Returns:
+        (K,) rows.
+    """
+    taken: list[int] = []
+    free, have = np.ones(len(shows), bool), np.zeros(shows.shape[1], np.int64)
+    for label in np.argsort(shows.sum(0), kind="stable"):
+        found = order[shows[order, label] & free[order]][: max(0, shots - have[label])]
+        taken += found.tolist()
+        free[found] = False
+        have += shows[found].sum(0)
+    kept = []
+    for row in reversed(taken):
+        if (have[shows[row]] > shots).all():
+            have -= shows[row]
+        else:
+            kept.append(row)
+    return np.array(kept, np.int64)
+
+
 class ListedSplit(SplitProtocol):
     """A list of ids, which means what it says, as annotations do."""
 
@@ -367,6 +485,7 @@ PROTOCOLS: dict[str, SplitProtocol] = {
         StacSplit(),
         SoftTeacherSplit(),
         UnbiasedTeacherSplit(),
+        ShotsSplit(),
         ListedSplit(),
         AnnotatedSplit(),
         FullSplit(),

@@ -100,6 +100,7 @@ class ClusterSuite:
         self.cfg, self.cells, self.suite_dir = cfg, cells, suite_dir
         self.submitted = Submitted((suite_dir / "slurm").absolute())
         self.queued: dict[str, JobState] = {}
+        self._watched_report: str | None = None  # number of the job that wrote the report while this process watched
 
     def look(self) -> None:
         """Sets the state of every cell by its record and by the queue.
@@ -201,15 +202,19 @@ class ClusterSuite:
     def watch(self, view: SuiteView, stop: StopRequest) -> None:
         """Tells what starts and ends, until nothing is in the queue any more or this process is told to stop.
 
+        The job that writes the report is waited for, too: it ends last, so that nobody else has to write it.
+
         Args:
             view: what a person sees.
             stop: requests to stop, which the jobs do not get.
         """
         before = {cell.name: "waiting" if cell.name in self.queued else cell.state for cell in self.cells}
         begun = dict.fromkeys(before, time.monotonic())
+        self._note_report()
         with view:
             while not stop.signal_number:
                 self._look_patiently()
+                self._note_report()
                 for cell in self.cells:
                     if cell.state != before[cell.name]:
                         self._tell(cell, view, begun)
@@ -220,6 +225,16 @@ class ClusterSuite:
                 end = time.monotonic() + POLL_SECONDS
                 while time.monotonic() < end and not stop.signal_number:
                     time.sleep(0.1)
+
+    def _note_report(self) -> None:
+        if REPORT in self.queued:
+            self._watched_report = self.queued[REPORT].id
+
+    def has_reported(self) -> bool:
+        """Whether the last job has written the report while `watch` waited for it."""
+        if self._watched_report is None:
+            return False
+        return ended(self._watched_report, self.submitted.folder).state == "COMPLETED"
 
     def _look_patiently(self) -> None:
         try:

@@ -123,17 +123,18 @@ def _on_slurm(cfg: DictConfig, suite: ClusterSuite, claims: Claims, console: Con
         except RunError:  # a node may not reach Slurm's controller; the records say enough
             _set_states(cfg, cells)
         return 0 if conclude(suite_dir, cfg, cells, console) else 1
-    if cfg.suite.get("status") or cfg.suite.get("cancel"):
+    if cfg.suite.get("status"):
+        return status(cells, suite_dir, _statuses(suite, claims, console), console)
+    if cfg.suite.get("cancel"):
         suite.look()
-        if cfg.suite.get("cancel"):
-            jobs = suite.cancel()
-            _say(console, f"cancelled {len(jobs)} jobs: {' '.join(jobs) or 'none was in the queue'}")
-            return 0
-        return status(cells, suite_dir, [suite.status(cell) for cell in cells], console)
+        jobs = suite.cancel()
+        _say(console, f"cancelled {len(jobs)} jobs: {' '.join(jobs) or 'none was in the queue'}")
+        return 0
     require_suite_folder(claims, suite_dir)
     with suite.submitted.alone():
         suite.look()
         _submit(cfg, suite, claims, console)
+    reported = False
     if cfg.suite.get("wait"):
         stop = StopRequest()
         with stop.installed():
@@ -141,9 +142,28 @@ def _on_slurm(cfg: DictConfig, suite: ClusterSuite, claims: Claims, console: Con
         if stop.signal_number:
             _say(console, "the jobs go on: the same command watches them again, with suite.cancel=true it cancels them")
             return stop_code(stop.signal_number)
-    if not suite.queued:
+        reported = suite.has_reported()
+    if reported:
+        _show_report(suite_dir, console)
+    elif not suite.queued:
         conclude(suite_dir, cfg, cells, console)
     return 1 if {cell.state for cell in cells} & {"failed", "skipped", "interrupted"} else 0
+
+
+def _statuses(suite: ClusterSuite, claims: Claims, console: Console) -> list[CellStatus]:
+    """How the cells stand by records and queue, or by the records alone where Slurm does not answer, which is told."""
+    try:
+        suite.look()
+    except RunError as error:
+        _say(console, f"Slurm does not say what is in the queue ({error.__cause__}): this is what the records say")
+        return [status_of(cell, claims) for cell in suite.cells]
+    return [suite.status(cell) for cell in suite.cells]
+
+
+def _show_report(suite_dir: Path, console: Console) -> None:
+    """Prints the table, and where the report is that the last job has written."""
+    if _done(lambda: report.show(suite_dir, console), suite_dir):
+        _say(console, f"report: {suite_dir / 'report' / 'report.html'}")
 
 
 def _submit(cfg: DictConfig, suite: ClusterSuite, claims: Claims, console: Console) -> None:

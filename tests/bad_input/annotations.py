@@ -245,6 +245,7 @@ def _ids(content: Any) -> Callable[[Path], None]:
 QUOTED = pets(lambda content: content["images"][0].update(id="1"), "val")
 IDS = f"{PREPARE} split.protocol=ids split.index_file={{tmp}}/ids.json"
 FULL = f"{PREPARE} split.protocol=full"
+SHOTS = f"{PREPARE} split.protocol=shots split.shots"
 ALONE = ("split.protocol=full", "data.unlabeled_images={tmp}/alone")
 CUSTOM = "data=custom data.root={tmp}/pets"
 
@@ -418,6 +419,45 @@ CASES = [
         pets(),
     ),
     Case("too few images for the share", f"{PREPARE} split.percent=1", ("less than one", "at least"), pets()),
+    Case("shots without a number", f"{PREPARE} split.protocol=shots", ("needs split.shots", "split.shots=5"), pets()),
+    Case("shots of another protocol", f"{PREPARE} split.shots=5", ("split.shots=5", "split.protocol=shots"), pets()),
+    Case("shots as a share", f"{SHOTS}=0.5", ("split.shots=0.5", "whole number"), pets()),
+    Case("shots and percent", f"{SHOTS}=1 split.percent=50", ("split.percent and split.shots", "leave"), pets()),
+    Case("shots and holdout", f"{SHOTS}=1 split.holdout=2", ("split.holdout=2", "split.tune=0.2"), pets()),
+    Case(
+        "shots and shares to describe", f"{SHOTS}=1 prepare.percents=[5]", ("prepare.percents", "leave it null"), pets()
+    ),
+    Case("shares and shots to describe", f"{PREPARE} prepare.shots=[5]", ("prepare.shots", "leave it null"), pets()),
+    Case(
+        "more shots than images of a class",
+        f"{SHOTS}=9 prepare.folds=[1]",
+        ("split.shots=9", "lower split.shots"),
+        pets(),
+    ),
+    Case(
+        "a suite with more shots than images of a class",
+        f"suite suite=quick {DATA} suite.shots=[1,9]",
+        ("shots-9-fold1", "lower split.shots", "suite.shots"),
+        pets(),
+    ),
+    Case(
+        "a suite by shots and percents",
+        f"suite suite=quick {DATA} suite.shots=[1] suite.percents=[50]",
+        ("suite.percents and suite.shots", "leave one"),
+        pets(),
+    ),
+    Case(
+        "a suite by shots of another protocol",
+        f"suite suite=quick {DATA} suite.shots=[1] split.protocol=stac",
+        ("suite.shots", "split.protocol=shots, not by stac"),
+        pets(),
+    ),
+    Case(
+        "a suite by shots with a reference",
+        f"suite suite=quick {DATA} suite.shots=[1] suite.reference=true",
+        ("suite.reference=true", "split.protocol=shots"),
+        pets(),
+    ),
     Case(
         "a suite of one split many times",
         f"suite suite=quick {DATA} split.protocol=annotated",

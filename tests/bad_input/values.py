@@ -144,7 +144,6 @@ _PLAIN = [
     "augment.views.labeled.min_visible=-1",
     "augment.views.labeled.resize.short=0",
     "augment.views.labeled.resize=64",
-    "augment.views.weak=[1]",
     "augment.views.strong.erase=[{count: 1000000, ratio: 0.1}]",
     "augment.views.strong.color=[{one_of: {hue: 2}}]",
     "augment.antialias=1",
@@ -212,6 +211,8 @@ _GROUPS = [
     _value("suite.reference=2", command="suite suite=smoke"),
     _value("suite.cost=3", command="suite suite=smoke"),
     _value("suite.method_overrides={stac: 3}", command="suite suite=smoke"),
+    _value("suite.variants=wide", command="suite suite=smoke"),
+    _value("suite.variants={wide: 3}", command="suite suite=smoke"),
 ]
 _TARGETS = [
     _value("method._target_=detectors.methods.stac.Stacc", "cannot be imported"),
@@ -237,7 +238,8 @@ _KEYS = [
     _value("+schedule.stesp=3", "did you mean steps"),
     _value("+schedule.optimizer.weight_decy=3", "did you mean weight_decay"),
     _value("schedule.decay={_target_: harness.engine.optim.Linear, decay_strt: 0}", "did you mean decay_start"),
-    _value("+launcher.nodes=2", "launcher.nodes is not known"),
+    _value("launcher.nodes=2", "launcher.nodes belongs to launcher=slurm: choose that"),
+    _value("+launcher.nodes=2", "launcher.nodes belongs to launcher=slurm: choose that"),
     _value("+method.lamda_u=3", "method.lamda_u"),
     _value("+detector.rpn.batchs=3", "did you mean batch"),
     _value("+pipeline.thread=3", "did you mean threads"),

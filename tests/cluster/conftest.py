@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.cluster.virtual_slurm import VirtualSlurm, ask, missing
@@ -23,6 +24,7 @@ SMALL = [
     *("split.percent=20", "batch.labeled=4", "logging.loggers=[]", "logging.every=1", "pipeline=torchvision"),
     *("evaluation.every=null", "device=cpu", "launcher=slurm", "launcher.cpus=1"),
 ]
+SSODBENCH = [sys.executable, "-P", "-m", "tests.cluster.impatient"]
 UNSAVED = "checkpointing.every=100000"  # whatever is saved was saved because the job had to go
 
 
@@ -32,22 +34,48 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(here):
             item.add_marker(pytest.mark.cluster)
-            item.add_marker(pytest.mark.timeout(300))
+            item.add_marker(pytest.mark.timeout(900))  # five times what it takes a machine that has nothing else to do
             if why is not None:
                 item.add_marker(pytest.mark.skip(reason=why))
 
 
+class OneSlurm:
+    """Slurm with or without accounts, one at a time: both have the same ports and nodes."""
+
+    def __init__(self, make_folder: Callable[[str], Path]) -> None:
+        self._make_folder = make_folder
+        self._current: VirtualSlurm | None = None
+
+    def get(self, accounting: bool) -> VirtualSlurm:
+        """The one that runs, if it is of that kind; otherwise a new one."""
+        if self._current is None or self._current.accounting != accounting:
+            self.stop()
+            folder = self._make_folder("slurm")
+            # The one with accounts is soon asked for jobs that its controller has forgotten.
+            self._current = VirtualSlurm(folder, accounting, min_job_age=2 if accounting else 600)
+            self._current.start()
+        return self._current
+
+    def stop(self) -> None:
+        """Stops the one that runs, if any does."""
+        if self._current is not None:
+            self._current.stop()
+            self._current = None
+
+
 @pytest.fixture(scope="session")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VirtualSlurm]:
-    folder = tmp_path_factory.mktemp("slurm")
-    for parent in (folder, *folder.parents[:2]):
-        parent.chmod(0o755)
-    cluster = VirtualSlurm(folder)
+def one_slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OneSlurm]:
+    one = OneSlurm(tmp_path_factory.mktemp)
     try:
-        cluster.start()
-        yield cluster
+        yield one
     finally:
-        cluster.stop()
+        one.stop()
+
+
+@pytest.fixture
+def slurm(one_slurm: OneSlurm) -> VirtualSlurm:
+    """A Slurm that keeps no accounts."""
+    return one_slurm.get(accounting=False)
 
 
 @pytest.fixture(scope="session")
@@ -68,9 +96,9 @@ class Cluster:
         """`ssodbench COMMAND`, in a process group of its own as a shell starts it."""
         given = [*overrides, f"cache_dir={self.cache}"]
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "harness.cli", command, *given],
+            [*SSODBENCH, command, *given],
             cwd=self.folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300", "PYTHONPATH": str(ROOT)},
+            env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -127,13 +155,26 @@ class Cluster:
         until(lambda: not ask("squeue", "-h"), "an empty queue")
 
 
-def end_of(process: subprocess.Popen[str], seconds: float = 200.0) -> tuple[int, str]:
+def environment() -> dict[str, str]:
+    """Variables of the commands, and through them of the jobs."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300", "PYTHONPATH": str(ROOT)}
+
+
+def end_of(process: subprocess.Popen[str], seconds: float = 400.0) -> tuple[int, str]:
     """Exit code and words of a process."""
     said, _ = process.communicate(timeout=seconds)
     return process.returncode, said
 
 
-def until(holds: Callable[[], Any], what: str, seconds: float = 120.0) -> None:
+def memory_of(process: subprocess.Popen[str]) -> float:
+    """MB that a process takes with its children, 0 once it has ended."""
+    with suppress(psutil.Error):
+        own = psutil.Process(process.pid)
+        return sum(one.memory_info().rss for one in (own, *own.children(recursive=True))) / 2**20
+    return 0.0
+
+
+def until(holds: Callable[[], Any], what: str, seconds: float = 400.0) -> None:
     """Waits until something holds."""
     end = time.monotonic() + seconds
     while not holds():

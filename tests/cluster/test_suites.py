@@ -10,10 +10,7 @@ import subprocess
 import time
 from pathlib import Path
 
-import psutil
-import pytest
-
-from tests.cluster.conftest import UNSAVED, Cluster, end_of, shown_by_slurm, until
+from tests.cluster.conftest import UNSAVED, Cluster, end_of, memory_of, shown_by_slurm, until
 from tests.cluster.virtual_slurm import ask
 
 SUITE = [
@@ -24,7 +21,7 @@ SUITE = [
 STAC = ["suite.methods=[supervised,stac]"]
 
 
-def _suite(cluster: Cluster, *overrides: str, seconds: float = 250.0) -> tuple[int, str]:
+def _suite(cluster: Cluster, *overrides: str, seconds: float = 400.0) -> tuple[int, str]:
     return end_of(cluster.start("suite", *SUITE, *overrides), seconds)
 
 
@@ -57,8 +54,7 @@ def test_a_suite_is_submitted_and_finishes_by_itself(cluster: Cluster) -> None:
     command = cluster.start("suite", *SUITE, "suite.percents=[10,20,30]", "suite.jobs=4", UNSAVED)
     peak = 0.0
     while command.poll() is None:
-        with_children = [psutil.Process(command.pid), *psutil.Process(command.pid).children(recursive=True)]
-        peak = max(peak, sum(process.memory_info().rss for process in with_children if process.is_running()) / 2**20)
+        peak = max(peak, memory_of(command))
         time.sleep(0.3)
     code, said = end_of(command)
     assert code == 0, said
@@ -71,7 +67,7 @@ def test_a_suite_is_submitted_and_finishes_by_itself(cluster: Cluster) -> None:
         assert jobs[f"stac {percent}"].split("_")[1] == jobs[f"supervised {percent}"].split("_")[1]
     assert shown_by_slurm(f"{first}_0", "ArrayTaskThrottle") == "4"
     assert f"aftercorr:{first}_*" in shown_by_slurm(jobs["stac 30"], "Dependency")
-    until(_idle, "the end of the suite", 280)
+    until(_idle, "the end of the suite")
     records = _records(cluster)
     assert len(records) == 9
     assert {record["status"] for record in records.values()} == {"ok"}
@@ -88,7 +84,7 @@ def test_a_suite_is_submitted_and_finishes_by_itself(cluster: Cluster) -> None:
 
 
 def test_a_suite_that_is_preempted_and_cancelled_in_part_is_finished_by_the_same_command(cluster: Cluster) -> None:
-    given = [*STAC, "schedule.steps=60", UNSAVED]
+    given = [*STAC, "schedule.steps=120", UNSAVED]
     assert _suite(cluster, *given)[0] == 0
     cluster.run_dir = next(iter(_wait_for_folders(cluster, 2)))
     done = cluster.wait_for_step(10)
@@ -104,7 +100,7 @@ def test_a_suite_that_is_preempted_and_cancelled_in_part_is_finished_by_the_same
     assert "5 jobs in the queue, 0 cells to submit" in said
     assert _jobs(cluster) == jobs
     subprocess.run(["scancel", jobs["supervised 20"]], check=True)
-    until(_idle, "the end of the suite", 280)
+    until(_idle, "the end of the suite")
     records = _records(cluster)
     assert records["supervised 10"]["status"] == records["stac 10"]["status"] == "ok"
     assert records["supervised 10"]["job"]["requeues"] == 1
@@ -120,9 +116,11 @@ def test_a_suite_that_is_preempted_and_cancelled_in_part_is_finished_by_the_same
     again = _jobs(cluster)
     assert again["supervised 10"] == jobs["supervised 10"]
     assert again["supervised 20"] != jobs["supervised 20"]
+    html = _folder(cluster) / "report" / "report.html"
+    left_by_job = _folder(cluster) / "slurm" / f"{again['report']}.exit"
+    assert html.stat().st_mtime <= left_by_job.stat().st_mtime  # who watched did not write it once more
 
 
-@pytest.mark.timeout(700)
 def test_nine_cells_of_which_some_are_killed_cancelled_and_preempted_are_finished(cluster: Cluster) -> None:
     given = ["suite.percents=[10,20,30]", "suite.jobs=3", "schedule.steps=200", UNSAVED]
     assert _suite(cluster, *given)[0] == 0
@@ -137,7 +135,7 @@ def test_nine_cells_of_which_some_are_killed_cancelled_and_preempted_are_finishe
     until(lambda: shown_by_slurm(jobs[_short(killed.name)], "JobState") == "FAILED", "the end of the killed one")
     cluster.preempt()
     until(lambda: shown_by_slurm(jobs[_short(preempted.name)], "Restarts") == "1", "a requeue")
-    until(_idle, "the end of what is left", 280)
+    until(_idle, "the end of what is left")
     records = _records(cluster)
     first = records[_short(preempted.name)]
     assert (first["status"], first["job"]["requeues"]) == ("ok", 1)
@@ -148,7 +146,7 @@ def test_nine_cells_of_which_some_are_killed_cancelled_and_preempted_are_finishe
     code, said = _suite(cluster, *given)
     assert code == 0, said
     assert f"{9 - len(finished)} cells to submit" in said
-    until(_idle, "the end of the suite", 280)
+    until(_idle, "the end of the suite")
     records = _records(cluster)
     assert len(records) == 9
     assert {record["status"] for record in records.values()} == {"ok"}
@@ -175,7 +173,7 @@ def test_a_failed_first_stage_is_told_and_what_waits_for_it_is_taken_out(cluster
     given = [*STAC, "suite.percents=[10]", overrides, "schedule.warmup_steps=0"]
     code, said = _suite(cluster, *given)
     assert code == 0, said
-    until(_idle, "the end of the suite", 200)
+    until(_idle, "the end of the suite")
     jobs = _jobs(cluster)
     assert shown_by_slurm(jobs["supervised 10"], "JobState") == "FAILED"
     states = {
@@ -192,9 +190,10 @@ def test_one_who_watches_may_go_and_come_back(cluster: Cluster) -> None:
     watching = cluster.start("suite", *SUITE, *given, "suite.wait=true")
     _wait_for_folders(cluster, 1)
     jobs = _jobs(cluster)
+    print(f"\nwatching a suite: {memory_of(watching):.0f} MB")  # noqa: T201
     for number in (signal.SIGHUP, signal.SIGINT):  # a closed terminal; Ctrl-C
         os.killpg(watching.pid, number)
-        code, said = end_of(watching, 60)
+        code, said = end_of(watching)
         assert code == 128 + number
         assert "the jobs go on" in said
         assert shown_by_slurm(jobs["supervised 10"], "JobState") == "RUNNING"

@@ -6,16 +6,19 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 
@@ -24,15 +27,16 @@ ACCOUNTING = ("slurmdbd", "mariadbd", "mariadb-install-db", "sacct")
 PACKAGES = "apt-get install --no-install-recommends slurm-wlm munge"
 _MARK = "# ssodbench tests"
 _HOSTS = Path("/etc/hosts")
+_LOCK = Path(tempfile.gettempdir()) / "ssodbench-virtual-slurm.lock"
 
 # Short times, so that what takes a cluster minutes takes a test seconds: SIGKILL comes after 10 s, a node is given up
-# after 15 s, and a job that was requeued may start as soon as its credential has expired.
+# after 15 s, and a job that was requeued may start as soon as its credential has expired, after 6 s.
 _CONF = """
 ClusterName=virtual
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=cred_expire=10
+AuthInfo=cred_expire=6
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 SlurmctldPort=26817
 StateSaveLocation={dir}/state
@@ -83,7 +87,8 @@ def missing(accounting: bool = False) -> str | None:
     search = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
     lacking = [name for name in PROGRAMS + (ACCOUNTING if accounting else ()) if not shutil.which(name, path=search)]
     if lacking:
-        return f"Slurm is not installed ({', '.join(lacking)} not found): {PACKAGES}"
+        packages = f"{PACKAGES} slurmdbd mariadb-server" if accounting else PACKAGES
+        return f"Slurm is not installed ({', '.join(lacking)} not found): {packages}"
     return None if os.geteuid() == 0 else "a Slurm of one's own needs root"
 
 
@@ -101,9 +106,17 @@ class VirtualSlurm:
         self.folder, self.accounting, self.min_job_age = folder, accounting, min_job_age
         self.conf = folder / "slurm.conf"
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self._lock: TextIO | None = None
+        self._database: Path | None = None
 
     def start(self) -> None:
-        """Starts the daemons and waits until both nodes are idle."""
+        """Starts the daemons and waits until both nodes are idle.
+
+        Raises:
+            RuntimeError: another one runs on this machine, or a daemon has ended at once.
+            TimeoutError: they do not get ready.
+        """
+        self._lock = _take_lock()
         os.environ["SLURM_CONF"] = str(self.conf)
         os.environ["PATH"] += ":/usr/sbin:/sbin"
         self._write()
@@ -113,7 +126,11 @@ class VirtualSlurm:
         self._spawn("slurmctld", "slurmctld", "-D", "-f", str(self.conf))
         for node in ("n1", "n2"):
             self.start_node(node)
-        _until(lambda: ask("sinfo", "-h", "-N", "-p", "main", "-t", "idle").count("\n") == 2, "idle nodes")
+        self.wait_for_nodes()
+
+    def wait_for_nodes(self) -> None:
+        """Waits until both nodes are idle."""
+        self._until(lambda: ask("sinfo", "-h", "-N", "-p", "main", "-t", "idle").count("\n") == 2, "idle nodes")
 
     def start_node(self, node: str) -> None:
         """Starts the daemon of a node."""
@@ -121,6 +138,7 @@ class VirtualSlurm:
 
     def lose_node(self, node: str) -> None:
         """Ends a node as a loss of power does: its daemon and all processes of its jobs, at once."""
+        self._require_daemons()
         daemon = self.daemons.pop(node)
         daemon.kill()
         daemon.wait()
@@ -129,17 +147,25 @@ class VirtualSlurm:
                 process.kill()
 
     def stop(self) -> None:
-        """Ends the jobs and the daemons."""
-        subprocess.run(["scancel", "-u", "root"], check=False, timeout=20)
-        with suppress(TimeoutError):
-            _until(lambda: not ask("squeue", "-h"), "an empty queue", 20)
+        """Ends the jobs and the daemons; nothing where it was never started."""
+        if self._lock is None:
+            return
+        if "slurmctld" in self.daemons:
+            subprocess.run(["scancel", "-u", "root"], check=False, timeout=20)
+            with suppress(TimeoutError, RuntimeError):
+                self._until(lambda: not ask("squeue", "-h"), "an empty queue", 20)
         for name, daemon in reversed(self.daemons.items()):
             daemon.send_signal(signal.SIGKILL if name == "munged" else signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
                 daemon.wait(15)
             daemon.kill()
+        self.daemons.clear()
+        if self._database is not None:
+            shutil.rmtree(self._database, ignore_errors=True)
         kept = [line for line in _HOSTS.read_text().splitlines() if _MARK not in line]
         _HOSTS.write_text("\n".join(kept) + "\n")
+        self._lock.close()
+        self._lock = None
 
     def _write(self) -> None:
         for name in ("state", "spool-n1", "spool-n2"):
@@ -166,22 +192,22 @@ class VirtualSlurm:
                 file.write(f"127.0.0.1 n1 n2 {_MARK}\n")
 
     def _authenticate(self) -> None:
-        if subprocess.run(["munge", "-n"], capture_output=True, check=False).returncode == 0:
+        if _works("munge", "-n"):
             return  # somebody's munged runs
         for folder in ("/run/munge", "/var/lib/munge", "/var/log/munge"):
             Path(folder).mkdir(parents=True, exist_ok=True)
             shutil.chown(folder, "munge", "munge")
         Path("/run/munge").chmod(0o755)
         self._spawn("munged", "runuser", "-u", "munge", "--", "munged", "-F", "-f")
-        _until(lambda: subprocess.run(["munge", "-n"], capture_output=True, check=False).returncode == 0, "munge")
+        self._until(lambda: _works("munge", "-n"), "munge")
 
     def _start_database(self) -> None:
-        data, sock = self.folder / "db", self.folder / "db" / "sock"
-        if not (data / "mysql").exists():
-            data.mkdir()
-            shutil.chown(data, "mysql")
-            install = ["mariadb-install-db", "--user=mysql", f"--datadir={data}", "--skip-test-db"]
-            subprocess.run(install, check=True, capture_output=True)
+        # Not in `folder`: the user of the database must reach it, and pytest closes its folders when a session starts.
+        data = self._database = Path(tempfile.mkdtemp(prefix="ssodbench-slurm-"))
+        shutil.chown(data, "mysql")
+        sock = data / "sock"
+        install = ["mariadb-install-db", "--user=mysql", f"--datadir={data}", "--skip-test-db"]
+        subprocess.run(install, check=True, capture_output=True)
         Path("/run/mysqld").mkdir(exist_ok=True)
         link = Path("/run/mysqld/mysqld.sock")
         link.unlink(missing_ok=True)
@@ -192,15 +218,43 @@ class VirtualSlurm:
             "create database if not exists slurm_acct_db; create or replace user slurm@localhost identified by 'x'; "
             "grant all on slurm_acct_db.* to slurm@localhost"
         )
-        _until(lambda: _works("mariadb", "--no-defaults", "-S", str(sock), "-e", setup), "the database")
+        self._until(lambda: _works("mariadb", "--no-defaults", "-S", str(sock), "-e", setup), "the database")
         self._spawn("slurmdbd", "slurmdbd", "-D")
-        _until(lambda: _listens(26819), "slurmdbd")
+        self._until(lambda: _listens(26819), "slurmdbd")
 
     def _spawn(self, name: str, *command: str) -> None:
+        """Starts a daemon, which the system ends should this process be killed."""
         with (self.folder / f"{name}.out").open("ab") as output:
             self.daemons[name] = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                ["setpriv", "--pdeathsig", "KILL", *command],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
+
+    def _until(self, holds: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
+        """Waits until something holds.
+
+        Raises:
+            RuntimeError: a daemon has ended, so that whoever answers is not of this cluster.
+            TimeoutError: it does not.
+        """
+        end = time.monotonic() + seconds
+        while not holds():
+            self._require_daemons()
+            if time.monotonic() > end:
+                raise TimeoutError(f"no {what} after {seconds:.0f} s")
+            time.sleep(0.3)
+        self._require_daemons()
+
+    def _require_daemons(self) -> None:
+        for name, daemon in self.daemons.items():
+            if daemon.poll() is not None:
+                said = (self.folder / f"{name}.out").read_text(errors="replace").splitlines()
+                raise RuntimeError(
+                    f"{name} has ended with {daemon.returncode}: {said[-1] if said else 'without a word'}"
+                )
 
 
 def ask(*command: str) -> str:
@@ -218,12 +272,24 @@ def _listens(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _until(holds: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        if time.monotonic() > end:
-            raise TimeoutError(f"no {what} after {seconds:.0f} s")
-        time.sleep(0.3)
+def _take_lock() -> TextIO:
+    """The right to be the one Slurm of this machine: its ports and the names of its nodes are always the same.
+
+    Raises:
+        RuntimeError: another process has it.
+    """
+    file = _LOCK.open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip()
+        file.close()
+        raise RuntimeError(f"{holder} runs a Slurm of the tests on this machine: wait until it has ended") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()}")
+    file.flush()
+    return file
 
 
 def _processes_of_node(node: str) -> list[psutil.Process]:

@@ -366,6 +366,7 @@ def test_extras_that_are_not_chosen_are_not_needed(monkeypatch: pytest.MonkeyPat
         ("unbiased_teacher", "unbiased_teacher", "separate"),
         ("dense_teacher", "unbiased_teacher", None),
         ("arsl", "stac", None),
+        ("consistent_teacher", "soft_teacher", "joint"),
     ],
 )
 def test_papers_take_their_own_split_and_sampler(method: str, protocol: str, group: str | None) -> None:

@@ -15,6 +15,7 @@ from harness.cli import main
 from harness.config import compose
 from harness.config.identity import config_sha256
 from harness.config.make import make
+from harness.core.stopping import note_failure
 from harness.core.types import RunError, UserError
 from harness.launch import ranks, slurm
 from harness.launch.sbatch import BatchJob, _ranges
@@ -44,6 +45,17 @@ SCONTROL = {
 }
 UNKNOWN = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
 SILENT = "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1"
+
+
+# sacct 22.05 of arrays that were cancelled before any of their tasks ran.
+SACCT_ARRAYS = [
+    ("9_[0%1]", "9_0", True),
+    ("9_[0-3,7%4]", "9_3", True),
+    ("9_[0-3,7%4]", "9_7", True),
+    ("9_[0-3,7%4]", "9_5", False),
+    ("19_[0-3]", "9_3", False),
+    ("9_[0-3]", "9", False),
+]
 
 
 @pytest.fixture
@@ -206,6 +218,55 @@ def test_the_script_is_what_a_shell_reads() -> None:
     assert case is not None
     said = subprocess.run(["bash", "-c", f'{case[1]}; printf "%s\\n" "$@"'], capture_output=True, text=True, check=True)
     assert said.stdout.splitlines()[4:][-1] == "run_dir=a b'c"
+
+
+@pytest.mark.parametrize(("number", "job", "found"), SACCT_ARRAYS)
+def test_tasks_that_never_ran_are_found_in_the_accounts(
+    tmp_path: Path, programs: Programs, number: str, job: str, found: bool
+) -> None:
+    row = f"CANCELLED by 0|0:0|None assigned|{number}\n"
+    programs(scontrol=UNKNOWN, sacct=_cat(tmp_path, row))
+    assert ended(job, tmp_path) == (
+        JobState(job, "CANCELLED", "by 0", code=0) if found else JobState(job, "GONE", ended("1", tmp_path).reason)
+    )
+
+
+@pytest.mark.parametrize(("failure", "code", "requeued"), [("echo 2 > $SSODBENCH_FAILURE", 2, False), (":", 143, True)])
+def test_a_failure_is_not_taken_for_the_end_of_those_that_it_ends(
+    tmp_path: Path, programs: Programs, failure: str, code: int, requeued: bool
+) -> None:
+    """srun ends the other processes by SIGTERM, and gives their code, which is the higher one."""
+    job = BatchJob("run", tmp_path, {0: ["train"]}, requeues=5)
+    programs(
+        srun=f"{failure}; exit 143",
+        squeue="echo RUNNING",
+        scontrol=f"echo $* >> {tmp_path}/asked",
+        sleep=f"echo 143 > {tmp_path}/requeued; kill $PPID",
+    )
+    (tmp_path / "bin/rm").symlink_to("/bin/rm")
+    (tmp_path / "bin/mv").symlink_to("/bin/mv")
+    (tmp_path / "bin/cat").symlink_to("/bin/cat")
+    (tmp_path / "7.failure").write_text("1\n")  # of an earlier job of that number
+    environment = {"SLURM_JOB_ID": "7", "PATH": str(tmp_path / "bin")}
+    done = subprocess.run(["/bin/bash"], input=job.script(), text=True, env=environment, check=False)
+    assert (tmp_path / "asked").exists() == requeued
+    if not requeued:
+        assert done.returncode == code
+        assert (tmp_path / "7.exit").read_text() == f"{code}\n"
+
+
+def test_the_first_failure_of_a_group_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    note_failure(2)  # nobody has asked for it
+    monkeypatch.setenv("SSODBENCH_FAILURE", str(tmp_path / "failure"))
+    for code in (0, 143, 140, 130):
+        note_failure(code)
+    assert not (tmp_path / "failure").exists()
+    for code in (2, 1):
+        note_failure(code)
+    assert (tmp_path / "failure").read_text() == "2\n"
+    (tmp_path / "failure").unlink()
+    assert main(["train", "no_such_key=1"]) == 2
+    assert (tmp_path / "failure").read_text() == "2\n"
 
 
 @pytest.mark.parametrize(

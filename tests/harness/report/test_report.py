@@ -431,3 +431,85 @@ def test_other_numbers_of_threads_are_told(tmp_path, threads, gpus, told):
     text = (tmp_path / "out" / "report.md").read_text()
     assert ("runs differ in CPU threads" in text) == told
     assert ("1 then 2 threads per process" in text) == (threads == (1, [1, 2]))
+
+
+def _shots(folder, shots, fold, ap, method="supervised", **more):
+    """A run of which each class is on so many images."""
+    values = {
+        "protocol": "shots",
+        "shots": shots,
+        "labeled_images": 2 * shots + fold,
+        "labeled_boxes": 5 * shots + fold,
+        "labeled_by_class": {"a": shots, "b": shots + fold},
+        "cell": f"{method}-{shots}-{fold}",
+        "split_sha256": f"{shots}-{fold}",
+        "config": {"schedule": {"steps": 1000}, "split": {"percent": 10, "shots": shots, "fold": fold}, "seed": fold},
+    }
+    share = (3.0 * shots + fold) / 10  # differs by fold
+    return make(folder, method, share, fold, ap, **(values | more))
+
+
+@pytest.fixture
+def shots_runs(tmp_path):
+    for shots in (1, 5, 100):
+        for fold in (1, 2, 3):
+            _shots(tmp_path, shots, fold, 10.0 * fold + shots / 10)
+            _shots(tmp_path, shots, fold, 12.0 * fold + shots / 10, "stac")
+    return tmp_path
+
+
+def test_shots_are_columns_over_all_folds(shots_runs):
+    report.run(shots_runs)
+    rows = table_rows(read(shots_runs / "report/report.md"))
+    headings = ["method", "1 shot (3 to 5 images)", "5 shots (11 to 13 images)", "100 shots (201 to 203 images)"]
+    assert headings in rows
+    assert ["Supervised", *(f"{20 + shots / 10:.1f} ± 10.0 (n=3)" for shots in (1, 5, 100))] in rows
+    assert sum(row[0] == "Stac" or row[0].startswith("STAC") for row in rows) > 0
+    text = read(shots_runs / "report/report.md")
+    assert "every box on a labelled image is labelled" in text
+    assert "5 shots: each class on 5 to 8 labelled images, with 26 to 28 boxes on all of them" in text
+    assert "At 1 shot, " in text
+    assert "5 shots of the labels" not in text
+    assert "% labels" not in text
+    for name in ("report.html", "report.tex"):
+        page = read(shots_runs / f"report/{name}")
+        assert "5 shots" in page
+        assert "every box on a labelled image is labelled" in page
+    frame = pd.read_csv(shots_runs / "report/report.csv")
+    assert frame["percent"].isna().all()
+    assert sorted(set(frame["shots"])) == [1, 5, 100]
+    table = json.loads(read(shots_runs / "report/report.json"))["tables"][0]
+    assert (table["percents"], table["shots"]) == ([], [1, 5, 100])
+    assert [(cell["percent"], cell["shots"]) for cell in table["rows"][0]["cells"]] == [
+        (None, 1),
+        (None, 5),
+        (None, 100),
+    ]
+    console = Console(file=io.StringIO(), width=200)
+    report.show(shots_runs, console)
+    assert "100 shots" in console.file.getvalue()
+
+
+def test_shots_and_percentages_are_no_one_table(shots_runs):
+    make(shots_runs, "supervised", 5, 1, 33.0, cell="apart")
+    sections, _ = tables.load(shots_runs)
+    assert sorted(section.by_shots for section in sections) == [False, True]
+
+
+def test_shots_are_not_compared_with_what_was_published(tmp_path):
+    """ "10 shots" of COCO is no 10 %."""
+    for fold in (1, 2):
+        _shots(tmp_path, 10, fold, 20.0, dataset="coco", detector="faster_rcnn_r50")
+    report.run(tmp_path)
+    assert "Published" not in read(tmp_path / "report/report.md")
+    (section,) = tables.load(tmp_path)[0]
+    assert not list(plots.published_pairs([section], report.published([])))
+
+
+def test_a_cell_of_shots_that_left_no_record_stands_in_its_column(shots_runs):
+    cell = {"name": "lost", "method": "stac", "percent": None, "shots": 5, "fold": 4, "seed": 4, "state": "failed"}
+    plan = {"suite": "quick", "cells": [{**cell, "reason": "no luck", "dataset": "shapes", "protocol": "shots"}]}
+    (shots_runs / "quick" / "suite.json").write_text(json.dumps(plan))
+    (section,) = tables.load(shots_runs)[0]
+    (missing,) = section.missing
+    assert missing.share == 5.0

@@ -30,6 +30,13 @@ while IFS= read -r line; do echo "$line"; done < "$script" > {state}/$number.sh
 echo $number
 """
 SQUEUE = '[ -e {state}/silent ] && exit 1\nwhile IFS= read -r line; do echo "$line"; done < {state}/queue'
+# The last job runs while it is looked at the first three times.
+SQUEUE_OF_LAST = """#!/bin/bash
+echo look >> {state}/looks
+mapfile -t looks < {state}/looks
+[ ${#looks[@]} -le 3 ] && echo '12|RUNNING|n1|None|smoke-report'
+exit 0
+"""
 SCANCEL = 'echo "$*" >> {state}/cancelled'
 SCONTROL = "echo 'slurm_load_jobs error: Invalid job id specified' >&2\nexit 1"
 
@@ -190,10 +197,53 @@ def test_status_tells_records_and_queue(slurm):
     assert "1 running" in said
     assert len(slurm.commands()) == 3
     (slurm.state / "silent").touch()
-    with pytest.raises(RunError, match="Slurm does not say"):
-        slurm.run("suite.status=true")
     with pytest.raises(RunError, match="Slurm does not say"):  # rather than to submit what may be there
         slurm.run()
+
+
+@pytest.mark.parametrize("how", ["silent", "missing"])
+def test_status_without_squeue_is_that_of_the_records(slurm, how):
+    slurm.run()
+    slurm.finish(slurm.cell("supervised", 1))
+    slurm.finish(slurm.cell("supervised", 5), "failed", error="RunError: the loss is not finite", ap=None)
+    if how == "silent":
+        (slurm.state / "silent").touch()
+    else:
+        (slurm.state.parent / "bin" / "squeue").unlink()
+    slurm.printed()
+    assert slurm.run("suite.status=true") == 0
+    first, *table = slurm.printed().splitlines()
+    assert re.fullmatch(r"Slurm does not say what is in the queue \(squeue.*\): this is what the records say", first)
+    said = "\n".join(table)
+    assert "50.0" in said
+    assert "the loss is not finite" in said
+    assert "1 ok" in said
+    assert "1 failed" in said
+    assert "7 waiting" in said
+
+
+def test_who_waits_for_the_last_job_does_not_write_its_report_again(slurm, monkeypatch):
+    """One that failed is made up for."""
+    written = []
+    monkeypatch.setattr(suite.report, "run", lambda *_: written.append("report"))
+    monkeypatch.setattr(suite.report, "show", lambda *_: None)
+    monkeypatch.setattr(cluster, "POLL_SECONDS", 0.1)
+    for code, times in ((0, 0), (1, 1)):
+        squeue = slurm.state.parent / "bin" / "squeue"
+        squeue.write_text(SQUEUE_OF_LAST.replace("{state}", str(slurm.state)))
+        (slurm.state / "looks").write_text("")
+        assert slurm.run("suite.methods=[supervised]", "suite.status=true") == 0
+        for cell in slurm.cells:
+            slurm.finish(cell)
+        (slurm.folder / "slurm").mkdir(parents=True, exist_ok=True)
+        entry = {"report": {"id": "12", "name": "smoke-report"}}
+        (slurm.folder / "slurm/jobs.json").write_text(json.dumps(entry))
+        (slurm.folder / "slurm/12.exit").write_text(f"{code}\n")
+        written.clear()
+        (slurm.state / "looks").write_text("")
+        assert slurm.run("suite.methods=[supervised]", "suite.wait=true") == 0
+        assert len(written) == times
+    assert "report:" in slurm.printed()
 
 
 def test_jobs_are_cancelled_when_that_is_asked(slurm):
