@@ -157,7 +157,7 @@ def test_nodes_count_as_the_processes_of_a_step_do() -> None:
         compose.load([*job, "batch.micro=4"])
 
 
-@pytest.mark.parametrize("method", ["supervised", "stac", "soft_teacher", "mean_teacher", "unbiased_teacher"])
+@pytest.mark.parametrize("method", ["supervised", "stac", "soft_teacher", "mean_teacher", "mixpl", "unbiased_teacher"])
 def test_shipped_methods_say_what_they_draw(method: str) -> None:
     """The YAML agrees with the views of the method that is built, and is no part of a run's identity."""
     cfg = compose.load([f"method={method}", "detector.weights=scratch"])
