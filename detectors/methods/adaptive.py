@@ -89,7 +89,7 @@ class AdaptiveThresholds(nn.Module):
         self.best[torch.where(kept, (self.count + number) % self.keys.images, self.keys.images)] = best
         self.best[-1] = 0
         self.count += total
-        falling = self.best[:-1].transpose(0, 1).flatten(1).sort(dim=1, descending=True).values
+        falling = self.best[:-1].transpose(0, 1).flatten(1).topk(max(self.ranks) + 1, dim=1).values
         ranked = torch.stack([scores[rank] for scores, rank in zip(falling, self.ranks, strict=True)])
         found = ranked.clamp(min=self.keys.floor)
         self.thresholds.copy_(torch.where(self.count >= self.keys.images, found, self.thresholds))

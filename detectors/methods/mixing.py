@@ -38,7 +38,7 @@ class BoxedImages:
         return BoxedImages(self.images[rows], self.sizes[rows], self.targets[rows])
 
 
-def join(parts: Sequence[BoxedImages]) -> BoxedImages:
+def join_images(parts: Sequence[BoxedImages]) -> BoxedImages:
     """Several batches as one, padded to a common size."""
     height = max(part.images.shape[2] for part in parts)
     width = max(part.images.shape[3] for part in parts)

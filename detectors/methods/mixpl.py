@@ -35,6 +35,8 @@ ROOM = 100  # boxes of an image that are kept with it, the best ones
 PATCHES, PATCH = 19, 0.1  # most patches that are erased of an image, and their largest side in units of the image's
 TILES = 4  # images of a mosaic
 
+Drawn = tuple[int, BoxedImages]  # the step that images are of
+
 
 class MixPl(MeanTeacher):
     """L = L_s + lambda_u (g L(mixed images) + mosaic_weight g L(mosaics)), each the detector's own losses.
@@ -115,10 +117,8 @@ class MixPl(MeanTeacher):
         self.mosaic_weight, self.mosaic_side = mosaic_weight, (float(low), float(high))
         self.register_buffer("cached_boxes", torch.zeros(0, cache_size, ROOM, 7))
         self.register_buffer("cached_from", torch.zeros(0, cache_size, 2, dtype=torch.int64))
-        self._cached: dict[
-            int, list[tuple[int, BoxedImages]]
-        ] = {}  # of this process's lanes: (step, images), old first
-        self._fresh: dict[int, tuple[int, BoxedImages]] = {}  # of the step under way, by lane
+        self._cached: dict[int, list[Drawn]] = {}  # of this process's lanes, old first
+        self._fresh: dict[int, Drawn] = {}  # of the step under way, by lane
         self._seen: tuple[int, BoxedImages | None] | None = None  # step and strong views of the last forward
         self._mixed: tuple[BoxedImages, BoxedImages | None] | None = None  # of the last forward: mixed images, mosaics
 
@@ -143,7 +143,8 @@ class MixPl(MeanTeacher):
             if older is not None and newer is not None:
                 fitted = mixing.flip(mixing.fit(older, height, width, self.resize))
                 mixed = mixing.mixup(mixed, self._erased(fitted, keys, "mixpl erase older"), keys, "mixpl place")
-                mosaics = self._taught(self._mosaics(newer, keys, *self._tile(batch, step)))
+                if self.mosaic_weight:
+                    mosaics = self._taught(self._mosaics(newer, keys, *self._tile(batch, step)))
             mixed = self._taught(mixed)
         self._mixed = (mixed, mosaics)
         return View(mixed.images, mixed.sizes, strong.to_view)
@@ -164,7 +165,7 @@ class MixPl(MeanTeacher):
         parts = [images for _, images in self._cached.get(lane, [])]
         if sum(map(len, parts)) < self.cache_size:
             return None, None
-        cached = mixing.join(parts)[-self.cache_size :]
+        cached = mixing.join_images(parts)[-self.cache_size :]
         half = self.cache_size // 2
         older, newer = cached[:half], cached[half:]
         tiles = len(newer) // TILES * TILES
@@ -213,7 +214,7 @@ class MixPl(MeanTeacher):
         mosaic_gate = torch.zeros_like(mixed_gate)
         terms = self.student.losses(features, strong, mixed.targets, keys)
         terms = {name: mixed_gate * value for name, value in terms.items()}
-        if mosaics is not None and self.mosaic_weight:
+        if mosaics is not None:
             mosaic_gate = self._gate_of(mosaics.targets)
             for name, value in self._mosaic_losses(mosaics, keys).items():
                 terms[name] = terms[name] + self.mosaic_weight * mosaic_gate * value

@@ -224,7 +224,7 @@ def test_boxes_that_a_smaller_image_has_no_room_for_go() -> None:
 
 def test_join_pads_to_the_largest() -> None:
     parts = [batch([(20, 30)], 1), batch([(40, 70), (33, 20)], 2, boxes=7)]
-    joined = mixing.join(parts)
+    joined = mixing.join_images(parts)
     assert len(joined) == 3
     assert is_zero_outside(joined)
     flat = [(part, row) for part in parts for row in range(len(part))]

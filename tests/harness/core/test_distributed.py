@@ -119,10 +119,11 @@ CASES = {
     "supervised": ["method=supervised", "batch.labeled=8", "batch.unlabeled=0"],
     # One of the four micro-batches of a step often holds images without a pseudo box.
     "soft_teacher": ["method=soft_teacher", "batch.labeled=4", "batch.unlabeled=4", "method.burn_in=0.3"],
-    # The caches of the four micro-batches are full after step 9; thresholds of the classes are made from step 3 on.
+    # After a burn-in of one step the caches of the four micro-batches are full for the last three of 12; thresholds of
+    # the classes are made after three steps.
     "mixpl": [
         *("method=mixpl", "batch.labeled=4", "batch.unlabeled=4", "method.burn_in=0.05", "method.cache_size=8"),
-        *("method.adaptive={images: 12, share: 1}", "method.mosaic_side=[0.4,0.6]"),
+        *("method.adaptive={images: 12, share: 1}", "method.mosaic_side=[0.4,0.6]", "schedule.steps=12"),
     ],
 }
 
