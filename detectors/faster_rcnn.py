@@ -13,11 +13,13 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from detectors.backbones import Depth, Norm, Pyramid, ResNetBackbone, SmallBackbone, Stages
 from detectors.detector import Detector
+from detectors.large_pyramid import large_pyramid
 from detectors.padded import PaddedTargets
 from detectors.roi import RoiSettings, RoiStage
 from detectors.rpn import Anchors, Proposals, Rpn, RpnSettings
+from detectors.simple_pyramid import SimplePyramid
 from detectors.small_pyramid import small_pyramid
-from detectors.timm_backbones import SimplePyramid, TimmName, large_pyramid
+from detectors.timm_networks import TimmName
 from detectors.weights import Generated
 from harness.core.types import Normalize, UserError, View
 from harness.core.validate import Channels, File, Limits, Pixels, Positive, keys_of

@@ -14,7 +14,7 @@ from detectors.backbones import Pyramid
 from detectors.detector import Detector
 from detectors.padded import PaddedTargets, scatter_by_image
 from detectors.rpn import Anchors
-from detectors.timm_backbones import SimplePyramid
+from detectors.simple_pyramid import SimplePyramid
 from harness.core import boxes as box_ops
 from harness.core.types import Normalize, UserError, View
 

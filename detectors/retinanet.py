@@ -13,12 +13,14 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from detectors import losses
 from detectors.backbones import Depth, Norm, Pyramid, SmallBackbone, Stages
+from detectors.large_pyramid import large_pyramid
 from detectors.matching import match_anchors
 from detectors.one_stage import STRIDES, OneStage, check_dense_style, focal_loss
 from detectors.padded import PaddedTargets, gather_rows
 from detectors.rpn import Anchors
+from detectors.simple_pyramid import SimplePyramid
 from detectors.small_pyramid import small_pyramid
-from detectors.timm_backbones import SimplePyramid, TimmName, large_pyramid
+from detectors.timm_networks import TimmName
 from detectors.weights import Generated
 from harness.core import boxes as box_ops
 from harness.core.types import UserError, View

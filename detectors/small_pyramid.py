@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from detectors.backbones import Pyramid, SmallBackbone
-from detectors.timm_backbones import SimplePyramid, timm_pyramid
+from detectors.simple_pyramid import SimplePyramid
+from detectors.timm_backbones import timm_pyramid
 from detectors.weights import LATER, Generated, load_backbone
 from harness.core.types import Normalize, UserError
 

@@ -94,6 +94,9 @@ def _about(error: Exception, overrides: Sequence[str]) -> str:
         return f"the key {match.group(1)} is not known{hint}"
     if "Could not find '" in message:
         return unknown_option(message)
+    if message.startswith("Error merging override") and (given := next((o for o in overrides if o in message), None)):
+        group = override_key(given)
+        return f"{validate.shown(given)} stands where there are keys: write {group}={{KEY: VALUE}}, or give one of them"
     given = getattr(error, "override", None) or next((o for o in overrides if o in message), None)
     first = next((line for line in message.splitlines() if line.strip()), type(error).__name__)
     said = f" ({validate.shown(str(given))})" if given else ""

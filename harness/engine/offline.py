@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 import logging
 import warnings
@@ -17,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import msgspec
 import numpy as np
 import torch
 
@@ -26,15 +24,13 @@ from detectors.methods.method import Method
 from detectors.methods.pseudo_labels import label_offline, offline_quality
 from harness.config.run import RunSettings
 from harness.config.sections import FeedOptions
-from harness.core import checksum, distributed, readback
-from harness.core.files import write_atomically
-from harness.core.readback import Count
+from harness.core import distributed
 from harness.core.record import read_record
 from harness.core.stopping import Interrupted, StopRequest
 from harness.core.types import ImageSource, UserError
-from harness.data.annotations import positions
 from harness.engine import build, checkpoint, foreign_labels
 from harness.engine.build import Data
+from harness.engine.label_file import LABELS, decode_label_file, read_label_file, write_label_file
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +44,6 @@ _STAGE_ONE = (
     "labels",
     "labeller",
 )  # keys of `offline` that say who labels, not how
-
-LABELS = "pseudo_labels.npz"  # in the run's folder
 
 
 @dataclass
@@ -86,7 +80,7 @@ def label(
     if not distributed.from_main(world, lambda: _are_there(path, made_by)):
         distributed.from_main(world, lambda: _refuse_other_labels(settings.run_dir, made_by))
         if foreign:
-            distributed.from_main(world, lambda: _write(path, _foreign(options, data), made_by, 0))
+            distributed.from_main(world, lambda: write_label_file(path, _foreign(options, data), made_by, 0))
         else:
             assert stage_one is not None
             file = _stage_one_checkpoint(given, settings.runs_dir, stage_one, world, stop, train)
@@ -103,8 +97,9 @@ def label(
                     "unlabelled images: train it longer, or keep images without a box by "
                     "method.offline.drop_empty=false"
                 )
-            distributed.from_main(world, lambda: _write(path, source, made_by, int(state["step"])))
-    source, extra = _read(path, data.unlabeled, len(data.dataset.train.category_ids))
+            distributed.from_main(world, lambda: write_label_file(path, source, made_by, int(state["step"])))
+    source, found = read_label_file(path, data.unlabeled, len(data.dataset.train.category_ids))
+    extra = Extra(found.steps, stage_one=found.made_by["stage 1"])
     if data.hidden is not None:
         classes = len(data.dataset.train.category_ids)
         extra.quality, extra.by_class = offline_quality(source, data.hidden, classes)
@@ -156,7 +151,7 @@ def _are_there(path: Path, made_by: dict[str, str | None]) -> bool:
     if not path.exists():
         return False
     try:
-        known = _decode(path).made_by
+        known = decode_label_file(path).made_by
     except UserError as error:
         logger.warning("%s; they are made again", error)
         return False
@@ -287,113 +282,3 @@ def _merge(parts: list[ImageSource], unlabeled: ImageSource) -> ImageSource:
     rows = [row for row, image_id in enumerate(unlabeled.ids) if int(image_id) in where]
     found = [where[int(unlabeled.ids[row])] for row in rows]
     return unlabeled.select(rows).with_targets([part.target(row) for part, row in found])
-
-
-def _write(path: Path, source: ImageSource, made_by: dict[str, str | None], steps: int) -> None:
-    content = io.BytesIO()
-    np.savez(
-        content,
-        ids=source.ids,
-        boxes=source.boxes,
-        labels=source.labels,
-        scores=source.scores,
-        offsets=source.offsets,
-        made_by=json.dumps(made_by),
-        steps=steps,
-    )
-    write_atomically(path, checksum.sealed(content.getvalue()))
-
-
-def kept_labels(run_dir: Path, category_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The pseudo labels that a run was trained on.
-
-    Args:
-        run_dir: its folder.
-        category_ids: (C,) of the dataset.
-
-    Returns:
-        (K,) int64 image ids, and (N, 7) float64 boxes as from `harness.engine.evaluate.predictions`.
-
-    Raises:
-        UserError: they are missing, damaged, or of other classes.
-    """
-    found = _decode(run_dir / LABELS)
-    if len(found.labels) and not 1 <= found.labels.min() <= found.labels.max() <= len(category_ids):
-        raise UserError(f"{run_dir / LABELS} has labels of classes that the data has not: give the run's own data")
-    images = np.repeat(found.ids, np.diff(found.offsets))
-    xywh = np.column_stack([found.boxes[:, :2], found.boxes[:, 2:] - found.boxes[:, :2]])
-    return found.ids, np.column_stack([images, xywh, found.scores, category_ids[found.labels - 1]]).astype(np.float64)
-
-
-class _Labels(msgspec.Struct):
-    """pseudo_labels.npz. K images with M boxes."""
-
-    ids: np.ndarray  # (K,) int64, of images
-    boxes: np.ndarray  # (M, 4) float32 xyxy, original pixels
-    labels: np.ndarray  # (M,) int64 in 1..C
-    scores: np.ndarray  # (M,) float32
-    offsets: np.ndarray  # (K + 1,) int64
-    made_by: dict[str, str | None]
-    steps: Count  # of stage 1
-
-
-def _decode(path: Path) -> _Labels:
-    """pseudo_labels.npz by schema.
-
-    Raises:
-        UserError: it is missing, damaged, or holds what no stage 1 gives.
-    """
-    remedy = "put the file back as the run wrote it, or start anew in another run_dir=DIR"
-    content = readback.content_of(path, remedy)
-    try:
-        checksum.verify(path)
-        with np.load(io.BytesIO(content)) as archive:
-            arrays = {name: archive[name] for name in _Labels.__struct_fields__ if name in archive}
-        arrays["made_by"] = msgspec.json.decode(str(arrays["made_by"]))
-        arrays["steps"] = arrays["steps"].item()
-    except (msgspec.DecodeError, KeyError) as error:
-        what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else readback.reason(error)
-        raise readback.damaged(path, what, remedy) from error
-    except Exception as error:  # numpy and zipfile raise many kinds for a damaged archive
-        raise readback.damaged(path, f"{type(error).__name__}: {error}", remedy) from error
-    try:
-        found = readback.convert(arrays, _Labels)
-    except ValueError as error:
-        raise readback.damaged(path, str(error), remedy) from error
-    if wrong := _misfit(found):
-        raise readback.damaged(path, wrong, remedy)
-    return found
-
-
-def _misfit(found: _Labels) -> str | None:
-    """What of the arrays does not fit the others."""
-    images, boxes = len(np.atleast_1d(found.ids)), len(np.atleast_1d(found.labels))
-    expected = {
-        "ids": ((images,), np.int64),
-        "boxes": ((boxes, 4), np.float32),
-        "labels": ((boxes,), np.int64),
-        "scores": ((boxes,), np.float32),
-        "offsets": ((images + 1,), np.int64),
-    }
-    for name, (shape, kind) in expected.items():
-        array = getattr(found, name)
-        if array.shape != shape or array.dtype != kind:
-            return f"{name} is {array.dtype} of shape {list(array.shape)}, not {kind.__name__} of {list(shape)}"
-    if found.offsets[0] != 0 or found.offsets[-1] != boxes or (np.diff(found.offsets) < 0).any():
-        return f"offsets do not divide the {boxes} boxes"
-    if not np.isfinite(found.boxes).all() or not ((found.scores >= 0) & (found.scores <= 1)).all():
-        return "a box or a score is not a number that it can be"
-    return "a label is below 1" if (found.labels < 1).any() else None
-
-
-def _read(path: Path, unlabeled: ImageSource, classes: int) -> tuple[ImageSource, Extra]:
-    """The unlabelled images that have pseudo labels, with them; and what stage 1 was."""
-    found = _decode(path)
-    rows = positions(unlabeled.ids, found.ids)
-    remedy = "start anew in another run_dir=DIR"
-    if (rows < 0).any():
-        raise readback.damaged(path, f"image {found.ids[rows < 0][0]} is not an unlabelled one", remedy)
-    if (found.labels > classes).any():
-        raise readback.damaged(path, f"a label is above the number of classes, {classes}", remedy)
-    source = unlabeled.select(rows).with_boxes(found.boxes, found.labels, found.scores, found.offsets)
-    return source, Extra(found.steps, stage_one=found.made_by["stage 1"])

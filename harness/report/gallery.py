@@ -207,11 +207,11 @@ def _labels(run: Run, category_ids: np.ndarray) -> _Labels | None:
     Raises:
         UserError: they are damaged.
     """
-    from harness.engine import offline, taught
+    from harness.engine import label_file, taught
 
     assert run.folder is not None
-    if (run.folder / offline.LABELS).is_file():
-        ids, rows = offline.kept_labels(run.folder, category_ids)
+    if (run.folder / label_file.LABELS).is_file():
+        ids, rows = label_file.kept_labels(run.folder, category_ids)
         images = set(ids.tolist())
 
         def of_stage_one(image: int) -> FoundBoxes:

@@ -245,6 +245,10 @@ _KEYS = [
     _value("+pipeline.thread=3", "did you mean threads"),
     _value("+data.roots=3", "data.roots"),
     _value("+augment.views.weak.flips=1", "did you mean flip"),
+    _value(
+        "augment.views.weak=[1]",
+        "augment.views.weak=[1] stands where there are keys: write augment.views.weak={KEY: VALUE}",
+    ),
     _value("+augment.views.extra={fliip: 1}", "did you mean flip"),
     _value("+nothing=3", "nothing"),
     _value("+split.1=3", "split.1"),

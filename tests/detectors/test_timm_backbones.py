@@ -15,8 +15,11 @@ from torch import nn
 from detectors.detector import Detector, targets_of
 from detectors.faster_rcnn import faster_rcnn, small_faster_rcnn
 from detectors.fcos import fcos
+from detectors.folding import FoldedConv
 from detectors.retinanet import retinanet
-from detectors.timm_backbones import PACKAGES, FoldedConv, SimplePyramid, timm_pyramid
+from detectors.simple_pyramid import SimplePyramid
+from detectors.timm_backbones import timm_pyramid
+from detectors.weight_packages import PACKAGES
 from harness.core.types import UserError
 
 FAMILIES = ("resnet10t", "tf_efficientnet_lite0", "convnext_atto", "regnetx_002", "mobilenetv3_small_050")

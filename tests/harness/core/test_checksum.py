@@ -16,7 +16,7 @@ import torch
 from harness.core import checksum
 from harness.core.types import ImageSource, UserError
 from harness.data.cache import build_once, is_whole
-from harness.engine import checkpoint, offline
+from harness.engine import checkpoint, label_file, offline
 
 FLIPS = 300
 
@@ -36,7 +36,7 @@ def _labels(folder: Path) -> Path:
         scores=np.array([0.9], np.float32),
         offsets=np.array([0, 1, 1]),
     )
-    offline._write(folder / "pseudo_labels.npz", source, {"stage 1": "x"}, 7)
+    label_file.write_label_file(folder / "pseudo_labels.npz", source, {"stage 1": "x"}, 7)
     return folder / "pseudo_labels.npz"
 
 

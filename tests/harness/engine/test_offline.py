@@ -14,7 +14,7 @@ import pytest
 from harness.cli import main
 from harness.config import compose
 from harness.core.types import UserError
-from harness.engine import offline
+from harness.engine import label_file, offline
 from harness.engine.optim import LearningRateFactor
 
 pytestmark = pytest.mark.timeout(300)
@@ -219,7 +219,7 @@ def test_labels_that_no_stage_one_gives_are_damaged(tmp_path: Path, changes: dic
     assert offline._are_there(path, {"stage 1": "x"})
     np.savez(path, **{key: value for key, value in (GOOD | changes).items() if value is not ...})
     with pytest.raises(UserError, match=named):
-        offline._decode(path)
+        label_file.decode_label_file(path)
     assert not offline._are_there(path, {"stage 1": "x"})
 
 
@@ -235,7 +235,7 @@ def test_labels_of_a_file_need_no_stage_one(tmp_path: Path) -> None:
     assert (record["status"], record["method"], record["labeller"]) == ("ok", "stac_owl", "OWL")
     assert (record["extra_steps"], (run_dir / "stage1").exists()) == (0, False)
     assert record["pseudo_precision"] is not None  # measured like those of any stage 1
-    with np.load(run_dir / offline.LABELS) as kept:
+    with np.load(run_dir / label_file.LABELS) as kept:
         assert kept["boxes"].tolist() == [[5, 5, 25, 25]] * record["unlabeled_images"]
     labels.write_text("[]")  # a finished run needs the file no more
     assert main(_command(tmp_path, "stac", *keys, f"run_dir={run_dir}")) == 0
