@@ -23,6 +23,7 @@ STEPS = 8
 MIXPL = [
     *("method=mixpl", "method.burn_in=0", "method.cache_size=8", "method.score=0.06", "method.erase=true"),
     *("batch.micro=4", f"schedule.steps={STEPS}", "checkpointing.every=1", "checkpointing.keep=20", "logging.every=1"),
+    "method.adaptive={images: 8, share: 5}",  # thresholds that let much pass, from the second step on
 ]
 
 
@@ -48,6 +49,10 @@ def test_a_run_taken_up_with_half_a_cache_and_with_a_full_one_ends_the_same(tmp_
     more = [*MIXPL, f"pipeline={pipeline}", "pipeline.threads=1"]
     assert main(command(data, tmp_path / "whole", *more)) == 0
     assert gates(tmp_path / "whole") == [0.0] * 4 + [1.0] * 4
+    known = json.loads((tmp_path / "whole" / "record.json").read_text())["per_class"]["thing"]
+    threshold = float(trained(tmp_path / "whole")["adaptive.thresholds"][0])
+    assert known["pseudo_threshold"] == pytest.approx(100 * threshold)
+    assert threshold != pytest.approx(0.06)
     for step in (2, 5):
         run_dir = shutil.copytree(tmp_path / "whole", tmp_path / f"from{step}")
         for path in run_dir.glob("checkpoints/step-*.pt"):
