@@ -21,6 +21,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign
 
 import harness
+from detectors.detector import Detector
 from detectors.faster_rcnn import FasterRcnn
 from detectors.methods.method import Method
 from harness.config.make import make
@@ -30,6 +31,7 @@ from harness.core.types import Batch, Target, View
 
 CONF = Path(harness.__file__).parent / "conf"
 METHODS = ("supervised", "stac", "mean_teacher", "unbiased_teacher", "soft_teacher", "mixpl")
+ON_FCOS = ("supervised", "mean_teacher", "dense_teacher", "arsl")
 IMAGES, SIZE, CLASSES, WARM_UP = 16, 64, 4, 150
 
 pytestmark = pytest.mark.benchmark(timer=time.process_time, group="training step")
@@ -72,21 +74,23 @@ def make_batch(seed: int) -> Batch:
     )  # fmt: skip
 
 
-def make_detector() -> FasterRcnn:
+def make_detector(name: str = "small", **options: object) -> Detector:
     torch.manual_seed(0)
-    config = OmegaConf.merge(OmegaConf.load(CONF / "detector" / "small.yaml"), {"weights": "scratch", "cache_dir": "."})
-    detector = make("detector", config, num_classes=CLASSES)
+    own = {"weights": "scratch", "cache_dir": ".", **options}
+    detector = make(
+        "detector", OmegaConf.merge(OmegaConf.load(CONF / "detector" / f"{name}.yaml"), own), num_classes=CLASSES
+    )
     return detector.to(memory_format=torch.channels_last)
 
 
-def make_method(name: str) -> Method:
+def make_method(name: str, detector: Detector) -> Method:
     config = OmegaConf.merge(
         OmegaConf.load(CONF / "method" / f"{name}.yaml"), OmegaConf.load(CONF / "method/preset" / f"{name}_small.yaml")
     )
     options = {k: v for k, v in OmegaConf.to_container(config).items() if k not in GROUPS["method"].own}
     if "burn_in" in options:
         options["burn_in"] = WARM_UP
-    return get_method(options.pop("_target_"))(detector=make_detector(), steps=1000, **options).train()
+    return get_method(options.pop("_target_"))(detector=detector, steps=1000, **options).train()
 
 
 class Training:
@@ -121,7 +125,13 @@ def run(benchmark, training: Training) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_step(benchmark, name: str) -> None:
-    method = make_method(name)
+    method = make_method(name, make_detector())
+    run(benchmark, Training(method, method.trainable()))
+
+
+@pytest.mark.parametrize("name", ON_FCOS)
+def test_step_on_fcos(benchmark, name: str) -> None:
+    method = make_method(name, make_detector("small_fcos", quality="iou", scales=True))
     run(benchmark, Training(method, method.trainable()))
 
 
@@ -184,5 +194,7 @@ class Peer(nn.Module):
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
 def test_torchvision_peer(benchmark, memory_format: torch.memory_format) -> None:
-    peer = Peer(make_detector()).train().to(memory_format=memory_format)
+    ours = make_detector()
+    assert isinstance(ours, FasterRcnn)
+    peer = Peer(ours).train().to(memory_format=memory_format)
     run(benchmark, Training(peer, peer))

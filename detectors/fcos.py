@@ -1,22 +1,31 @@
-"""FCOS (Tian et al., 2019): torchvision's heads and loss formulas, for all images of a batch at once."""
+"""FCOS (Tian et al., 2019): torchvision's loss formulas, for all images of a batch at once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSRegressionHead
-from torchvision.ops import generalized_box_iou_loss
+import torch.nn.functional as F
+from torch import Tensor
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from detectors import losses
 from detectors.backbones import Depth, Norm, Pyramid, SmallBackbone, Stages
+from detectors.fcos_heads import ClassHead, DistanceHead
 from detectors.large_pyramid import large_pyramid
-from detectors.one_stage import STRIDES, OneStage, check_dense_style, focal_loss
+from detectors.one_stage import (
+    STRIDES,
+    ClassLoss,
+    DenseOutput,
+    DenseTargets,
+    OneStage,
+    Wanted,
+    check_dense_style,
+    focal_loss,
+    one_hot,
+)
 from detectors.padded import PaddedTargets, gather_rows
 from detectors.rpn import Anchors
 from detectors.simple_pyramid import SimplePyramid
@@ -29,15 +38,21 @@ from harness.core.validate import Channels, File, Limits
 
 _SMALL_GROUPS = 16  # of the small FCOS's towers
 
+Quality = Literal["centerness", "iou"]
+Score = Literal["sqrt", "product"]
+
 
 class Fcos(OneStage):
-    """Cells inside a box regress its four sides (Tian et al., 2019), with centre sampling and centerness.
+    """Cells inside a box regress its four sides (Tian et al., 2019), with centre sampling and a quality of the box.
 
     Args:
         center: of a cell in units of its stride: 0.5, or 0 as torchvision has it.
         radius: cells this near to a box's centre, in strides, are positive.
         convolutions: of each tower.
         groups: of its normalisation.
+        quality: what a positive cell tells of its box: its `centerness` in it, or the `iou` of its prediction with it.
+        scales: distances are multiplied with a learnt factor for each level.
+        score: of a detection: `sqrt`, the root of the class's probability times the quality; or their `product`.
         others: see `OneStage`.
     """
 
@@ -50,20 +65,32 @@ class Fcos(OneStage):
         radius: float = 1.5,
         convolutions: int = 4,
         groups: int = 32,
+        quality: Quality | None = None,
+        scales: bool | None = None,
+        score: Score | None = None,
         **others: Any,
     ) -> None:
         super().__init__(backbone=backbone, anchors=anchors, **others)
         self.center = center
         self.radius = radius
-        width, norm = backbone.out_channels, partial(nn.GroupNorm, groups)
-        self.classification_head = FCOSClassificationHead(
-            width, 1, self.num_classes, num_convs=convolutions, norm_layer=norm
-        )
-        self.regression_head = FCOSRegressionHead(width, 1, num_convs=convolutions, norm_layer=norm)
+        self.quality = quality or "centerness"
+        self.score = score or "sqrt"
+        width = backbone.out_channels
+        self.classification_head = ClassHead(width, self.num_classes, convolutions, groups)
+        self.regression_head = DistanceHead(width, convolutions, groups, len(anchors.bases), bool(scales))
 
     def heads(self, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-        deltas, centerness = self.regression_head(features)
-        return self.classification_head(features), deltas, centerness[..., 0]
+        deltas, quality = self.regression_head(features)
+        return self.classification_head(features), deltas, quality
+
+    def scores(self, output: DenseOutput) -> Tensor:
+        assert output.quality is not None
+        product = output.logits.sigmoid() * output.quality.sigmoid()[..., None]
+        return product if self.score == "product" else product.sqrt()
+
+    def centers(self, anchors: Tensor) -> Tensor:
+        """(A, 2): the points of the cells, from which distances are measured."""
+        return self._center_and_size(anchors)[0]
 
     def _center_and_size(self, anchors: Tensor) -> tuple[Tensor, Tensor]:
         size = anchors[..., 2:] - anchors[..., :2]
@@ -93,24 +120,52 @@ class Fcos(OneStage):
         return index, smallest < torch.inf
 
     def losses(self, features: list[Tensor], view: View, targets: PaddedTargets, keys: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 - nothing is drawn
-        """`class`, `box` (GIoU) and `centerness`, each divided by the number of positive cells of the batch."""
+        """`class`, `box` (GIoU) and `centerness` or `iou`, each divided by the number of positive cells."""
         output = self.output(features, view)
-        assert output.centerness is not None
-        index, positive = self.assign(output.anchors, output.level_sizes, targets)
+        return self.loss(output, self.targets(output, view, targets))
+
+    def targets(self, output: DenseOutput, view: View, boxes: PaddedTargets) -> DenseTargets:  # noqa: ARG002 - of images
+        """What the cells are to say where these boxes are the truth.
+
+        Args:
+            output: of the view; the IoU of what it predicts is wanted of `quality: iou`.
+            view: the images.
+            boxes: what lies in them.
+        """
+        index, positive = self.assign(output.anchors, output.level_sizes, boxes)
         count = positive.sum().clamp(min=1)
-        labels = gather_rows(targets.labels, index)
+        labels = gather_rows(boxes.labels, index)
         center, size = self._center_and_size(output.anchors)
         cell = torch.cat([center - size, center + size], -1)
-        boxes = torch.where(positive[..., None], gather_rows(targets.boxes, index), cell)
-        predicted = self.decode(output.deltas, output.anchors)
-        overlap = generalized_box_iou_loss(predicted, boxes) * positive
+        wanted = torch.where(positive[..., None], gather_rows(boxes.boxes, index), cell)
+        if self.quality == "iou":
+            quality = box_ops.paired_iou(self.decode(output.deltas, output.anchors), wanted).detach()
+        else:
+            quality = self.centerness(output.anchors, wanted)
+        everywhere = torch.ones((), device=count.device)
+        return DenseTargets(
+            Wanted(one_hot(labels, positive, self.num_classes), everywhere, count),
+            Wanted(wanted, positive, count),
+            Wanted(quality, positive, count),
+        )
+
+    def centerness(self, anchors: Tensor, boxes: Tensor) -> Tensor:
+        """(B, A) in 0..1: how near the cells (A, 4) are to the middle of their boxes (B, A, 4); 0 outside of them."""
+        center = self.centers(anchors)
         left_top, right_bottom = center - boxes[..., :2], boxes[..., 2:] - center
         ratio = torch.minimum(left_top, right_bottom) / torch.maximum(left_top, right_bottom)
-        wanted = ratio.prod(-1).clamp(min=0).sqrt()
+        return ratio.prod(-1).clamp(min=0).sqrt()
+
+    def loss(self, output: DenseOutput, targets: DenseTargets, class_loss: ClassLoss = focal_loss) -> dict[str, Tensor]:
+        """`class`, `box` (GIoU) and `centerness` or `iou` of targets, whoever made them."""
+        assert output.quality is not None
+        assert targets.quality is not None
+        predicted = self.decode(output.deltas, output.anchors)
+        quality = F.binary_cross_entropy_with_logits(output.quality, targets.quality.values, reduction="none")
         return {
-            "class": focal_loss(output.logits, labels, positive).sum() / count,
-            "box": overlap.sum() / count,
-            "centerness": losses.binary_cross_entropy(output.centerness, wanted, positive) / count,
+            "class": targets.classes.mean(class_loss(output, targets.classes.values)),
+            "box": targets.boxes.mean(losses.giou_loss(predicted, targets.boxes.values)),
+            self.quality: targets.quality.mean(quality),
         }
 
 
@@ -127,6 +182,9 @@ def fcos(
     caffe: bool | None = None,
     pyramid_channels: Channels = 256,
     style: Literal["torchvision", "detectron"] = "torchvision",
+    quality: Quality | None = None,
+    scales: bool | None = None,
+    score: Score | None = None,
 ) -> Fcos:
     """FCOS on ResNet-FPN, levels at strides 8 to 128.
 
@@ -136,6 +194,7 @@ def fcos(
         cache_dir, depth, weights, norm, frozen_stages, caffe: see `build_resnet`.
         pyramid_channels: of every pyramid level.
         style: `torchvision` (a cell's point is its corner) or `detectron` (its centre).
+        quality, scales, score: see `Fcos`.
 
     Raises:
         UserError: see `build_resnet`; an unknown style.
@@ -165,6 +224,9 @@ def fcos(
             strides=None if style == "torchvision" else STRIDES,
         ),
         center=0.0 if style == "torchvision" else 0.5,
+        quality=quality,
+        scales=scales,
+        score=score,
         normalize=normalize,
         pretraining=pretraining,
         nms_iou=0.6,
@@ -184,6 +246,9 @@ def small_fcos(
     channels: Annotated[Sequence[Channels], Limits(least=4, most=4)] = (24, 32, 64, 96),
     pyramid_channels: Channels = 48,
     convolutions: Annotated[int, Limits(ge=1, le=8)] = 2,
+    quality: Quality | None = None,
+    scales: bool | None = None,
+    score: Score | None = None,
 ) -> Fcos:
     """FCOS for the CPU preset's pictures, levels at strides 4 to 16; a cell's point is its centre.
 
@@ -192,6 +257,7 @@ def small_fcos(
 
     Args:
         convolutions: of each tower.
+        quality, scales, score: see `Fcos`.
         others: see `detectors.faster_rcnn.small_faster_rcnn`.
 
     Raises:
@@ -221,6 +287,9 @@ def small_fcos(
         center=0.5,
         convolutions=convolutions,
         groups=_SMALL_GROUPS,
+        quality=quality,
+        scales=scales,
+        score=score,
         normalize=normalize,
         pretraining=pretraining,
         nms_iou=0.6,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,9 +27,41 @@ class DenseOutput:
 
     logits: Tensor  # (B, A, C); column c is class c + 1, there is no background
     deltas: Tensor  # (B, A, 4)
-    centerness: Tensor | None  # (B, A) logits
+    quality: Tensor | None  # (B, A) logits of how good the boxes are, such as their centerness
     anchors: Tensor  # (A, 4) pixels of the view
     level_sizes: list[int]
+
+    @property
+    def levels(self) -> Tensor:
+        """(A,) int64: the level of each anchor, finest 0."""
+        device = self.anchors.device
+        return torch.cat([torch.full((size,), level, device=device) for level, size in enumerate(self.level_sizes)])
+
+
+@dataclass
+class Wanted:
+    """What every anchor should say of one thing. Its loss is sum(weights * loss of each anchor) / count."""
+
+    values: Tensor  # (B, A, ...)
+    weights: Tensor  # (B, A), or of a shape that broadcasts to it; 0 leaves an anchor out
+    count: Tensor  # 0-d
+
+    def mean(self, losses: Tensor) -> Tensor:
+        """0-d: what the losses (B, A) of all anchors come to."""
+        return (losses * self.weights).sum() / self.count
+
+
+@dataclass
+class DenseTargets:
+    """What the A anchors of B images are to say: made of boxes by a detector, or by a method in its own way."""
+
+    classes: Wanted  # (B, A, C) probabilities in 0..1; all 0 for background
+    boxes: Wanted  # (B, A, 4) pixels of the view; without meaning where the weight is 0, but boxes
+    quality: Wanted | None  # (B, A) in 0..1, of detectors that tell it
+
+
+# Of an output and wanted probabilities (B, A, C), the class loss (B, A).
+ClassLoss = Callable[[DenseOutput, Tensor], Tensor]
 
 
 class OneStage(Detector):
@@ -65,7 +97,7 @@ class OneStage(Detector):
 
     @abstractmethod
     def heads(self, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Logits (B, A, C), deltas (B, A, 4), centerness (B, A) or None."""
+        """Logits (B, A, C), deltas (B, A, 4), quality logits (B, A) or None."""
 
     @abstractmethod
     def decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
@@ -74,16 +106,22 @@ class OneStage(Detector):
     def output(self, features: list[Tensor], view: View) -> DenseOutput:
         """The heads on all levels, in float32."""
         anchors, level_sizes = self.anchors(features, view.images.shape[-2:])
-        logits, deltas, centerness = self.heads(features)
-        center = None if centerness is None else centerness.float()
-        return DenseOutput(logits.float(), deltas.float(), center, anchors, level_sizes)
+        logits, deltas, quality = self.heads(features)
+        told = None if quality is None else quality.float()
+        return DenseOutput(logits.float(), deltas.float(), told, anchors, level_sizes)
+
+    def scores(self, output: DenseOutput) -> Tensor:
+        """(B, A, C) in 0..1: what detections are ranked by, and report."""
+        return output.logits.sigmoid()
 
     @torch.no_grad()
     def find(self, features: list[Tensor], view: View, score_threshold: float) -> PaddedTargets:
-        output = self.output(features, view)
-        scores = output.logits.sigmoid()
-        if output.centerness is not None:
-            scores = (scores * output.centerness.sigmoid()[..., None]).sqrt()
+        return self.detections(self.output(features, view), view, score_threshold)
+
+    @torch.no_grad()
+    def detections(self, output: DenseOutput, view: View, score_threshold: float) -> PaddedTargets:
+        """`find` in what the heads have said of a view."""
+        scores = self.scores(output)
         batch, _, classes = scores.shape
         values, places, start = [], [], 0
         for size in output.level_sizes:
@@ -106,11 +144,15 @@ class OneStage(Detector):
         return PaddedTargets(boxes, label, score, score > score_threshold)
 
 
-def focal_loss(logits: Tensor, labels: Tensor, positive: Tensor) -> Tensor:
-    """(B, A): sigmoid focal loss (alpha 0.25, gamma 2) summed over classes; no class is right where not positive."""
-    classes = torch.arange(1, logits.shape[-1] + 1, device=logits.device)
-    wanted = (labels[..., None] == classes) & positive[..., None]
-    return sigmoid_focal_loss(logits, wanted.to(logits.dtype), alpha=0.25, gamma=2.0).sum(-1)
+def one_hot(labels: Tensor, positive: Tensor, classes: int) -> Tensor:
+    """(B, A, C) float32 of labels (B, A) in 1..C: 1 for the label where positive (B, A), 0 elsewhere."""
+    columns = torch.arange(1, classes + 1, device=labels.device)
+    return ((labels[..., None] == columns) & positive[..., None]).float()
+
+
+def focal_loss(output: DenseOutput, wanted: Tensor) -> Tensor:
+    """(B, A): sigmoid focal loss (alpha 0.25, gamma 2) of probabilities 0 or 1, summed over classes."""
+    return sigmoid_focal_loss(output.logits, wanted, alpha=0.25, gamma=2.0).sum(-1)
 
 
 def check_dense_style(style: str, sizes: Sequence[float]) -> None:

@@ -15,7 +15,17 @@ from detectors import losses
 from detectors.backbones import Depth, Norm, Pyramid, SmallBackbone, Stages
 from detectors.large_pyramid import large_pyramid
 from detectors.matching import match_anchors
-from detectors.one_stage import STRIDES, OneStage, check_dense_style, focal_loss
+from detectors.one_stage import (
+    STRIDES,
+    ClassLoss,
+    DenseOutput,
+    DenseTargets,
+    OneStage,
+    Wanted,
+    check_dense_style,
+    focal_loss,
+    one_hot,
+)
 from detectors.padded import PaddedTargets, gather_rows
 from detectors.rpn import Anchors
 from detectors.simple_pyramid import SimplePyramid
@@ -63,20 +73,34 @@ class RetinaNet(OneStage):
     def losses(self, features: list[Tensor], view: View, targets: PaddedTargets, keys: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 - nothing is drawn
         """`class` and `box`."""
         output = self.output(features, view)
-        matches = match_anchors(output.anchors, targets, 0.5, 0.4, low_quality=True)
+        return self.loss(output, self.targets(output, view, targets))
+
+    def targets(self, output: DenseOutput, view: View, boxes: PaddedTargets) -> DenseTargets:  # noqa: ARG002 - of images
+        """What the anchors are to say where these boxes (of B images) are the truth; weights hold the normaliser."""
+        matches = match_anchors(output.anchors, boxes, 0.5, 0.4, low_quality=True)
         positive = matches.positive
-        labels = gather_rows(targets.labels, matches.target)
-        per_anchor = focal_loss(output.logits, labels, positive) * (positive | matches.negative)
+        labels = gather_rows(boxes.labels, matches.target)
         anchors = output.anchors.expand(len(positive), -1, -1)
-        boxes = torch.where(positive[..., None], gather_rows(targets.boxes, matches.target), anchors)
-        wanted = box_ops.encode(boxes, anchors, _CODER)
+        wanted = torch.where(positive[..., None], gather_rows(boxes.boxes, matches.target), anchors)
         if self.per_image_normalizer:
             weights = 1.0 / (positive.sum(1, keepdim=True).clamp(min=1) * len(positive))
         else:
             weights = 1.0 / positive.sum().clamp(min=1).expand(len(positive), 1)
+        one = torch.ones((), device=weights.device)
+        return DenseTargets(
+            Wanted(one_hot(labels, positive, self.num_classes), (positive | matches.negative) * weights, one),
+            Wanted(wanted, positive * weights, one),
+            None,
+        )
+
+    def loss(self, output: DenseOutput, targets: DenseTargets, class_loss: ClassLoss = focal_loss) -> dict[str, Tensor]:
+        """`class` and `box` (smooth L1 of the deltas) of targets, whoever made them."""
+        anchors = output.anchors.expand(len(output.deltas), -1, -1)
+        wanted = box_ops.encode(targets.boxes.values, anchors, _CODER)
+        boxes = targets.boxes
         return {
-            "class": (per_anchor * weights).sum(),
-            "box": losses.box_regression(output.deltas, wanted, positive * weights, self.beta),
+            "class": targets.classes.mean(class_loss(output, targets.classes.values)),
+            "box": losses.box_regression(output.deltas, wanted, boxes.weights, self.beta) / boxes.count,
         }
 
 

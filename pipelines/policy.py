@@ -7,7 +7,7 @@ view and random keys into numbers, and the backends turn those numbers into pixe
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -446,6 +446,12 @@ class Policy:
         steps = [step for view in self.views.values() for step in view.color]
         widest = [step.ops["blur"].largest for step in steps if "blur" in step.ops]
         return int(np.ceil(3.0 * max(widest, default=0.0)))
+
+    def aligned(self, names: Sequence[str]) -> bool:
+        """Whether these views show the same pixels of an image in the same places, whatever is drawn."""
+        views = [self.view(name) for name in names]
+        shared = {(view.geometry_of, view.resize, view.flip, view.zoom) for view in views}
+        return len(shared) == 1 and not any(view.affine for view in views)
 
     def view(self, name: str) -> ViewPolicy:
         """The view of that name.

@@ -78,6 +78,9 @@ class Method(nn.Module, ABC):
     """
 
     needs: type[Detector] = Detector  # type: ignore[type-abstract]  # the kind of detector it can train
+    fitting = "a detector of that kind"  # the same for people
+    aligned_views: tuple[str, ...] = ()  # of unlabelled images: must show the same pixels in the same places
+    deviations: tuple[str, ...] = ()  # from the paper's code that no option undoes, for the record
     views: Views
     labels_view = "strong"  # the view of unlabelled images in which `labels` are given
     unlabeled_from = 0  # first step that needs unlabelled images
@@ -95,7 +98,7 @@ class Method(nn.Module, ABC):
         if not isinstance(detector, self.needs):
             raise UserError(
                 f"detector={detector.name} does not fit method {type(self).__name__}, which works on the stages of "
-                f"{self.needs.__name__}: choose a detector of that kind, or another method"
+                f"{self.needs.__name__}: choose {self.fitting}, or another method"
             )
         self.student = detector
         self.steps = steps

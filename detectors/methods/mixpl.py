@@ -66,6 +66,10 @@ class MixPl(MeanTeacher):
     """
 
     measures = ("pseudo_boxes", "mixed_gate", "mosaic_gate")
+    deviations = (
+        "a cached image keeps its 100 best boxes; their sides must still be longer than smallest_side when it is mixed",
+        "the cache may be of any size and a micro-batch may have any number of images; the code needs 8 and 4",
+    )
     cached_boxes: Tensor  # (K lanes, N cached images, ROOM, 7): x1, y1, x2, y2, label, score, valid
     cached_from: Tensor  # (K, N, 2) int64 step and row in the micro-batch that a cached image comes from; -1: none
 

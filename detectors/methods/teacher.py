@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detectors.detector import Detector, targets_of
+from detectors.detector import Detector, join_views, targets_of
 from detectors.methods.adaptive import AdaptiveKeys, AdaptiveThresholds
 from detectors.methods.method import Losses, Method, first_step, mean_count, rising, student_features, unlabeled_terms
 from detectors.methods.watch import WINDOW, LabelWatch, TeacherWatch
-from detectors.padded import PaddedTargets
+from detectors.padded import PaddedTargets, concatenate
+from harness.core.draws import stream_key
 from harness.core.escape import plain
 from harness.core.stages import stage
 from harness.core.types import Batch, UserError, View, Views
@@ -159,6 +160,13 @@ class TeacherMethod(Method):
                 f"lower {self.threshold_key} so that others are found too, or lengthen method.burn_in"
             )
         return found
+
+
+def join_labeled(batch: Batch, names: Sequence[str]) -> tuple[View, PaddedTargets, Tensor]:
+    """Several views of the labelled images as one batch, their boxes, and keys by which each view draws its own."""
+    views = [batch.labeled[name] for name in names]
+    truth = concatenate([targets_of(view) for view in views])
+    return join_views(views), truth, torch.cat([batch.labeled_keys ^ stream_key(name) for name in names])
 
 
 class ThresholdTeacher(TeacherMethod):

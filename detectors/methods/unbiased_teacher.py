@@ -12,13 +12,12 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from detectors.detector import Detector, join_views, targets_of
+from detectors.detector import Detector
 from detectors.faster_rcnn import FasterRcnn
 from detectors.methods.adaptive import AdaptiveKeys
 from detectors.methods.method import EmaKeys, Losses, mean_count
-from detectors.methods.teacher import ThresholdTeacher
-from detectors.padded import PaddedTargets, concatenate
-from harness.core.draws import stream_key
+from detectors.methods.teacher import ThresholdTeacher, join_labeled
+from detectors.padded import PaddedTargets
 from harness.core.stages import stage
 from harness.core.types import Batch, UserError, View, Views
 from harness.core.validate import Limits, NotNegative, Share, Weight, keys_of
@@ -81,10 +80,7 @@ class UnbiasedTeacher(ThresholdTeacher):
 
     def labeled_part(self, batch: Batch) -> tuple[View, PaddedTargets, Tensor]:
         """All labelled views as one batch; every view of an image draws its own samples."""
-        views = [batch.labeled[name] for name in self.views.labeled]
-        truth = concatenate([targets_of(view) for view in views])
-        keys = torch.cat([batch.labeled_keys ^ stream_key(name) for name in self.views.labeled])
-        return join_views(views), truth, keys
+        return join_labeled(batch, self.views.labeled)
 
     def labeled_losses(self, features: list[Tensor], view: View, truth: PaddedTargets, keys: Tensor) -> Losses:
         """The detector's four terms, with a focal RoI classification."""

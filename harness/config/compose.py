@@ -22,7 +22,7 @@ from harness.config.plain import resolved
 from harness.core import files
 from harness.core.types import UserError
 
-_SMALL = ("small", "small_retinanet", "small_fcos")  # detectors whose YAML says their name as it is
+_SMALL = ("small", "small_retinanet", "small_fcos", "small_fcos_iou")  # detectors whose YAML says their name as it is
 
 
 def load(overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()) -> DictConfig:

@@ -34,6 +34,13 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
     return shared / union.clamp_(min=torch.finfo(union.dtype).tiny)
 
 
+def paired_iou(a: Tensor, b: Tensor) -> Tensor:
+    """(..., 4) and (..., 4) to (...): the IoU of each box with its counterpart, in 0..1; 0 where both are empty."""
+    sides = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
+    shared = sides.clamp(min=0).prod(-1)
+    return shared / (area(a) + area(b) - shared).clamp(min=torch.finfo(shared.dtype).tiny)
+
+
 def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
     """Boxes (B, ..., 4) cut to their images' sizes (B, 2)."""
     limits = sizes.to(boxes.dtype).flip(-1).repeat(1, 2).view(sizes.shape[0], *[1] * (boxes.dim() - 2), 4)

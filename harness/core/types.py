@@ -231,6 +231,7 @@ class RunRecord:
     detector: str = ""
     augment: str = ""
     augment_deviations: list[str] = field(default_factory=list)
+    method_deviations: list[str] = field(default_factory=list)  # from the paper's code, that no option undoes
     pipeline: str = ""
     pretraining: str = ""  # where the backbone's first weights come from, in words
     reported_network: str = ""  # declared before training

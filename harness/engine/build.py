@@ -271,6 +271,7 @@ def experiment(settings: RunSettings, world: World, data: Data, start: Start | N
     if start is not None:
         start.load_into(network)
     trained = method(settings.method, network, schedule.steps).to(world.device)
+    _require_aligned(str(settings.method["name"]), trained.aligned_views, settings.feed.augment)
     trained.class_names = tuple(data.dataset.train.category_names)
     boxes = np.bincount(data.labeled.labels, minlength=len(trained.class_names) + 1)[1:]
     trained.expect(len(data.labeled), boxes.tolist())
@@ -289,6 +290,22 @@ def experiment(settings: RunSettings, world: World, data: Data, start: Start | N
     feed = pipeline(settings.feed, world, network.normalize, trained.views, drawn, *lists)
     optimizer = build_optimizer(trained.trainable(), schedule.optimizer, trained.parameter_groups())
     return Experiment(settings, world, data, trained, optimizer, drawn, feed)
+
+
+def _require_aligned(method: str, views: Sequence[str], augment: Mapping[str, Any]) -> None:
+    """Refuses a policy whose views do not show the same pixels in the same places, for methods that compare cells.
+
+    Raises:
+        UserError: naming the views.
+    """
+    policy = Policy.from_config(augment)
+    if views and not policy.aligned(views):
+        first, *others = views
+        raise UserError(
+            f"method={method} compares cells of the views {' and '.join(views)}, and augment={policy.name} gives each "
+            f"its own geometry: take the method's own policy, or set augment.views.{others[0]}.geometry_of={first} "
+            "with the same resize, flip and zoom and no affine operation"
+        )
 
 
 def _require_large_enough(network: Detector, augment: Mapping[str, Any]) -> None:

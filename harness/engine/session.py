@@ -415,6 +415,7 @@ def new_record(run_: Experiment, extra: offline.Extra) -> RunRecord:
         detector=settings.detector["name"],
         augment=feed.augment["name"],
         augment_deviations=list(Policy.from_config(feed.augment).deviations),
+        method_deviations=list(method.deviations),
         pipeline=feed.pipeline["name"],
         pretraining=network.pretraining,
         reported_network=method.reported,

@@ -175,12 +175,15 @@ def _labelled_view(row: Row) -> dict[str, Any]:
 
 
 def _deviations(section: Section) -> list[tuple[str, tuple[str, ...]]]:
-    """Where an augmentation policy differs from its paper's."""
+    """Where an augmentation policy, or a method in what no option undoes, differs from its paper."""
     by_text: dict[str, list[str]] = {}
     for row in section.rows:
-        for line in sorted({line for record in _records(row) for line in record.augment_deviations}):
+        records = _records(row)
+        lines = {f"Augmentation differs from the paper: {line}." for one in records for line in one.augment_deviations}
+        lines |= {f"The method differs from its code: {line}." for one in records for line in one.method_deviations}
+        for line in sorted(lines):
             by_text.setdefault(line, []).append(row.label)
-    return [(f"Augmentation differs from the paper: {line}.", tuple(labels)) for line, labels in by_text.items()]
+    return [(line, tuple(labels)) for line, labels in by_text.items()]
 
 
 def _mark(number: int) -> str:

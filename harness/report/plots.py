@@ -28,6 +28,8 @@ _KNOWN = {
     "soft_teacher": ("#d55e00", "D"),
     "unbiased_teacher": ("#cc79a7", "^"),
     "mean_teacher": ("#009e73", "v"),
+    "dense_teacher": ("#8f5fbf", "<"),
+    "arsl": ("#a50026", ">"),
 }
 _OTHERS = (("#e69f00", "P"), ("#56b4e9", "X"), ("#8c6d31", "*"))
 Curves = dict[Path | None, list[Line]]  # run folder -> lines of its metrics.jsonl
@@ -44,6 +46,8 @@ _DARK = {
     "#d55e00": "#ff8c42",
     "#cc79a7": "#e39ac4",
     "#009e73": "#2ec99b",
+    "#8f5fbf": "#b794f6",
+    "#a50026": "#ff6b7f",
     "#e69f00": "#f0b429",
     "#56b4e9": "#7cc7f2",
     "#8c6d31": "#c9a227",

@@ -28,8 +28,16 @@ from harness.report.collect import (
 )
 from harness.report.statistics import Pair, Summary, summarize
 
-_ORDER = (BASELINE, "stac", "unbiased_teacher", "soft_teacher", "mean_teacher")  # then others, by name
-_LABELS = {"stac": "STAC"}
+_ORDER = (
+    BASELINE,
+    "stac",
+    "unbiased_teacher",
+    "soft_teacher",
+    "mean_teacher",
+    "dense_teacher",
+    "arsl",
+)  # then others, by name
+_LABELS = {"stac": "STAC", "arsl": "ARSL"}
 _EVALUATED_ON = {
     "holdout": ", evaluated on held-out training images",
     "tune": ", evaluated on the images that settings are chosen on",

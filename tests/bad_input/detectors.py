@@ -58,6 +58,34 @@ def _offline(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:  # noqa: AR
 
 
 CASES = [
+    *(
+        Case(
+            f"{method} on {detector}",
+            f"{TRAIN} method={method} detector={detector} detector.weights=scratch",
+            (f"detector={detector} does not fit", "detector=fcos_iou or fcos", "small_fcos"),
+        )
+        for method in ("dense_teacher", "arsl")
+        for detector in ("small", "small_retinanet")
+    ),
+    Case(
+        "joint scores without IoU",
+        f"{TRAIN} method=arsl detector=small_fcos detector.weights=scratch",
+        ("method=arsl", "detector.quality=iou", "small_fcos_iou"),
+    ),
+    Case(
+        "dense targets between views of other geometry",
+        f"{TRAIN} method=dense_teacher detector=small_fcos detector.weights=scratch augment=small",
+        ("method=dense_teacher", "weak and strong", "augment.views.strong.geometry_of=weak"),
+    ),
+    Case(
+        "dense targets between views of which one is flipped otherwise",
+        f"{TRAIN} method=dense_teacher detector=small_fcos detector.weights=scratch augment.views.strong.flip=0",
+        ("method=dense_teacher", "geometry", "same resize, flip and zoom"),
+    ),
+    Case("unknown quality", f"{TRAIN} detector=small_fcos detector.quality=best", ("detector.quality=best", "iou")),
+    Case("unknown score", f"{TRAIN} detector=small_fcos detector.score=sum", ("detector.score=sum", "product")),
+    Case("scales in words", f"{TRAIN} detector=small_fcos detector.scales=all", ("detector.scales=all", "true")),
+    Case("quality of a RetinaNet", f"{TRAIN} detector=small_retinanet +detector.quality=iou", "detector.quality"),
     Case("no timm", PHOTOS, ("timm", "pip install 'ssodbench[timm]'"), patch=_without("timm")),
     Case(
         "no package of weights",

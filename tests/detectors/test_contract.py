@@ -25,12 +25,21 @@ METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 FAMILIES = ("small", "faster_rcnn", "retinanet", "fcos")
 STEPS = 5
 TWO_STAGE_ONLY = {"soft_teacher", "unbiased_teacher"}
+DENSE_ONLY = {"dense_teacher", "arsl"}
 
 
 def load(group: str, name: str) -> DictConfig:
     config = OmegaConf.load(CONF / group / f"{name}.yaml")
     assert isinstance(config, DictConfig)
-    return config
+    base = config.pop("defaults", ["_self_"])[0]
+    return config if base == "_self_" else OmegaConf.merge(load(group, base), config)
+
+
+def usual(method: str, small: bool = True) -> str:
+    """A detector that the method trains: of the CPU preset, or without batch statistics."""
+    if method in DENSE_ONLY:
+        return "small_fcos_iou" if small else "fcos_iou"
+    return "small" if small else "faster_rcnn"
 
 
 def make_detector(name: str) -> Detector:
@@ -43,6 +52,8 @@ def built_detector(name: str) -> Detector:
     options = {"weights": "scratch", "cache_dir": "."}
     if name == "small":
         options |= {"channels": [8, 8, 16, 16], "pyramid_channels": 16, "roi": {"hidden": 32}}
+    elif name == "small_fcos_iou":
+        options |= {"channels": [8, 8, 16, 16], "pyramid_channels": 16}
     else:
         options |= {"pyramid_channels": 32, "depth": 18}
     if name == "faster_rcnn":
@@ -92,18 +103,22 @@ def same(a: dict, b: dict) -> bool:
 
 def pairs():
     for method in METHODS:
-        for detector in FAMILIES:
+        for detector in ("small_fcos_iou", "fcos_iou") if method in DENSE_ONLY else FAMILIES:
             if method not in TWO_STAGE_ONLY or detector in ("small", "faster_rcnn"):
                 yield method, detector
 
 
 @pytest.mark.parametrize(("name", "family"), list(pairs()))
 def test_two_steps(make_batch, name, family):
-    preset = "small" if family == "small" else "paper"
+    preset = "small" if family.startswith("small") else "paper"
     method = make_method(name, make_detector(family), preset).train()
     optimizer = optimizer_of(method)
     with_gradient, keys = set(), set()
-    boxes = {} if family in ("small", "fcos") else {"labeled_boxes": (2,), "unlabeled_boxes": (3,)}
+    boxes = (
+        {}
+        if family in ("small", "fcos", "small_fcos_iou", "fcos_iou")
+        else {"labeled_boxes": (2,), "unlabeled_boxes": (3,)}
+    )
     batches = [make_batch(seed, pseudo=name == "stac", **boxes) for seed in range(2)]
     losses, metrics = train_step(method, optimizer, batches[0], 0)
     with_gradient |= {key for key, p in method.trainable().named_parameters() if p.grad is not None}
@@ -143,7 +158,7 @@ def test_two_steps(make_batch, name, family):
 def test_before_there_are_unlabelled_images(make_batch, name):
     """Up to `unlabeled_from` a batch has none, and the keys stay."""
     changes = {"burn_in": 0.4} if name not in ("supervised", "stac") else {}
-    method = make_method(name, make_detector("small"), "small", **changes).train()
+    method = make_method(name, make_detector(usual(name)), "small", **changes).train()
     batch = make_batch(pseudo=True)
     if method.unlabeled_from:
         assert method.unlabeled_from == 2
@@ -166,11 +181,18 @@ def test_pairs_that_do_not_fit(name, family):
         make_method(name, make_detector(family))
 
 
+@pytest.mark.parametrize("name", sorted(DENSE_ONLY))
+@pytest.mark.parametrize("family", ["small", "retinanet"])
+def test_dense_methods_name_the_detectors_that_they_train(name, family):
+    with pytest.raises(UserError, match=r"does not fit method .*: choose detector=fcos_iou or fcos, .* small_fcos"):
+        make_method(name, make_detector(family))
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_same_seed_gives_the_same_bits(make_batch, name):
     results = []
     for _ in range(2):
-        method = make_method(name, make_detector("small"), "small").train()
+        method = make_method(name, make_detector(usual(name)), "small").train()
         optimizer = optimizer_of(method)
         for step in range(2):
             train_step(method, optimizer, make_batch(step, pseudo=True), step)
@@ -186,7 +208,7 @@ def test_hidden_truth_cannot_reach_a_loss(make_batch, name):
     """
     results = []
     for noise in (None, 0, 1):
-        method = make_method(name, make_detector("small"), "small").train()
+        method = make_method(name, make_detector(usual(name)), "small").train()
         optimizer = optimizer_of(method)
         history = []
         for step in range(2):
@@ -206,7 +228,7 @@ def test_hidden_truth_cannot_reach_a_loss(make_batch, name):
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("preset", ["paper", "small"])
 def test_every_key_of_the_configuration_is_an_option(name, preset):
-    method = make_method(name, make_detector("small"), preset)
+    method = make_method(name, make_detector(usual(name)), preset)
     assert method.views.labeled
     config = load("method", name)
     assert config.name == name
@@ -216,7 +238,7 @@ def test_every_key_of_the_configuration_is_an_option(name, preset):
 @pytest.mark.parametrize("name", METHODS)
 def test_bfloat16_autocast(make_batch, name):
     """Boxes and losses stay float32."""
-    method = make_method(name, make_detector("small"), "small").train()
+    method = make_method(name, make_detector(usual(name)), "small").train()
     batch = make_batch(pseudo=True)
     with torch.autocast("cpu", torch.bfloat16):
         losses, _ = method(batch, 0)
@@ -238,7 +260,7 @@ def example_method(detector: Detector) -> Method:
 
 def made(name: str) -> Method:
     """On a detector without batch statistics, which differ between devices by nature."""
-    detector = make_detector("faster_rcnn")
+    detector = make_detector(usual(name, small=False))
     return (example_method(detector) if name == "the example" else make_method(name, detector, "small")).train()
 
 

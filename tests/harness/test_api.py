@@ -77,8 +77,8 @@ def test_an_array_of_another_kind_is_told(pets_run: Path) -> None:  # noqa: F811
         network.detect([np.zeros((8, 8))])
 
 
-def test_the_tour_runs(tmp_path: Path) -> None:
-    environment = {**os.environ, "SSODBENCH_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+def test_the_tour_runs(tmp_path: Path, cache_dir: Path) -> None:
+    environment = {**os.environ, "SSODBENCH_CACHE": str(cache_dir), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "docs" / "examples" / "tour.py"), "runs"]
     ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr

@@ -132,6 +132,19 @@ def test_unbiased_teacher_shares_geometry_and_soft_teacher_does_not(policy_confi
     assert set(shared["weak"].sizes[::4, 0]) == {640, 672, 704, 736, 768, 800}
 
 
+@pytest.mark.parametrize("name", POLICIES)
+def test_aligned_views_draw_the_same_matrices(name: str, policy_config: Config) -> None:
+    config = policy_config(name)
+    if not {"weak", "strong"} <= set(config["views"]):
+        return
+    drawn = plans(config, 50)
+    weak, strong = drawn["weak"], drawn["strong"]
+    same = np.array_equal(weak.to_view, strong.to_view) and np.array_equal(weak.sizes, strong.sizes)
+    assert (
+        Policy.from_config(config).aligned(("weak", "strong")) == same == (name in ("unbiased_teacher", "small_shared"))
+    )
+
+
 def test_unbiased_teacher_colors(policy_config: Config) -> None:
     plan = plans(policy_config("unbiased_teacher"))["strong"]
     jitter = plan.kinds[:, :4]

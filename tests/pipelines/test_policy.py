@@ -93,6 +93,23 @@ def test_unknown_view_is_named() -> None:
         Policy.from_config({"name": "x", "views": {"weak": {}}}).view("strong")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"geometry_of": "strong"},
+        {"flip": 0.4},
+        {"zoom": [0.5, 1]},
+        {"resize": {"short": 32}},
+        {"affine": {"one_of": {"rotate": [-3, 3]}}},
+    ],
+)
+def test_any_other_geometry_takes_views_apart(change: dict[str, Any]) -> None:
+    weak = {"resize": {"short": 64}, "flip": 0.5}
+    for own, aligned in (({}, True), (change, False)):
+        views = {"weak": weak, "strong": {**weak, "geometry_of": "weak", "color": [], **own}}
+        assert Policy.from_config({"name": "x", "views": views}).aligned(("weak", "strong")) == aligned
+
+
 STRONG_BASELINES = {
     "strong": ["method=supervised", "preset=paper", "method.labeled_view=strong"],
     "labeled_strong": ["method=supervised", "preset=paper", "augment=stac", "method.labeled_view=labeled_strong"],

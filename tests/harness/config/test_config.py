@@ -75,7 +75,10 @@ def test_old_names_of_detectors_work_in_files_too(tmp_path: Path) -> None:
         compose.load(["detector=yolo"])
 
 
-@pytest.mark.parametrize("method", ["supervised", "stac", "unbiased_teacher", "soft_teacher", "mean_teacher", "mixpl"])
+@pytest.mark.parametrize(
+    "method",
+    ["supervised", "stac", "unbiased_teacher", "soft_teacher", "mean_teacher", "mixpl", "dense_teacher", "arsl"],
+)
 @pytest.mark.parametrize("preset", ["small", "paper"])
 def test_every_method_composes_in_every_preset(method: str, preset: str) -> None:
     cfg = compose.load([f"method={method}", f"preset={preset}"])
@@ -307,6 +310,10 @@ IDENTITIES = {
     "method=stac preset=small": "e4c38a8419f4a9d204cf41c26ef4b026334610b1f64588645c9772d6228fa23d",
     "method=unbiased_teacher preset=small": "1983335eb882aa67f0c4e54254711f643ea35f6d5fbb8d15ca02e0ab676fa058",
     "suite=quick": "70eac051569ab92280417dea42f76b78ae0a1648fb917578c7e6a39fff3fbdf1",
+    "detector=small_fcos": "f0e6b9e9f152ec1966ad730958d47e1fc8adb0d5b313d5e75c5919deb75ddae6",
+    "method=mean_teacher detector=fcos_r18 preset=paper": (
+        "b59fff6c5aad1287441248fc9ea272b7bcbc34bedeeda36bedd64762d98aa3e8"
+    ),
 }
 
 
@@ -361,6 +368,8 @@ def test_extras_that_are_not_chosen_are_not_needed(monkeypatch: pytest.MonkeyPat
         ("soft_teacher", "soft_teacher", "joint"),
         ("mean_teacher", "stac", "joint"),
         ("unbiased_teacher", "unbiased_teacher", "separate"),
+        ("dense_teacher", "unbiased_teacher", None),
+        ("arsl", "stac", None),
     ],
 )
 def test_papers_take_their_own_split_and_sampler(method: str, protocol: str, group: str | None) -> None:

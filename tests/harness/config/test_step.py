@@ -157,10 +157,14 @@ def test_nodes_count_as_the_processes_of_a_step_do() -> None:
         compose.load([*job, "batch.micro=4"])
 
 
-@pytest.mark.parametrize("method", ["supervised", "stac", "soft_teacher", "mean_teacher", "mixpl", "unbiased_teacher"])
+@pytest.mark.parametrize(
+    "method",
+    ["supervised", "stac", "soft_teacher", "mean_teacher", "mixpl", "unbiased_teacher", "dense_teacher", "arsl"],
+)
 def test_shipped_methods_say_what_they_draw(method: str) -> None:
     """The YAML agrees with the views of the method that is built, and is no part of a run's identity."""
-    cfg = compose.load([f"method={method}", "detector.weights=scratch"])
+    detector = "small_fcos_iou" if method in ("dense_teacher", "arsl") else "small"
+    cfg = compose.load([f"method={method}", f"detector={detector}", "detector.weights=scratch"])
     network = build.detector(cfg.detector, Path(cfg.cache_dir), 3)
     built = build.method(cfg.method, network, cfg.schedule.steps)
     assert cfg.method.unlabeled == bool(built.views.unlabeled) == step.draws_unlabeled(cfg.method)

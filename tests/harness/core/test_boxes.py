@@ -34,6 +34,14 @@ def test_iou_against_loops():
                 assert found[image, i, j].item() == pytest.approx(plain_iou(first, second), abs=1e-6)
 
 
+def test_paired_iou_is_the_diagonal() -> None:
+    generator = torch.Generator().manual_seed(0)
+    corner, sides = torch.rand(2, 3, 40, 2, generator=generator) * 10, torch.rand(2, 3, 40, 2, generator=generator) * 9
+    a, b = torch.cat([corner, corner + sides], -1)
+    torch.testing.assert_close(box_ops.paired_iou(a, b), torch.diagonal(box_ops.iou(a, b), dim1=-2, dim2=-1))
+    assert box_ops.paired_iou(torch.zeros(4), torch.zeros(4)).item() == 0
+
+
 def test_iou_of_empty_boxes_is_zero():
     empty = torch.zeros(1, 4)
     assert box_ops.iou(empty, empty).item() == 0

@@ -196,6 +196,7 @@ def test_coco_without_evaluation_images(tmp_path: Path) -> None:
 def test_suites_open_the_data_of_each_split(tmp_path: Path) -> None:
     make_pets(tmp_path / "pets")
     keys = ["data=custom", f"data.root={tmp_path}/pets", f"cache_dir={tmp_path}/cache", "split.holdout=2"]
+    keys.append("detector.weights=scratch")
     build.prepare_caches([compose.load([*keys, f"split.percent={percent}"]) for percent in (50, 75)])
 
 

@@ -88,6 +88,8 @@ METHODS = {
     "soft_teacher": (),
     "unbiased_teacher": (),
     "mean_teacher": (),
+    "dense_teacher": ("detector=small_fcos", "detector.weights=scratch"),
+    "arsl": ("detector=small_fcos_iou", "detector.weights=scratch"),
 }
 
 

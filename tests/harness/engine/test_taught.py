@@ -30,6 +30,7 @@ LOW = {  # thresholds that untrained teachers reach
     "mean_teacher": ["method.score=0.06"],
     "unbiased_teacher": ["method.score=0.06", "method.burn_in=0"],
     "soft_teacher": ["method.initial_score=0.06", "method.rpn_score=0.08", "method.class_score=0.1"],
+    "dense_teacher": ["detector=small_fcos", "detector.weights=scratch", "method.burn_in=0", "method.label_score=0.1"],
 }
 
 

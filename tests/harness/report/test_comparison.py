@@ -353,12 +353,16 @@ def test_conditions_that_differ_are_footnotes_of_the_rows_that_differ(tmp_path: 
     for fold in (1, 2, 3):
         make(tmp_path, "supervised", 1, fold, 20.0, **same)
     make(tmp_path, "stac", 1, 1, 25.0, **{**same, "augment": "stac", "reported_network": "student"})
-    make(tmp_path, "mean_teacher", 1, 1, 25.0, **same, augment_deviations=["no rotation"])
+    make(
+        tmp_path, "mean_teacher", 1, 1, 25.0, **same, augment_deviations=["no rotation"], method_deviations=["a count"]
+    )
     part: Part = part_of(1, _section(tmp_path), 0, 0, [], draw=False)
     notes = {note.text.split(":")[0]: note for note in part.footnotes}
     assert notes["The networks reported differ"].rows == ("STAC",)
     assert notes["Augmentation policies differ"].text.endswith("small: Supervised, Mean Teacher; stac: STAC.")
     assert notes["Augmentation differs from the paper"].rows == ("Mean Teacher",)
+    assert notes["The method differs from its code"].text == "The method differs from its code: a count."
+    assert notes["The method differs from its code"].rows == ("Mean Teacher",)
     folds = next(note for note in part.footnotes if note.text.startswith("Folds differ"))
     assert folds.rows == ("STAC", "Mean Teacher")
     assert "1, 2, 3: Supervised; 1: STAC, Mean Teacher" in folds.text

@@ -11,9 +11,11 @@ from harness.cli import main
 
 
 @pytest.mark.timeout(900)
-def test_smoke_suite_runs_nine_cells_and_reports_them(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_smoke_suite_runs_nine_cells_and_reports_them(
+    tmp_path: Path, cache_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     small = ["data.train_images=200", "data.val_images=20", "logging.loggers=[]"]
-    command = ["suite", "suite=smoke", *small, f"runs_dir={tmp_path / 'my runs'}", f"cache_dir={tmp_path / 'cache'}"]
+    command = ["suite", "suite=smoke", *small, f"runs_dir={tmp_path / 'my runs'}", f"cache_dir={cache_dir}"]
     assert main(command) == 0
     folder = tmp_path / "my runs" / "smoke"
     records = [json.loads(path.read_text()) for path in folder.glob("*/record.json")]
