@@ -30,7 +30,7 @@ from harness.core.draws import image_keys
 from harness.core.types import Batch, Target, View
 
 CONF = Path(harness.__file__).parent / "conf"
-METHODS = ("supervised", "stac", "mean_teacher", "unbiased_teacher", "soft_teacher")
+METHODS = ("supervised", "stac", "mean_teacher", "unbiased_teacher", "soft_teacher", "mixpl")
 ON_FCOS = ("supervised", "mean_teacher", "dense_teacher", "arsl")
 IMAGES, SIZE, CLASSES, WARM_UP = 16, 64, 4, 150
 
