@@ -90,6 +90,9 @@ class Training:
         self.optimizer.step()
         if isinstance(self.network, Method):
             self.network.after_step(self.step)
+            observed = {name: value[None] for name, value in self.network.observe().items()}
+            if observed:
+                self.network.absorb(self.step, observed)
         self.step += 1
 
 

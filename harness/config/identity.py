@@ -54,6 +54,8 @@ _ADDED = (
     "method.rise",
     "method.ema.gamma",
     "method.ema.interval",
+    "method.ema.first",
+    "method.adaptive",
     "detector.backbone_lr_scale",
     "detector.start_sha256",
     "detector.backbone",
