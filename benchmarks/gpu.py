@@ -222,15 +222,14 @@ def quick(out: Path, reduced: bool, cache: Path) -> dict[str, Any]:
 
 def methods(out: Path, reduced: bool, cache: Path) -> dict[str, Any]:
     """A short profile of each; a cut leaves those that are done."""
-    from benchmarks.methods import DETECTORS, pairs
+    from benchmarks.methods import pairs
 
     settings = ["data.train_images=80", "data.val_images=4", "detector.weights=scratch", "split.percent=20"]
     settings += [f"cache_dir={cache}", "profile.rounds=1", f"profile.seconds={'0.1' if reduced else '1.5'}"]
     settings += ["device=cpu", "batch.labeled=4"] if reduced else ["device=cuda"]
     found: dict[str, Any] = {}
     for method, detector in pairs():
-        options = [f"detector.{key}={json.dumps(value)}" for key, value in DETECTORS[detector].items()]
-        own = [f"method={method}", f"detector={detector}", *options]
+        own = [f"method={method}", f"detector={detector}"]
         if reduced and method != "supervised":
             own.append("batch.unlabeled=4")
         found[f"{method} {detector}"] = command(out, f"step_{method}_{detector}", "profile", *settings, *own)
