@@ -1,5 +1,8 @@
 """CPU time of one training step of each method in the CPU preset: 16 + 16 images of 64 px, one thread.
 
+Methods are those of `harness/conf/method`, each with the first of the small detectors that it can train; Mean Teacher,
+which trains them all, also with the others.
+
 The peer is torchvision's own Faster R-CNN around the same backbone, pyramid, heads and numbers. Times are CPU times
 (`--benchmark-timer` has no say), since that is what a step costs whatever else the machine does.
 """
@@ -8,30 +11,21 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from pathlib import Path
 
 import pytest
 import torch
-from hydra.utils import get_method
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign
 
-import harness
-from detectors.detector import Detector
+from benchmarks import methods
 from detectors.faster_rcnn import FasterRcnn
 from detectors.methods.method import Method
-from harness.config.make import make
-from harness.config.targets import GROUPS
 from harness.core.draws import image_keys
-from harness.core.types import Batch, Target, View
+from harness.core.types import Batch, Target, View, Views
 
-CONF = Path(harness.__file__).parent / "conf"
-METHODS = ("supervised", "stac", "mean_teacher", "unbiased_teacher", "soft_teacher")
-ON_FCOS = ("supervised", "mean_teacher", "dense_teacher", "arsl")
 IMAGES, SIZE, CLASSES, WARM_UP = 16, 64, 4, 150
 
 pytestmark = pytest.mark.benchmark(timer=time.process_time, group="training step")
@@ -61,7 +55,7 @@ def make_view(generator: torch.Generator) -> View:
     return View(images, torch.full((IMAGES, 2), SIZE), torch.eye(3).repeat(IMAGES, 1, 1), targets)
 
 
-def make_batch(seed: int) -> Batch:
+def make_batch(seed: int, views: Views) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     labeled, strong = make_view(generator), make_view(generator)
     noise = 0.05 * torch.randn(strong.images.shape, generator=generator)
@@ -69,28 +63,9 @@ def make_batch(seed: int) -> Batch:
     keys = torch.from_numpy(image_keys(0, seed, list(range(2 * IMAGES))))
     ids = torch.arange(2 * IMAGES)
     return Batch(
-        {"labeled": labeled}, {"weak": weak, "strong": strong},
+        dict.fromkeys(views.labeled, labeled), {name: weak if name == "weak" else strong for name in views.unlabeled},
         ids[:IMAGES], ids[IMAGES:], keys[:IMAGES], keys[IMAGES:],
     )  # fmt: skip
-
-
-def make_detector(name: str = "small", **options: object) -> Detector:
-    torch.manual_seed(0)
-    own = {"weights": "scratch", "cache_dir": ".", **options}
-    detector = make(
-        "detector", OmegaConf.merge(OmegaConf.load(CONF / "detector" / f"{name}.yaml"), own), num_classes=CLASSES
-    )
-    return detector.to(memory_format=torch.channels_last)
-
-
-def make_method(name: str, detector: Detector) -> Method:
-    config = OmegaConf.merge(
-        OmegaConf.load(CONF / "method" / f"{name}.yaml"), OmegaConf.load(CONF / "method/preset" / f"{name}_small.yaml")
-    )
-    options = {k: v for k, v in OmegaConf.to_container(config).items() if k not in GROUPS["method"].own}
-    if "burn_in" in options:
-        options["burn_in"] = WARM_UP
-    return get_method(options.pop("_target_"))(detector=detector, steps=1000, **options).train()
 
 
 class Training:
@@ -99,7 +74,8 @@ class Training:
     def __init__(self, network: nn.Module, trainable: nn.Module) -> None:
         self.network = network
         self.optimizer = torch.optim.AdamW(trainable.parameters(), lr=2e-3, weight_decay=0.01, fused=True)
-        self.batches = [make_batch(seed) for seed in range(16)]
+        views = network.views if isinstance(network, Method) else Views(("labeled",), ("weak", "strong"))
+        self.batches = [make_batch(seed, views) for seed in range(16)]
         self.step = 0
 
     def __call__(self) -> None:
@@ -114,24 +90,21 @@ class Training:
         self.optimizer.step()
         if isinstance(self.network, Method):
             self.network.after_step(self.step)
+            observed = {name: value[None] for name, value in self.network.observe().items()}
+            if observed:
+                self.network.absorb(self.step, observed)
         self.step += 1
 
 
 def run(benchmark, training: Training) -> None:
     for _ in range(WARM_UP):  # until there are pseudo labels
         training()
-    benchmark.pedantic(training, rounds=60, warmup_rounds=3)
+    benchmark.pedantic(training, rounds=30, warmup_rounds=3)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_step(benchmark, name: str) -> None:
-    method = make_method(name, make_detector())
-    run(benchmark, Training(method, method.trainable()))
-
-
-@pytest.mark.parametrize("name", ON_FCOS)
-def test_step_on_fcos(benchmark, name: str) -> None:
-    method = make_method(name, make_detector("small_fcos", quality="iou", scales=True))
+@pytest.mark.parametrize(("name", "detector"), methods.pairs())
+def test_step(benchmark, name: str, detector: str) -> None:
+    method = methods.make_method(name, methods.make_detector(detector, CLASSES), WARM_UP)
     run(benchmark, Training(method, method.trainable()))
 
 
@@ -194,7 +167,7 @@ class Peer(nn.Module):
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
 def test_torchvision_peer(benchmark, memory_format: torch.memory_format) -> None:
-    ours = make_detector()
+    ours = methods.make_detector("small", CLASSES)
     assert isinstance(ours, FasterRcnn)
     peer = Peer(ours).train().to(memory_format=memory_format)
     run(benchmark, Training(peer, peer))

@@ -4,7 +4,8 @@
 
 Every benchmark's median is divided by that of a reference workload, measured before and after: a slower or busier
 machine of the same kind slows both, and the quotient stays. A quotient that has grown by more than the bound is a
-regression: it is printed, and the exit code is 1. `--write` makes the new figures the baseline.
+regression: it is printed, and the exit code is 1. `--write` makes the new figures the baseline. Without a baseline
+nothing is run, since nothing could fail: the exit code is 2.
 """
 
 from __future__ import annotations
@@ -101,27 +102,31 @@ def run(arguments: list[str]) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Gives the exit code: 0, 1 for a regression, pytest's own where a benchmark failed."""
+    """Gives the exit code: 0, 1 for a regression, 2 without a baseline, pytest's own where a benchmark failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="make the figures the baseline of this kind of machine")
     parser.add_argument("--bound", type=float, default=BOUND, help="how many times slower is a regression")
     parser.add_argument("--out", type=Path, default=Path("benchmarks.json"), help="where the figures are saved")
     parser.add_argument("--baselines", type=Path, default=BASELINES, help="folder of the baselines")
     given, rest = parser.parse_known_args(arguments)
+    baseline = given.baselines / f"{machine_kind()}.json"
+    if not given.write and not baseline.exists():
+        print(
+            f"there is no baseline of this kind of machine ({baseline.name} in {given.baselines}): "
+            "make benchmarks ARGS=--write measures one, when nothing else runs",
+            file=sys.stderr,
+        )
+        return 2
     done = run(rest or ["benchmarks"])
     found = quotients(done["report"], done["reference"])
     figures = {"machine": machine_kind(), "reference_seconds": done["reference"], "quotients": found}
     seconds = {one["fullname"]: one["stats"]["median"] for one in done["report"]["benchmarks"]}
     given.out.write_text(json.dumps({**figures, "seconds": seconds}, indent=1) + "\n")
-    baseline = given.baselines / f"{machine_kind()}.json"
     if given.write:
         baseline.parent.mkdir(parents=True, exist_ok=True)
         before = json.loads(baseline.read_text())["quotients"] if baseline.exists() else {}
         baseline.write_text(json.dumps({**figures, "quotients": {**before, **found}}, indent=1, sort_keys=True) + "\n")
         print(f"{len(found)} figures written to {baseline}")
-        return int(done["code"])
-    if not baseline.exists():
-        print(f"there is no baseline of this kind of machine ({baseline.name}): --write makes one")
         return int(done["code"])
     changes = compared(json.loads(baseline.read_text())["quotients"], found)
     slower = regressions(changes, given.bound)

@@ -8,7 +8,8 @@ it is done, so that a cut leaves the rest. All of them take at most nine minutes
  3. `pipelines`: images/s of every policy at COCO's scale beside torchvision with all cores, decoding alone, and copying
     to the device;
  4. `coco`: Soft Teacher and supervised, ResNet-50, at COCO's scale by stages: fp32, bf16, channels_last, compiled;
- 5. `quick`: the nine cells of `suite=quick` on the GPU.
+ 5. `quick`: the nine cells of `suite=quick` on the GPU;
+ 6. `methods`: a step of every method there is, by stages, with the small detectors (`benchmarks/methods.py`).
 
 Without a GPU, or with --reduced, every part runs in a small form on the CPU. Pictures are generated, in COCO's sizes.
 """
@@ -27,7 +28,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER_IMAGES_PER_S = 55.6  # of Soft Teacher's eight V100 (40 images in 0.72 s), to compare with, not to reach
-DEADLINES = {"tests": 110, "steps": 80, "pipelines": 110, "coco": 150, "quick": 90}  # seconds; 540 in all
+# seconds; 540 in all
+DEADLINES = {"tests": 100, "steps": 75, "pipelines": 95, "coco": 135, "quick": 75, "methods": 60}
 
 
 def pictures(folder: Path, count: int) -> Path:
@@ -218,12 +220,31 @@ def quick(out: Path, reduced: bool, cache: Path) -> dict[str, Any]:
     }
 
 
+def methods(out: Path, reduced: bool, cache: Path) -> dict[str, Any]:
+    """A short profile of each; a cut leaves those that are done."""
+    from benchmarks.methods import DETECTORS, pairs
+
+    settings = ["data.train_images=80", "data.val_images=4", "detector.weights=scratch", "split.percent=20"]
+    settings += [f"cache_dir={cache}", "profile.rounds=1", f"profile.seconds={'0.1' if reduced else '1.5'}"]
+    settings += ["device=cpu", "batch.labeled=4"] if reduced else ["device=cuda"]
+    found: dict[str, Any] = {}
+    for method, detector in pairs():
+        options = [f"detector.{key}={json.dumps(value)}" for key, value in DETECTORS[detector].items()]
+        own = [f"method={method}", f"detector={detector}", *options]
+        if reduced and method != "supervised":
+            own.append("batch.unlabeled=4")
+        found[f"{method} {detector}"] = command(out, f"step_{method}_{detector}", "profile", *settings, *own)
+        write(out, "methods", found)
+    return found
+
+
 PARTS: dict[str, Callable[[Path, bool, Path], dict[str, Any]]] = {
     "tests": tests,
     "steps": steps,
     "pipelines": pipelines,
     "coco": coco,
     "quick": quick,
+    "methods": methods,
 }
 
 

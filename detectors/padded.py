@@ -25,8 +25,8 @@ class PaddedTargets:
     def __len__(self) -> int:
         return len(self.boxes)
 
-    def __getitem__(self, images: slice) -> PaddedTargets:
-        """Some of the images."""
+    def __getitem__(self, images: slice | Tensor) -> PaddedTargets:
+        """Some of the images: a slice, or (K,) int64 on their device."""
         return PaddedTargets(self.boxes[images], self.labels[images], self.scores[images], self.valid[images])
 
     def keep(self, mask: Tensor) -> PaddedTargets:
@@ -47,6 +47,12 @@ class PaddedTargets:
         slots = torch.arange(1, self.valid.shape[1] + 1, device=self.valid.device)
         room = max(1, int((self.valid * slots).max())) if self.valid.numel() else 1
         return PaddedTargets(self.boxes[:, :room], self.labels[:, :room], self.scores[:, :room], self.valid[:, :room])
+
+    def pack(self) -> PaddedTargets:
+        """The valid boxes in their order, without gaps, with no more room than needed. Waits for the device."""
+        order = (~self.valid).to(torch.uint8).argsort(dim=1, stable=True)
+        parts = (gather_rows(part, order) for part in (self.boxes, self.labels, self.scores, self.valid))
+        return PaddedTargets(*parts).trim()
 
     def unpad(self) -> list[Target]:
         """One Target per image, detached. Waits for the device."""
@@ -81,6 +87,16 @@ def concatenate(parts: Sequence[PaddedTargets]) -> PaddedTargets:
         torch.cat([widened(part.labels) for part in parts]),
         torch.cat([widened(part.scores) for part in parts]),
         torch.cat([widened(part.valid) for part in parts]),
+    )
+
+
+def side_by_side(parts: Sequence[PaddedTargets]) -> PaddedTargets:
+    """The boxes that several batches have of the same B images, one batch's after the other's."""
+    return PaddedTargets(
+        torch.cat([part.boxes for part in parts], 1),
+        torch.cat([part.labels for part in parts], 1),
+        torch.cat([part.scores for part in parts], 1),
+        torch.cat([part.valid for part in parts], 1),
     )
 
 

@@ -35,12 +35,13 @@ class Ema:
     ramp: bool = False  # let the momentum grow as `detectors.methods.ema.ramp` says, up to the one above
     gamma: Annotated[float, Limits(gt=0, le=1e6)] | None = None  # of the ramp; None: 1
     interval: Annotated[int, Limits(ge=1, le=10**6)] | None = None  # student steps from one update to the next; None: 1
+    first: Annotated[int, Limits(ge=0, le=10**9)] | None = None  # step of the first update, since it began; None: 0
     update: Literal["before", "after"] = "after"  # before or after the student's step
     buffers: bool | None = None  # average buffers too; None: if BatchNorm keeps statistics, which would be stale
 
     def momentum_at(self, step: int) -> float | None:
         """The momentum of an update, counted in steps since the teacher began; None where there is no update."""
-        if step % (self.interval or 1):
+        if step < (self.first or 0) or (step - (self.first or 0)) % (self.interval or 1):
             return None
         return ema.ramp(step, self.momentum, self.gamma or 1.0) if self.ramp else self.momentum
 
@@ -157,8 +158,8 @@ class Method(nn.Module, ABC):
         `absorb`. A buffer that is changed in `forward` instead would differ between the devices.
 
         Returns:
-            Named tensors, detached, on the training device. Names and shapes are the same at every call; what has no
-            fixed size is padded.
+            Named tensors, detached, on the training device. Names and shapes are the same for all micro-batches of a
+            step; what has no fixed size is padded.
         """
         return {}
 
@@ -169,6 +170,30 @@ class Method(nn.Module, ABC):
             step: the student step.
             observed: (K, ...) what `observe` gave, in the order of the step's K micro-batches.
         """
+
+    def expect(self, images: int, boxes: Sequence[int]) -> None:
+        """Told once, by who builds the method for a dataset, what was labelled.
+
+        Args:
+            images: how many labelled images there are.
+            boxes: (C,) of each class in all of them.
+        """
+
+    def missing(self) -> list[tuple[int, int]]:
+        """The micro-batches, as (step, lane), whose images the method's state needs and does not have.
+
+        Pixels are too large for a checkpoint that all lanes share, and the pipeline gives them again. So a method that
+        keeps some has in its state which they were; where a run is taken up, those of this process's lanes are made
+        anew and handed to `remember`, in this order.
+        """
+        return []
+
+    def remember(self, batch: Batch, step: int) -> None:
+        """Takes up a micro-batch of `missing`, as it was at its step."""
+
+    def class_measures(self) -> dict[str, Tensor]:
+        """What the method knows of each class at the end, for the record: name -> (C,) in 0..100."""
+        return {}
 
     def trainable(self) -> nn.Module:
         """What the optimiser changes."""

@@ -10,15 +10,18 @@ import torch
 from torch import Tensor
 
 from detectors.detector import Detector, join_views, targets_of
+from detectors.methods.adaptive import AdaptiveKeys, AdaptiveThresholds
 from detectors.methods.method import Losses, Method, first_step, mean_count, rising, student_features, unlabeled_terms
 from detectors.methods.watch import WINDOW, LabelWatch, TeacherWatch
 from detectors.padded import PaddedTargets, concatenate
 from harness.core.draws import stream_key
 from harness.core.escape import plain
 from harness.core.stages import stage
-from harness.core.types import Batch, View, Views
+from harness.core.types import Batch, UserError, View, Views
+from harness.core.validate import make_checked
 
 FEW = 0.1  # pseudo labels per image, as a share of the labelled images' boxes, below which a warning is given
+THRESHOLDS = ("lowest_threshold", "mean_threshold", "highest_threshold")  # of the classes
 
 
 class TeacherMethod(Method):
@@ -67,8 +70,9 @@ class TeacherMethod(Method):
         """The terms of L_u, named by `terms`, and metrics, named by `measures`. Sets `self.labels`.
 
         Args:
-            features: the student's, of the strong views.
-            strong, weak: two views of the same B images.
+            features: the student's, of `taught_view`.
+            strong: that view; the strong one of the B images, unless a method gives another.
+            weak: the weak view of the images.
             keys: (B,) random keys of the images.
         """
 
@@ -76,6 +80,10 @@ class TeacherMethod(Method):
         """The labelled images as the student sees them, their boxes, and their random keys."""
         view = batch.labeled["labeled"]
         return view, targets_of(view), batch.labeled_keys
+
+    def taught_view(self, batch: Batch, step: int) -> View:  # noqa: ARG002 - what others draw by
+        """What the student sees of the unlabelled images."""
+        return batch.unlabeled["strong"]
 
     def labeled_losses(self, features: list[Tensor], view: View, truth: PaddedTargets, keys: Tensor) -> Losses:
         """The terms of L_s: the detector's own losses."""
@@ -93,10 +101,11 @@ class TeacherMethod(Method):
             metrics.update(dict.fromkeys(self.measures, zero))
             self.labels = {}
         else:
-            weak, strong = batch.unlabeled["weak"], batch.unlabeled["strong"]
-            seen, both = student_features(self.student, (labeled, strong), self.joint_forward)
+            taught = self.taught_view(batch, step)
+            seen, both = student_features(self.student, (labeled, taught), self.joint_forward)
             with stage("losses"):
                 supervised = self.labeled_losses(both[0], seen[0], truth, keys)
+                weak = batch.unlabeled["weak"]
                 unsupervised, measured = self.unlabeled_losses(both[1], seen[1], weak, batch.unlabeled_keys)
             metrics.update(measured)
         return {**supervised, **unlabeled_terms(unsupervised, self.unlabeled_weight(step))}, metrics
@@ -158,3 +167,79 @@ def join_labeled(batch: Batch, names: Sequence[str]) -> tuple[View, PaddedTarget
     views = [batch.labeled[name] for name in names]
     truth = concatenate([targets_of(view) for view in views])
     return join_views(views), truth, torch.cat([batch.labeled_keys ^ stream_key(name) for name in names])
+
+
+class ThresholdTeacher(TeacherMethod):
+    """A teacher method whose pseudo labels are the boxes above one score, or above a score for each class.
+
+    Args:
+        detector, steps, others: see `TeacherMethod`.
+        score: the threshold; with `adaptive` that of all classes until enough images have been seen.
+        candidate_score: score above which the teacher's boxes are looked at.
+        adaptive: fields of `AdaptiveKeys`, for thresholds that follow from the labelled images; None for one score.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        steps: int,
+        *,
+        score: float,
+        candidate_score: float,
+        adaptive: Mapping[str, Any] | None,
+        **others: Any,
+    ) -> None:
+        super().__init__(detector, steps, **others)
+        self.score = score
+        self.candidate_score = candidate_score
+        self.adaptive: AdaptiveThresholds | None = None
+        if adaptive is not None:
+            keys = make_checked(AdaptiveKeys, adaptive, "method.adaptive")
+            if candidate_score > keys.floor:
+                raise UserError(
+                    f"method.candidate_score={candidate_score} keeps scores from the thresholds that may be as low as "
+                    f"method.adaptive.floor={keys.floor}: lower the first or raise the second"
+                )
+            self.adaptive = AdaptiveThresholds(detector.num_classes, score, keys)
+            self.measures = (*self.measures, *THRESHOLDS)
+        self._scores: dict[str, Tensor] = {}  # what the last forward saw, for `observe`
+
+    def expect(self, images: int, boxes: Sequence[int]) -> None:
+        if self.adaptive is not None:
+            self.adaptive.expect(images, boxes)
+
+    def forward(self, batch: Batch, step: int) -> tuple[Losses, Losses]:
+        self._scores = {}
+        if self.adaptive is not None and step >= self.unlabeled_from:
+            # As many rows as the micro-batch has images, since each has another number of unlabelled ones.
+            none = self.adaptive.best.new_zeros(batch.images_seen, *self.adaptive.best.shape[1:])
+            self._scores = {"best_scores": none, "scored": none.new_zeros(len(none), dtype=torch.bool)}
+        return super().forward(batch, step)
+
+    def watch(self, found: PaddedTargets) -> None:
+        """Notes the scores of all boxes that the teacher found in unlabelled images."""
+        if self.adaptive is not None and self._scores:
+            self._scores["best_scores"][: len(found)] = self.adaptive.best_scores(found)
+            self._scores["scored"][: len(found)] = True
+
+    def certain(self, found: PaddedTargets) -> Tensor:
+        """(B, N) bool: which boxes are pseudo labels, valid or not."""
+        return found.scores > self.score if self.adaptive is None else self.adaptive.passes(found)
+
+    def thresholds(self) -> Losses:
+        """Metrics: the lowest, the mean and the highest threshold of a class."""
+        if self.adaptive is None:
+            return {}
+        scores = self.adaptive.thresholds
+        return dict(zip(THRESHOLDS, (scores.amin(), scores.mean(), scores.amax()), strict=True))
+
+    def observe(self) -> dict[str, Tensor]:
+        observed, self._scores = self._scores, {}
+        return observed
+
+    def absorb(self, step: int, observed: dict[str, Tensor]) -> None:  # noqa: ARG002
+        if self.adaptive is not None and observed:
+            self.adaptive.absorb(observed["best_scores"].flatten(0, 1), observed["scored"].flatten())
+
+    def class_measures(self) -> dict[str, Tensor]:
+        return {} if self.adaptive is None else {"pseudo_threshold": 100 * self.adaptive.thresholds}

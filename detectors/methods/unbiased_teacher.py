@@ -6,29 +6,29 @@ official code.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
 from detectors.detector import Detector
 from detectors.faster_rcnn import FasterRcnn
+from detectors.methods.adaptive import AdaptiveKeys
 from detectors.methods.method import EmaKeys, Losses, mean_count
-from detectors.methods.teacher import TeacherMethod, join_labeled
+from detectors.methods.teacher import ThresholdTeacher, join_labeled
 from detectors.padded import PaddedTargets
 from harness.core.stages import stage
 from harness.core.types import Batch, UserError, View, Views
-from harness.core.validate import Limits, NotNegative, Share, Weight
+from harness.core.validate import Limits, NotNegative, Share, Weight, keys_of
 
 
-class UnbiasedTeacher(TeacherMethod):
+class UnbiasedTeacher(ThresholdTeacher):
     """The labelled images' four terms, plus lambda_u times the two classification terms of the unlabelled images.
 
     Args:
         detector, steps, reported, ema, lambda_u, burn_in, average_burn_in, rise, joint_forward: see `TeacherMethod`.
-        score: above it the teacher's boxes are pseudo labels.
-        candidate_score: score above which the teacher's boxes are looked at.
+        score, candidate_score, adaptive: see `ThresholdTeacher`.
         focal_gamma: of the RoI classification on all images; 0 is cross entropy.
         labeled_views: views of each labelled image, all of them learnt from.
         teacher_training_proposals: the teacher's RPN keeps as many proposals as in training (official), or as in tests.
@@ -52,6 +52,7 @@ class UnbiasedTeacher(TeacherMethod):
         rise: NotNegative | None = None,
         score: Share = 0.7,
         candidate_score: Share = 0.05,
+        adaptive: Annotated[Mapping[str, Any], keys_of(AdaptiveKeys)] | None = None,
         focal_gamma: Annotated[float, Limits(ge=0, le=100)] = 1.5,
         labeled_views: Annotated[Sequence[str], Limits(least=1)] = ("weak", "strong"),
         teacher_training_proposals: bool = True,
@@ -67,11 +68,12 @@ class UnbiasedTeacher(TeacherMethod):
             rise=rise,
             joint_forward=joint_forward,
             average_burn_in=average_burn_in,
+            score=score,
+            candidate_score=candidate_score,
+            adaptive=adaptive,
         )
         if not labeled_views:
             raise UserError("method.labeled_views is empty: name at least one view of the labelled images")
-        self.score = score
-        self.candidate_score = candidate_score
         self.focal_gamma = focal_gamma
         self.teacher_training_proposals = teacher_training_proposals
         self.views = Views(labeled=tuple(labeled_views), unlabeled=("weak", "strong"))
@@ -89,11 +91,12 @@ class UnbiasedTeacher(TeacherMethod):
             pseudo = self.label(weak).to_view(weak, strong)
         self.labels = {"classification": pseudo}
         terms = self.student.losses(features, strong, pseudo, keys, boxes=False, focal_gamma=self.focal_gamma)
-        return terms, {"pseudo_boxes": mean_count(pseudo.valid)}
+        return terms, {"pseudo_boxes": mean_count(pseudo.valid), **self.thresholds()}
 
     @torch.no_grad()
     def label(self, weak: View) -> PaddedTargets:
         """The teacher's boxes above the threshold, in the weak views."""
         features = self.teacher.features(weak.images)
         found = self.teacher.find(features, weak, self.candidate_score, self.teacher_training_proposals)
-        return found.keep(found.scores > self.score).trim()
+        self.watch(found)
+        return found.keep(self.certain(found)).trim()

@@ -22,7 +22,8 @@ from harness.config.plain import resolved
 from harness.core import files
 from harness.core.types import UserError
 
-_SMALL = ("small", "small_retinanet", "small_fcos", "small_fcos_iou")  # detectors whose YAML says their name as it is
+# Detectors whose YAML says their name as it is.
+_SMALL = ("small", "small_retinanet", "small_fcos", "small_fcos_iou", "small_consistent_retina")
 
 
 def load(overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()) -> DictConfig:

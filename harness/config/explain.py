@@ -25,6 +25,8 @@ _SUITE_AXES = {
     "seed": "suite.seeds",
 }
 
+_OF_OVERRIDES = ("suite.variants", "suite.method_overrides")  # keys whose values are overrides
+
 
 def override_key(override: str) -> str:
     """The dotted key that an override gives, without the signs before it."""
@@ -33,7 +35,7 @@ def override_key(override: str) -> str:
 
 def explained(error: Exception, overrides: Sequence[str]) -> str:
     """One sentence about what Hydra could not compose."""
-    return _several(overrides) or _no_option(overrides) or _about(error, overrides)
+    return _several(overrides) or _no_option(overrides) or _unquoted(overrides) or _about(error, overrides)
 
 
 def _several(overrides: Sequence[str]) -> str | None:
@@ -67,6 +69,21 @@ def _no_option(overrides: Sequence[str]) -> str | None:
         ):
             said = f"{group}={validate.shown(value)}"
             return f"{said} names no option: choose one of {', '.join(options)}, or leave {group} out"
+    return None
+
+
+def _unquoted(overrides: Sequence[str]) -> str | None:
+    """One sentence about overrides within a suite's key that Hydra cannot read without quotes."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key.lstrip("+").startswith(_OF_OVERRIDES) and "=" in value:
+            try:
+                OverridesParser.create().parse_override(override)
+            except HydraException:
+                return (
+                    f"{validate.shown(override)} cannot be read: put each override in quotes, such as "
+                    f"'{key}={{NAME: [\"schedule.steps=300\"]}}'"
+                )
     return None
 
 

@@ -22,6 +22,7 @@ _CIRCUMSTANCES = (
     "checkpointing",
     "launcher",
     "suite",
+    "variant",  # a name; what it changes is told by the other keys
     "data.root",
     "pipeline.threads",
     "pipeline.prefetch",
@@ -53,6 +54,8 @@ _ADDED = (
     "method.rise",
     "method.ema.gamma",
     "method.ema.interval",
+    "method.ema.first",
+    "method.adaptive",
     "detector.backbone_lr_scale",
     "detector.start_sha256",
     "detector.backbone",

@@ -16,9 +16,12 @@ def group_name(cfg: DictConfig, group: str) -> str:
 def cell_name(cfg: DictConfig) -> str:
     """A run's name: data, method, split and seed, in [A-Za-z0-9_.-] only.
 
-    Somebody else's pseudo labels make another method: their labeller is named, so that no folder is shared.
+    Somebody else's pseudo labels make another method, and so does a variant of a suite: labeller and variant are named,
+    so that no folder is shared.
     """
     labeller = OmegaConf.select(cfg, "method.offline.labeller")
     method = [group_name(cfg, "method"), *([str(labeller)] if labeller is not None else [])]
+    variant = cfg.get("variant")
+    method += [str(variant)] if variant is not None else []
     words = [group_name(cfg, "data"), *method, sections.split_options(cfg).label, f"seed{cfg.seed}"]
     return file_name("_".join(words))

@@ -30,6 +30,7 @@ class RunSettings:
     runs_dir: Path
     cache_dir: Path
 
+    variant: str | None  # of a suite, by its name
     seed: int
     processes: int  # on all nodes
     precision: Literal["fp32", "bf16"]
@@ -71,6 +72,7 @@ def settings_of(cfg: DictConfig, stage_one: DictConfig | None = None) -> RunSett
         run_dir=Path(cfg.run_dir),
         runs_dir=Path(cfg.runs_dir),
         cache_dir=Path(cfg.cache_dir),
+        variant=cfg.get("variant"),
         seed=int(cfg.seed),
         processes=sections.processes(cfg),
         precision=cfg.precision,

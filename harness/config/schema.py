@@ -161,6 +161,7 @@ class SuiteOptions:
     shots: Annotated[list[Shots], Limits(least=1)] | None = None
     reference: bool = False
     method_overrides: dict[str, list[str]] = field(default_factory=dict)
+    variants: dict[str, list[str]] | None = None
     jobs: Annotated[int, Limits(ge=1, le=1024)] | None = None
     cost: dict[str, Positive] = field(default_factory=dict)
     wait: bool | None = None
@@ -248,6 +249,7 @@ class Config:
     preset_name: Name | None
     cli: CliOptions
     suite: SuiteOptions | None = None
+    variant: Name | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

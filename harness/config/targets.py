@@ -36,7 +36,9 @@ GROUPS = {
         ("backbone_lr_scale", "start", "start_sha256"),
     ),
     "method": Group(
-        "detectors.methods.method:Method", ("detector", "steps"), ("name", "augment", "unlabeled", "offline")
+        "detectors.methods.method:Method",
+        ("detector", "steps"),
+        ("name", "augment", "unlabeled", "offline"),
     ),
     "pipeline": Group(
         "harness.core.types:Pipeline",

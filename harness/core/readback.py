@@ -47,6 +47,7 @@ class PlannedCell(Struct):
     reason: str | None
     dataset: str
     protocol: str
+    variant: str | None = None
     shots: Count | None = None
 
 

@@ -256,6 +256,7 @@ class RunRecord:
         "val"  # val: the dataset's own; holdout: taken from the labelled images; tune: for choices alone
     )
     labeller: str | None = None  # who made the pseudo labels of a file; may have seen any of the data
+    variant: str | None = None  # the name of the suite's variant that it is
     tune_images: int = 0  # labelled images that settings may be chosen on, and no training sees
     tune_boxes: int = 0
     empty_images: str = ""  # policy for labelled images without a box: keep or drop

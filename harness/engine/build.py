@@ -273,6 +273,8 @@ def experiment(settings: RunSettings, world: World, data: Data, start: Start | N
     trained = method(settings.method, network, schedule.steps).to(world.device)
     _require_aligned(str(settings.method["name"]), trained.aligned_views, settings.feed.augment)
     trained.class_names = tuple(data.dataset.train.category_names)
+    boxes = np.bincount(data.labeled.labels, minlength=len(trained.class_names) + 1)[1:]
+    trained.expect(len(data.labeled), boxes.tolist())
     if settings.channels_last:
         trained = trained.to(memory_format=torch.channels_last)
     if settings.compile:

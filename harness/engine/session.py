@@ -220,7 +220,14 @@ class _Session:
             raise UserError(checkpoint.misfit(checkpoint.path_of(self.run_dir, state["step"]), error)) from error
         if self.counters.step < self.steps:
             self.counters.resumed_from.append(self.counters.step)
+            self._show_again()
         say(self.world, f"continuing from step {self.counters.step} of {self.steps}")
+
+    def _show_again(self) -> None:
+        """Gives the method the images that its state needs, each on the rank that has its lane."""
+        for step, lane in self.run_.method.missing():
+            if lane % self.world.size == self.world.rank:
+                self.run_.method.remember(self.run_.pipeline.batch_of(self.run_.sampler.draw(step, lane)), step)
 
     def _warn_of_threads(self) -> None:
         """Says so where steps to come are rounded in another way than those of the run so far.
@@ -331,6 +338,9 @@ class _Session:
         if counts is not None:
             for name, shares in shares_by_class(counts, dataset.train.category_names).items():
                 self.record.per_class.setdefault(name, {}).update(shares)
+        for measure, values in self.run_.method.class_measures().items():
+            for name, value in zip(dataset.train.category_names, values.tolist(), strict=True):
+                self.record.per_class.setdefault(name, {})[measure] = value
         self.record.errors = errors_by_kind(self.predictions[reported], truth)
         write_predictions(self.run_dir / "predictions.json", self.predictions[reported])
         write_matches(self.run_dir / MATCHES, found[reported].matches)
@@ -425,6 +435,7 @@ def new_record(run_: Experiment, extra: offline.Extra) -> RunRecord:
         labeled_boxes=len(data.labeled.boxes),
         eval_images=len(data.val),
         labeller=extra.labeller,
+        variant=settings.variant,
         evaluated_on=data.dataset.evaluated_on,
         tune_images=len(data.dataset.tune) if data.dataset.tune else 0,
         tune_boxes=len(data.dataset.tune.boxes) if data.dataset.tune else 0,

@@ -64,9 +64,9 @@ class Run:
         return self.record.fold, self.record.seed
 
 
-def kind_of(record: RunRecord) -> tuple[str, str]:
-    """What is compared: a method, with somebody else's pseudo labels another one than without."""
-    return record.method, record.labeller or ""
+def kind_of(record: RunRecord) -> tuple[str, str, str]:
+    """What is compared: a method, its labeller, and its variant in the suite; the latter "" where there are none."""
+    return record.method, record.labeller or "", record.variant or ""
 
 
 def collect(folder: Path) -> tuple[list[Run], list[str]]:
@@ -156,7 +156,7 @@ def _planned_record(suite: str, cell: PlannedCell, of_suite: list[RunRecord]) ->
     same = [record for record in alike if record.dataset == cell.dataset]
     template = (same or alike or [RunRecord(dataset=cell.dataset, protocol=cell.protocol)])[0]
     record = RunRecord(**{key: getattr(template, key) for key in TABLE_KEYS})
-    record.suite, record.cell, record.method = suite, cell.name, cell.method
+    record.suite, record.cell, record.method, record.variant = suite, cell.name, cell.method, cell.variant
     record.percent, record.fold, record.seed = cell.percent, cell.fold, cell.seed
     record.shots = cell.shots
     labellers = {other.labeller for other in of_suite if other.method == cell.method}

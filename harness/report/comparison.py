@@ -91,11 +91,11 @@ def analyse(section: Section, chance: ImageChance, resamples: int) -> Analysis:
     over_runs = [_over_pairs(cell.pairs) for _, cell in cells]
     adjusted = holm([one.p for one in over_runs])
     corrected = sum(p is not None for p in adjusted)
-    curve = _Curve(section)
+    curves = {row.named: _Curve(section, row.named) for row, _ in cells}
     compared = []
     for (row, cell), runs, p in zip(cells, over_runs, adjusted, strict=True):
         equal_row = as_many_images(section, spent, row, cell.percent)
-        base = next((other for other in section.rows if other.method == BASELINE and not other.variant), None)
+        base = next(iter(_baselines(section.rows, row.named)), None)
         base_cost = spent.get((base.label, cell.percent)) if base is not None else None
         found = Comparison(
             row.label,
@@ -106,14 +106,20 @@ def analyse(section: Section, chance: ImageChance, resamples: int) -> Analysis:
             p,
             corrected,
             chance.difference(cell, LEVEL),
-            curve.needed(cell),
+            curves[row.named].needed(cell),
             spent[row.label, cell.percent].ratio(base_cost) if base_cost is not None else None,
             _against(cell, equal_row.cells[cell.percent]) if equal_row is not None else None,
             section.column(cell.percent) if section.by_shots else "",
         )
-        compared.append(Compared(row, cell, found, curve.needed_by_images(cell, chance), equal_row))
+        compared.append(Compared(row, cell, found, curves[row.named].needed_by_images(cell, chance), equal_row))
     drawn = resamples if chance.of_run else 0
     return Analysis(compared, spent, verdict([one.found for one in compared]), drawn)
+
+
+def _baselines(rows: Sequence[Row], named: str) -> list[Row]:
+    """Rows of the baseline: of the same variant of the suite, or else of none."""
+    plain = [row for row in rows if row.method == BASELINE and not row.variant]
+    return [row for row in plain if row.named == named] or [row for row in plain if not row.named]
 
 
 def _over_pairs(pairs: Sequence[tuple[Run, Run]]) -> Paired:
@@ -135,11 +141,16 @@ def _labels(cell: Cell) -> float:
 
 
 class _Curve:
-    """The baseline's AP over the number of labelled images, its runs on all labels included."""
+    """The baseline's AP over the number of labelled images, its runs on all labels included.
 
-    def __init__(self, section: Section) -> None:
-        rows = [*section.rows, *section.reference]
-        cells = [cell for row in rows if row.method == BASELINE and not row.variant for cell in row.cells.values()]
+    Args:
+        section: one table.
+        named: the variant of the suite.
+    """
+
+    def __init__(self, section: Section, named: str) -> None:
+        rows = [*_baselines(section.rows, named), *_baselines(section.reference, named)]
+        cells = [cell for row in rows for cell in row.cells.values()]
         points = {_labels(cell): cell for cell in cells if cell.n and _labels(cell) > 0}
         self.cells = [points[labels] for labels in sorted(points)]
 

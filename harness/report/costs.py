@@ -89,7 +89,7 @@ def _inner(run: Run) -> Run | None:
 
 
 def _place(record: RunRecord) -> tuple[Any, ...]:
-    return record.percent, record.fold, record.seed, record.split_sha256, record.steps
+    return record.variant, record.percent, record.fold, record.seed, record.split_sha256, record.steps
 
 
 def _images(record: RunRecord) -> float:
@@ -112,7 +112,8 @@ def as_many_images(section: Section, found: dict[tuple[str, float], Cost], row: 
     near = []
     for other in section.rows:
         cost = found.get((other.label, percent))
-        if other.method == BASELINE and cost is not None and cost.images and wanted:
+        comparable = other.method == BASELINE and other.named in (row.named, "")
+        if comparable and cost is not None and cost.images and wanted:
             near.append((abs(cost.images / wanted - 1), other.label, other))
     best = min(near, default=None, key=lambda one: one[:2])
     return best[2] if best is not None and best[0] <= EQUAL else None

@@ -85,7 +85,7 @@ def _row(part: Part, row: Row, reference: bool) -> dict[str, Any]:
     )
     return {
         "method": row.method,
-        "variant": row.variant,
+        "variant": row.configuration,
         "labeller": row.labeller,
         "label": row.label,
         "reference": reference,

@@ -116,7 +116,7 @@ def summary(parts: list[Part]) -> pd.DataFrame:
                 line: dict[str, Any] = {
                     **part.section.keys,
                     "method": row.method,
-                    "variant": row.variant,
+                    "variant": row.configuration,
                     "labeller": row.labeller,
                     **numbers.amount(part.section, percent),
                 }

@@ -146,13 +146,19 @@ class Row:
     variant: str
     cells: dict[float, Cell]
     labeller: str | None = None  # who made its pseudo labels, where they are of a file
+    named: str = ""  # the suite's variant that it is; `variant` is then what it has that others of this name have not
+
+    @property
+    def configuration(self) -> str:
+        """The suite's variant, and what is particular besides."""
+        return ", ".join(note for note in (self.named, self.variant) if note)
 
     @property
     def label(self) -> str:
         """The method's name, with what is particular about its configuration."""
         borrows = any(borrows_stage_one(run.record) for cell in self.cells.values() for run in cell.runs)
         labels = f"labels by {self.labeller}" if self.labeller else ""
-        notes = [labels, self.variant, "stage 1: the suite's baseline" if borrows else ""]
+        notes = [labels, self.configuration, "stage 1: the suite's baseline" if borrows else ""]
         shown = ", ".join(note for note in notes if note)
         return method_label(self.method) + (f" ({shown})" if shown else "")
 
@@ -242,9 +248,9 @@ def _name_variants(runs: list[Run], steps: int) -> None:
         one.variant = ", ".join(values[:3]) + (f" and {len(values) - 3} more" if len(values) > 3 else "")
 
 
-def _place(kind: tuple[str, str]) -> tuple[int, str, str]:
-    method, labeller = kind
-    return (_ORDER.index(method) if method in _ORDER else len(_ORDER), method, labeller)
+def _place(kind: tuple[str, str, str]) -> tuple[int, str, str, str]:
+    method, labeller, named = kind
+    return (_ORDER.index(method) if method in _ORDER else len(_ORDER), method, labeller, named)
 
 
 def _section(runs: list[Run]) -> Section:
@@ -258,11 +264,11 @@ def _section(runs: list[Run]) -> Section:
     for kind in kinds:
         _name_variants([run for run in runs if kind_of(run.record) == kind], steps)
     baselines = _baselines(runs)
-    for method, labeller in kinds:
-        own = [run for run in runs if kind_of(run.record) == (method, labeller)]
+    for method, labeller, named in kinds:
+        own = [run for run in runs if kind_of(run.record) == (method, labeller, named)]
         for variant in sorted({run.variant for run in own}):
-            row = Row(method, variant, {}, labeller or None)
-            extra = Row(method, variant, {}, labeller or None)
+            row = Row(method, variant, {}, labeller or None, named)
+            extra = Row(method, variant, {}, labeller or None, named)
             for percent in percents:
                 here = [run for run in own if run.variant == variant and run.share == percent]
                 cell = _cell(percent, here, baselines)
@@ -288,13 +294,13 @@ def _usual_steps(runs: list[Run]) -> int:
 def _cell(percent: float, here: list[Run], baselines: dict[tuple[Any, ...], Run]) -> Cell:
     fine = sorted((run for run in here if run.record.status == "ok"), key=lambda run: run.pair)
     missing = [run for run in here if run.record.status != "ok"]
-    found = [(run, baselines.get(_place_of(run.record))) for run in fine if run.record.method != BASELINE]
+    found = [(run, _baseline_of(run.record, baselines)) for run in fine if run.record.method != BASELINE]
     pairs = [(run, other) for run, other in found if other is not None and run.record.ap is not None]
     return Cell(percent, fine, missing, pairs)
 
 
 def _baselines(runs: list[Run]) -> dict[tuple[Any, ...], Run]:
-    """The baseline of each split, seed and number of steps; of several variants the first."""
+    """The baseline of each variant, split, seed and number of steps; of several configurations the first."""
     known: dict[tuple[Any, ...], Run] = {}
     for run in sorted(runs, key=lambda run: run.variant):
         if run.record.method == BASELINE and run.record.status == "ok" and run.record.ap is not None:
@@ -302,8 +308,14 @@ def _baselines(runs: list[Run]) -> dict[tuple[Any, ...], Run]:
     return known
 
 
+def _baseline_of(record: RunRecord, baselines: dict[tuple[Any, ...], Run]) -> Run | None:
+    """That of the run's variant, or else the one that is of none."""
+    variant, *place = _place_of(record)
+    return baselines.get((variant, *place)) or baselines.get((None, *place))
+
+
 def _place_of(record: RunRecord) -> tuple[Any, ...]:
-    return record.percent, record.fold, record.seed, record.split_sha256, record.steps
+    return record.variant, record.percent, record.fold, record.seed, record.split_sha256, record.steps
 
 
 def first_line(text: str | None) -> str:

@@ -98,7 +98,7 @@ def tell(cfg: DictConfig, cells: Sequence[SuiteCell], suite_dir: Path, console: 
     for cell in cells:
         row = [cell.name, cell.state]
         if cell.state == "waiting":
-            cost = costs[cell.method]
+            cost = costs[cell.kind]
             row += [f"{_steps(cell)}", duration(_seconds(cell, costs)), f"{cost.disk_mib(cell.cfg):.0f} MiB", ""]
         else:
             row += ["", "", "", cell.reason or ""]
@@ -141,16 +141,16 @@ def _makes_stage_one(cell: SuiteCell) -> bool:
 
 
 def _seconds(cell: SuiteCell, costs: Mapping[str, MethodCost]) -> float:
-    own = costs[cell.method].seconds(cell.cfg)
-    return own + (costs[cell.method].seconds(cell.cfg) if _makes_stage_one(cell) else 0.0)
+    own = costs[cell.kind].seconds(cell.cfg)
+    return own + (costs[cell.kind].seconds(cell.cfg) if _makes_stage_one(cell) else 0.0)
 
 
 def _sum(cells: Sequence[SuiteCell], costs: Mapping[str, MethodCost], jobs: int, devices: int) -> list[str]:
     """The sentences about all cells that are to be run."""
     seconds = {cell.name: _seconds(cell, costs) for cell in cells}
     wall = schedule(cells, seconds, jobs) + REPORT
-    share = math.hypot(MODEL_ERROR, max(costs[cell.method].spread for cell in cells))
-    disk = sum(costs[cell.method].disk_mib(cell.cfg) for cell in cells)
+    share = math.hypot(MODEL_ERROR, max(costs[cell.kind].spread for cell in cells))
+    disk = sum(costs[cell.kind].disk_mib(cell.cfg) for cell in cells)
     total = sum(seconds.values()) * devices
     lines = [
         f"{sum(_steps(cell) for cell in cells)} steps, {disk / 1024:.1f} GiB on the disk",
@@ -187,10 +187,10 @@ def schedule(cells: Sequence[SuiteCell], seconds: Mapping[str, float], jobs: int
 
 
 def _costs(cells: Sequence[SuiteCell], jobs: int) -> dict[str, MethodCost]:
-    """The cost of every method, measured where it is not known yet."""
+    """The cost of every method and variant, measured where it is not known yet."""
     examples: dict[str, SuiteCell] = {}
     for cell in cells:
-        examples.setdefault(cell.method, cell)
+        examples.setdefault(cell.kind, cell)
     files = {method: _file(cell.cfg, jobs) for method, cell in examples.items()}
     found = {method: cost for method, file in files.items() if (cost := _read(file)) is not None}
     unknown = [method for method in examples if method not in found]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -13,9 +14,11 @@ from typing import Any
 import msgspec
 from omegaconf import DictConfig, OmegaConf
 
-from harness.config import checks, compose, explain, sections, targets
+from harness.config import checks, compose, explain, schema, sections, targets
 from harness.config.identity import config_sha256, differences, identity, without_circumstances
 from harness.config.names import cell_name, group_name
+from harness.core import validate
+from harness.core.escape import file_name
 from harness.core.files import write_atomically
 from harness.core.readback import Progress
 from harness.core.record import BASELINE, read_record
@@ -41,6 +44,12 @@ class SuiteCell:
     state: str = "waiting"
     reason: str | None = None
     progress: Progress | None = None
+    variant: str | None = None  # of the suite's variants
+
+    @property
+    def kind(self) -> str:
+        """Method and variant, in words: what its cost depends on."""
+        return self.method if self.variant is None else f"{self.method} {self.variant}"
 
     @property
     def done(self) -> float:
@@ -57,6 +66,7 @@ _OWN_KEYS = {
     "split.fold": "suite.folds=[...]",
     "seed": "suite.seeds=[...]",
     "run_dir": "runs_dir=DIR",
+    "variant": "suite.variants={NAME: [...]}",
 }
 
 
@@ -79,36 +89,101 @@ def plan(cfg: DictConfig) -> list[SuiteCell]:
         overrides += ["split.protocol=shots", f"{amount}={percents[0]}"]
     methods, folds = _axis(suite, "methods", str), _axis(suite, "folds", int)
     seeds = [None] if suite.get("seeds") is None else _axis(suite, "seeds", int)
-    wanted = list(product(percents, folds, seeds, methods))
+    variants = _variants(suite, overrides)
+    wanted = list(product(percents, folds, seeds, methods, variants))
     if suite.get("reference"):
-        wanted += [(100.0, fold, seed, BASELINE) for fold, seed in product(folds, seeds)]
+        wanted += [(100.0, fold, seed, BASELINE, name) for fold, seed, name in product(folds, seeds, variants)]
     _check_named(suite, config_dirs)
     suite_dir = Path(cfg.runs_dir) / suite.name
     wanted = list(dict.fromkeys(wanted))
-    named = dict.fromkeys(method for *_, method in wanted)
     special = OmegaConf.to_container(suite, resolve=True).get("method_overrides") or {}  # type: ignore[union-attr]
-    extra = {method: [*overrides, f"method={method}", *special.get(method, [])] for method in named}
-    composed = {method: compose.load(extra[method], config_dirs) for method in named}
-    for of_method in composed.values():
-        sections.step_shape(of_method, sections.processes(of_method))
-    protocols = {method: str(of_method.split.protocol) for method, of_method in composed.items()}
+    extra, composed = {}, {}
+    for method, variant in dict.fromkeys((method, variant) for *_, method, variant in wanted):
+        of_method = [*overrides, f"method={method}", *special.get(method, [])]
+        extra[method, variant] = [*of_method, *variants[variant]]
+        composed[method, variant] = _composed(extra[method, variant], config_dirs, method, variant)
+    protocols = {kind: str(cfg.split.protocol) for kind, cfg in composed.items()}
     if len(set(protocols.values())) > 1:
-        listed = ", ".join(f"{method} {protocol}" for method, protocol in protocols.items())
+        listed = ", ".join(f"{method} {protocol}" for (method, _), protocol in protocols.items())
         raise UserError(f"the methods of a suite share one split protocol, not {listed}: set split.protocol=NAME")
     cells = []
-    for percent, fold, seed, method in wanted:
+    for percent, fold, seed, method, variant in wanted:
         number = fold if seed is None else seed
         share = int(percent) if percent == int(percent) else percent
         own = [f"{amount}={share}", f"split.fold={fold}", f"seed={number}"]
-        cell_cfg = _with_place(composed[method], amount, share, fold, number)
+        cell_cfg = _with_place(composed[method, variant], amount, share, fold, number)
         name = cell_name(cell_cfg)
         run_dir = suite_dir / name
         cost = float((suite.get("cost") or {}).get(method, 1.0))
-        given = [*(o for o in extra[method] if explain.override_key(o) != amount), *own, f"run_dir={run_dir}"]
-        cells.append(SuiteCell(name, method, percent, fold, number, run_dir, given, cell_cfg, cost=cost))
+        given = [*(o for o in extra[method, variant] if explain.override_key(o) != amount), *own, f"run_dir={run_dir}"]
+        cell = SuiteCell(name, method, percent, fold, number, run_dir, given, cell_cfg, cost=cost, variant=variant)
+        cells.append(cell)
     _check_apart(cells)
     _link(cells)
     return cells
+
+
+def _variants(suite: DictConfig, suite_overrides: list[str]) -> dict[str | None, list[str]]:
+    """Name -> overrides of the suite's variants; one without a name where there are none.
+
+    Args:
+        suite: the group.
+        suite_overrides: of the command line.
+
+    Raises:
+        UserError: a name is none, is given twice, or is another's but for signs that a folder cannot have; or a key is
+            the suite's.
+    """
+    given = OmegaConf.to_container(suite, resolve=True).get("variants") or {}  # type: ignore[union-attr]
+    for override in suite_overrides:
+        _check_named_once(override)
+    folders: dict[str, str] = {}
+    found: dict[str | None, list[str]] = {}
+    for name, overrides in given.items():
+        said = f"suite.variants.{name}"
+        validate.check(schema.Name, name, "suite.variants")
+        folder = file_name(name)
+        if folder in folders:
+            raise UserError(f"{said} would have the folders of suite.variants.{folders[folder]}: give it another name")
+        folders[folder] = name
+        for override in overrides:
+            key = override.split("=", 1)[0].lstrip("+~")
+            if key in _OWN_KEYS:
+                raise UserError(f"{said} sets {key}, which the suite sets for each cell: say {_OWN_KEYS[key]} instead")
+            if key.split(".")[0] in ("suite", "runs_dir"):
+                raise UserError(f"{said} sets {key}, which all cells share: set it outside of suite.variants")
+        found[name] = [*overrides, f"variant={name}"]
+    return found or {None: []}
+
+
+def _check_named_once(override: str) -> None:
+    """Raises UserError where the command line gives a variant twice, of which Hydra would take the last."""
+    key, _, value = override.lstrip("+").partition("=")
+    if key != "suite.variants":
+        return
+    bare = re.sub(r"'[^']*'|\"[^\"]*\"", "", value)
+    while bare != (bare := re.sub(r"\[[^][]*\]", "", bare)):
+        pass
+    names = re.findall(r"[{,]\s*([^{},:]+?)\s*:", bare)
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"suite.variants names {name} more than once: give each variant a name of its own")
+
+
+def _composed(overrides: list[str], config_dirs: list[str], method: str, variant: str | None) -> DictConfig:
+    """The configuration of a method's cells, before their places.
+
+    Raises:
+        UserError: it cannot be composed, or devices cannot share its batch.
+    """
+    try:
+        cfg = compose.load(overrides, config_dirs)
+        sections.step_shape(cfg, sections.processes(cfg))
+    except UserError as error:
+        if variant is None:
+            raise
+        raise UserError(f"suite.variants.{variant} with method={method} cannot be composed: {error}") from error
+    return cfg
 
 
 def _amounts(suite: DictConfig, overrides: list[str]) -> tuple[str, list[Any]]:
@@ -179,12 +254,12 @@ def _axis(suite: DictConfig, key: str, kind: Callable[[Any], Any]) -> list[Any]:
 
 def _link(cells: list[SuiteCell]) -> None:
     """Connects each cell to the one it starts from, and says how urgent each is."""
-    by_place = {(cell.method, cell.percent, cell.fold, cell.seed): cell for cell in cells}
+    by_place = {(cell.method, cell.variant, cell.percent, cell.fold, cell.seed): cell for cell in cells}
     for cell in cells:
         stage1 = OmegaConf.select(cell.cfg, "method.offline.stage1")
         given = [OmegaConf.select(cell.cfg, f"method.offline.{key}") for key in ("checkpoint", "labels")]
         if stage1 is not None and not any(given):
-            cell.needs = by_place.get((stage1, cell.percent, cell.fold, cell.seed))
+            cell.needs = by_place.get((stage1, cell.variant, cell.percent, cell.fold, cell.seed))
     for cell in cells:
         cell.urgency = cell.cost + max((c.cost for c in cells if c.needs is cell), default=0.0)
 
@@ -223,7 +298,7 @@ def first_state(cell: SuiteCell, retry_failed: bool) -> tuple[str, str | None]:
 
 def write_plan(suite_dir: Path, cfg: DictConfig, cells: list[SuiteCell]) -> None:
     """suite.json: every cell with its state, so that a report can say why one is missing."""
-    keys = ("name", "method", "percent", "fold", "seed", "state", "reason")
+    keys = ("name", "method", "variant", "percent", "fold", "seed", "state", "reason")
     rows = [
         {key: getattr(cell, key) for key in keys}
         | ({"percent": None, "shots": shots} if (shots := cell.cfg.split.get("shots")) is not None else {})

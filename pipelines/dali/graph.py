@@ -17,14 +17,11 @@ from pipelines.plan import IN_BOX, KINDS, LINEAR, NEAREST, YIQ, hue_matrix
 from pipelines.policy import Policy, ViewPolicy
 
 Node = Any  # nvidia.dali.data_node.DataNode
+_FLOAT = DALIDataType.FLOAT
 
 
 def _input(name: str, dtype: Any, ndim: int) -> Node:
     return fn.external_source(name=name, dtype=dtype, ndim=ndim)
-
-
-def _constant(array: np.ndarray) -> Node:
-    return types.Constant(array.astype(np.float32), device="cpu")
 
 
 def _kernels() -> Any:
@@ -104,24 +101,36 @@ class Graph:
         )
 
     def renders_at_once(self, view: ViewPolicy) -> bool:
-        """Whether nothing but the erasing of constant patches lies between the first warp and the normalised view."""
-        linear = self.policy.interpolation == "linear"
-        at_source = self.policy.color_at == "source"
+        """Whether the CPU has one compiled loop for all of a view."""
         affine = view.affine
-        one_warp = affine is None or (at_source and not affine.nearest and not affine.in_box_ops)
-        noise = any(step.noise for step in view.erase)
-        return self.kernels is not None and linear and one_warp and (at_source or not view.color) and not noise
+        linear = self.policy.interpolation == "linear" and (affine is None or not (affine.nearest or affine.in_box_ops))
+        elsewhere = any(step.noise for step in view.erase) or any("blur" in step.ops for step in view.color)
+        return self.kernels is not None and linear and not elsewhere
 
-    def render(self, image: Node, view: ViewPolicy, inputs: dict[str, Node], border: str) -> Node:
-        """Warp, erasing and normalisation in one."""
+    @property
+    def weights(self) -> np.ndarray:
+        """(10, 3) what saturation and hue are made of, see `kernels.render`."""
+        # The matrix of an angle is still + cos * even + sin * odd; three angles give the three parts.
+        at_0, at_90, at_180 = (self.in_order(hue_matrix(turns)) for turns in (0.0, 0.25, 0.5))
+        still, even = (at_0 + at_180) / 2.0, (at_0 - at_180) / 2.0
+        luma = self.in_order(np.tile(YIQ[0], (3, 1)))[:1]
+        return np.concatenate([luma, still, even, at_90 - still])
+
+    @property
+    def red(self) -> int:
+        """Bits before the channel that is weighed as red, in a packed pixel."""
+        return 0 if self.weighed == DALIImageType.RGB else 16
+
+    def render(self, image: Node, view: ViewPolicy) -> Node:
+        """The whole view in one."""
         assert self.kernels is not None
-        colors = [self.mean, self.std, self.fill(view.fill), self.fill(view.erase_fill)]
-        size, patches = inputs["size"], inputs.get("patches")
-        replicate = border == "replicate"
-        return self.kernels.warp_normalized(image, inputs["first"], size, inputs["canvas"], patches, colors, replicate)
+        where = [self.policy.color_at == "source", self.red, 0]
+        fills = [self.fill(view.fill), self.fill(view.erase_fill)]
+        colors = np.concatenate([[self.mean, self.std, *fills, where], self.weights])
+        extent, plan = _input(f"{view.name} extent", DALIDataType.UINT8, 3), _input(f"{view.name} plan", _FLOAT, 2)
+        return self.kernels.render(image, extent, plan, len(view.color_slots), colors)
 
-    # One method per colour operation. What is slow on the CPU is avoided: arithmetic on images other than uint8 with
-    # uint8, and everything but crop_mirror_normalize that takes numbers per channel.
+    # One method per colour operation, for a GPU; a CPU has them compiled, but for the blur.
 
     def _brightness(self, image: Node, value: Node) -> Node:
         return fn.brightness_contrast(image, brightness=value)
@@ -129,14 +138,10 @@ class Graph:
     def _contrast(self, image: Node, value: Node) -> Node:
         gray = fn.color_space_conversion(image, image_type=self.weighed, output_type=DALIImageType.GRAY)
         mean = math.floor(fn.reductions.mean(gray) + 0.5)
-        if self.gpu:  # named arguments must be on the CPU
-            return fn.cast(math.clamp(image * value + mean * (1.0 - value), 0.0, 255.0), dtype=DALIDataType.UINT8)
-        return fn.brightness_contrast(image, contrast=value, contrast_center=mean)
+        # Named arguments, as a center of the contrast, must be on the CPU.
+        return fn.cast(math.clamp(image * value + mean * (1.0 - value), 0.0, 255.0), dtype=DALIDataType.UINT8)
 
     def _saturation(self, image: Node, value: Node) -> Node:
-        if self.kernels is not None:
-            luma = _constant(self.in_order(np.tile(YIQ[0], (3, 1))))
-            return self.kernels.mix_channels(image, _constant(np.eye(3)) * value + luma * (1.0 - value))
         a = fn.brightness_contrast(image, brightness=value, dtype=DALIDataType.INT16)
         b = fn.brightness_contrast(self.gray(image), brightness=1.0 - value, dtype=DALIDataType.INT16)
         return fn.cast(a + b, dtype=DALIDataType.UINT8)
@@ -161,24 +166,9 @@ class Graph:
         low = fn.cast(fn.reductions.min(image, axes=[0, 1]), dtype=DALIDataType.FLOAT)
         high = fn.cast(fn.reductions.max(image, axes=[0, 1]), dtype=DALIDataType.FLOAT)
         flat = fn.cast(high - low < 0.5, dtype=DALIDataType.FLOAT)  # a channel of one value stays
-        if self.gpu:
-            scale = 255.0 * (1.0 - flat) / (high - low + flat) + flat
-            stretched = (image - low * (1.0 - flat)) * scale
-            return fn.cast(math.clamp(math.floor(stretched + 1e-4), 0.0, 255.0), dtype=DALIDataType.UINT8)
-        missing = fn.reductions.max(low + 255.0 - high)
-        if missing > 0.5:  # most photographs have all values in every channel
-            # PIL truncates, crop_mirror_normalize rounds.
-            result = fn.crop_mirror_normalize(
-                image,
-                mean=low * (1.0 - flat),
-                std=(high - low) * (1.0 - flat) / 255.0 + flat,
-                shift=-0.4999,
-                dtype=DALIDataType.UINT8,
-                output_layout="HWC",
-            )
-        else:
-            result = image
-        return result
+        scale = 255.0 * (1.0 - flat) / (high - low + flat) + flat
+        stretched = (image - low * (1.0 - flat)) * scale
+        return fn.cast(math.clamp(math.floor(stretched + 1e-4), 0.0, 255.0), dtype=DALIDataType.UINT8)
 
     def _equalize(self, image: Node, _: Node) -> Node:
         # DALI counts pixels up to a level, PIL those below it: the same of the inverted image, inverted.
@@ -186,13 +176,6 @@ class Graph:
         return fn.equalize(image ^ every_bit) ^ every_bit
 
     def _hue(self, image: Node, value: Node) -> Node:
-        if self.kernels is not None:
-            # The matrix of an angle is still + cos * even + sin * odd; three angles give the three parts.
-            at_0, at_90, at_180 = (self.in_order(hue_matrix(turns)) for turns in (0.0, 0.25, 0.5))
-            still, even = (at_0 + at_180) / 2.0, (at_0 - at_180) / 2.0
-            angle = value * (2.0 * np.pi)
-            odd = _constant(at_90 - still) * math.sin(angle)
-            return self.kernels.mix_channels(image, _constant(still) + _constant(even) * math.cos(angle) + odd)
         if self.weighed == DALIImageType.RGB:
             return fn.hue(image, hue=value * 360.0)
         return self.swap(fn.hue(self.swap(image), hue=value * 360.0))
@@ -237,10 +220,40 @@ def _color(graph: Graph, image: Node, kind: Node, value: Node, names: list[str])
     return result
 
 
-def _colors(graph: Graph, image: Node, view: ViewPolicy, kinds: Node, values: Node) -> Node:
+def _colors(graph: Graph, image: Node, view: ViewPolicy) -> Node:
+    """All colour operations in turn."""
+    if graph.kernels is not None:
+        return _compiled_colors(graph, image, view)
+    kinds, values = _input(f"{view.name} kinds", DALIDataType.INT32, 1), _input(f"{view.name} values", _FLOAT, 1)
     for slot, names in enumerate(view.color_slots):
         image = _color(graph, image, kinds[slot], values[slot], [name for name in names if name != "identity"])
     return image
+
+
+def _compiled_colors(graph: Graph, image: Node, view: ViewPolicy) -> Node:
+    """Slots in one operation up to the next that may be a blur, which is DALI's."""
+    assert graph.kernels is not None
+    names = view.color_slots
+    if {name for slot in names for name in slot} <= {"identity"}:
+        return image
+    steps = _input(f"{view.name} steps", _FLOAT, 2)
+    start = 0
+    for end in [*(n for n, slot in enumerate(names) if "blur" in slot), len(names)]:
+        if end > start:
+            image = graph.kernels.recolor(image, steps[start:end], graph.weights, graph.red)
+        if end < len(names):
+            image = _blurred(graph, image, steps[end, 0], steps[end, 1])
+            start = end + (set(names[end]) <= {"blur", "identity"})
+    return image
+
+
+def _blurred(graph: Graph, image: Node, kind: Node, value: Node) -> Node:
+    assert graph.kernels is not None
+    if kind == float(graph.kernels.kernels.BLUR):
+        result = graph._blur(image, value)
+    else:
+        result = image
+    return result
 
 
 def _geometry(graph: Graph, image: Node, view: ViewPolicy, kind: Node, inputs: dict[str, Node]) -> Node:
@@ -276,15 +289,15 @@ def _erase(graph: Graph, image: Node, view: ViewPolicy, inputs: dict[str, Node])
 
 
 def _first_warp(graph: Graph, image: Node, view: ViewPolicy, inputs: dict[str, Node], border: str) -> Node:
-    """The warp by which every view begins, and all the rest if nothing lies between."""
-    if graph.renders_at_once(view):
-        return graph.render(image, view, inputs, border)
+    """The warp by which every view begins."""
     nearest = graph.policy.interpolation == "nearest"
     return graph.warp(image, inputs["first"], inputs["size"], border, graph.fill(view.fill), nearest)
 
 
 def _define_view(graph: Graph, image: Node, view: ViewPolicy) -> Node:
     """One branch: geometry and colour in the view's order, erasing, normalisation."""
+    if graph.renders_at_once(view):
+        return graph.render(image, view)
     at_source = graph.policy.color_at == "source"
     inputs = {
         "size": _input(f"{view.name} size", DALIDataType.FLOAT, 1),
@@ -293,11 +306,8 @@ def _define_view(graph: Graph, image: Node, view: ViewPolicy) -> Node:
     }
     if any(not step.noise for step in view.erase):
         inputs["patches"] = _input(f"{view.name} patches", DALIDataType.FLOAT, 2)
-    if view.color:
-        kinds = _input(f"{view.name} kinds", DALIDataType.INT32, 1)
-        values = _input(f"{view.name} values", DALIDataType.FLOAT, 1)
     if view.color and at_source:
-        image = _colors(graph, image, view, kinds, values)
+        image = _colors(graph, image, view)
     if view.zoom is not None:
         image = _first_warp(graph, image, view, inputs, "constant")
     elif view.affine is None:
@@ -308,8 +318,6 @@ def _define_view(graph: Graph, image: Node, view: ViewPolicy) -> Node:
             image = _first_warp(graph, image, view, inputs, "constant")
         else:
             image = _first_warp(graph, image, view, inputs, "replicate")
-    if graph.renders_at_once(view):
-        return image
     if view.affine is not None:
         inputs["affine"] = _input(f"{view.name} affine", DALIDataType.FLOAT, 2)
         if view.affine.in_box_ops:
@@ -320,7 +328,7 @@ def _define_view(graph: Graph, image: Node, view: ViewPolicy) -> Node:
             before = _input(f"{view.name} before", DALIDataType.INT32, 0)
             image = _geometry(graph, image, view, before, inputs)
     if view.color and not at_source:
-        image = _colors(graph, image, view, kinds, values)
+        image = _colors(graph, image, view)
     if view.affine is not None and not at_source:
         after = _input(f"{view.name} after", DALIDataType.INT32, 0)
         image = _geometry(graph, image, view, after, inputs)

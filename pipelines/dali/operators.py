@@ -66,23 +66,10 @@ def warp(image: Node, matrix: Node, size: Node, fill: list[float], replicate: bo
     return _image(kernels.run_warp, _extent(size), image, matrix, options)
 
 
-def warp_normalized(
-    image: Node,
-    matrix: Node,
-    size: Node,
-    canvas: Node,
-    patches: Node | None,
-    colors: list[list[float]],
-    replicate: bool,
-) -> Node:
-    """See `kernels.warp_normalized`."""
-    tables = (
-        fn.reshape(size, shape=[1, 2]),
-        _rows([0.0] * 2, [0.0] * 2) if patches is None else patches,
-        _rows(*colors, [float(replicate)] * 3),
-    )
-    run, setup = kernels.run_warp_normalized, kernels.planes_like_first
-    return _call(run, setup, "floats", _extent(canvas), image, matrix, *tables)
+def render(image: Node, extent: Node, plan: Node, slots: int, colors: np.ndarray) -> Node:
+    """See `kernels.render`; `extent` is an empty image of the batch's size."""
+    table = types.Constant(colors.astype(np.float32), device="cpu")
+    return _call(kernels.run_render, kernels.planes_like_first, "floats", extent, image, plan, table, _rows([slots]))
 
 
 def normalize(image: Node, canvas: Node, mean: list[float], std: list[float]) -> Node:
@@ -91,6 +78,7 @@ def normalize(image: Node, canvas: Node, mean: list[float], std: list[float]) ->
     return _call(kernels.run_normalize, setup, "floats", _extent(canvas), image, _rows(mean, std))
 
 
-def mix_channels(image: Node, matrix: Node) -> Node:
-    """See `kernels.mix_channels`."""
-    return _image(kernels.run_mix_channels, image, image, matrix)
+def recolor(image: Node, steps: Node, weights: np.ndarray, red: int) -> Node:
+    """See `kernels.recolor`."""
+    options = np.concatenate([np.full((1, 3), red), weights]).astype(np.float32)
+    return _image(kernels.run_recolor, image, image, steps, types.Constant(options, device="cpu"))

@@ -5,10 +5,12 @@ The graph is in `pipelines.dali.graph`. Jobs are fed explicitly and run ahead on
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 from collections import deque
 from collections.abc import Generator, Iterator
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -21,13 +23,63 @@ from harness.core.types import ImageSource, UserError
 from pipelines.base import BadImageError, BasePipeline, Job, canvas
 from pipelines.dali.graph import Graph, define, define_decode
 from pipelines.plan import NOTHING, ViewPlan, from_shrunk, noise_patch
-from pipelines.policy import ViewPolicy
+from pipelines.policy import COLOR_OPS, ViewPolicy
+
+
+def _patches(plan: ViewPlan) -> np.ndarray:
+    """(B, 2, 2N) top and left, then height and width, of the patches of constant fill."""
+    boxes = [erase.boxes for erase in plan.erase if erase.noise is None]
+    if not boxes:
+        return np.zeros((len(plan.sizes), 2, 0))
+    drawn = np.concatenate(boxes, axis=1)
+    return np.stack([drawn[:, :, :2], drawn[:, :, 2:]], axis=1).reshape(len(drawn), 2, -1)
+
+
+def _steps(plan: ViewPlan) -> np.ndarray:
+    """(B, K, 2) kind, by the kernels' numbers, and value of each colour operation."""
+    return np.stack([_kernel_kinds()[plan.kinds], plan.values], axis=-1)
+
+
+@functools.cache
+def _kernel_kinds() -> np.ndarray:
+    kernels = import_module("pipelines.dali.kernels")
+    return np.array([getattr(kernels, name.upper()) for name in COLOR_OPS])
+
+
+def _replicates(plan: ViewPlan, moved: np.ndarray) -> np.ndarray:
+    """(B,) bool: the first warp only resizes and flips, and nothing of the view lies outside the image.
+
+    Args:
+        plan: the view.
+        moved: (B,) bool: a geometric operation comes after the first warp.
+    """
+    return np.full(len(moved), plan.policy.zoom is None) & (~plan.has_affine | moved)
+
+
+def _inputs_at_once(graph: Graph, plan: ViewPlan, unshrink: np.ndarray) -> dict[str, Any]:
+    """The plan as the inputs of `kernels.render`."""
+    first, _, after = plan.geometry(graph.policy.color_at)
+    count, slots = plan.kinds.shape
+    patches = _patches(plan)
+    moved = after != NOTHING
+    rows = np.zeros((count, 7 + slots + patches.shape[2], 3), dtype=np.float32)
+    rows[:, 0:3] = first @ unshrink
+    rows[:, 3:6] = np.where(moved[:, None, None], plan.affine, np.eye(3))
+    rows[:, 6, :2] = plan.sizes
+    rows[:, 6, 2] = _replicates(plan, moved)
+    rows[:, 7 : 7 + slots, :2] = _steps(plan)
+    rows[:, 7 + slots :: 2, :2] = patches[:, 0].reshape(count, -1, 2)
+    rows[:, 8 + slots :: 2, :2] = patches[:, 1].reshape(count, -1, 2)
+    # Shapes of outputs are made from shapes of inputs, so a size comes as an empty image.
+    return {"extent": np.zeros((count, *canvas(plan), 0), dtype=np.uint8), "plan": rows}
 
 
 def _view_inputs(graph: Graph, plan: ViewPlan, unshrink: np.ndarray) -> dict[str, Any]:
     """The plan as the graph's inputs."""
     policy = graph.policy
     view, count = plan.policy, len(plan.sizes)
+    if graph.renders_at_once(view):
+        return {f"{view.name} {key}": value for key, value in _inputs_at_once(graph, plan, unshrink).items()}
     first, before, after = plan.geometry(policy.color_at)
     inputs: dict[str, Any] = {
         "size": _float(plan.sizes),
@@ -36,13 +88,15 @@ def _view_inputs(graph: Graph, plan: ViewPlan, unshrink: np.ndarray) -> dict[str
     }
     # DALI drops inputs that nothing uses.
     used = {name for slot in view.color_slots for name in slot} - {"identity"}
-    if used:
+    if used and graph.kernels is not None:
+        inputs["steps"] = _float(_steps(plan))
+    if used and graph.kernels is None:
         inputs["kinds"] = plan.kinds.astype(np.int32)
-    if used - {"autocontrast", "equalize", "grayscale"}:
+    if used - {"autocontrast", "equalize", "grayscale"} and graph.kernels is None:
         inputs["values"] = _float(plan.values)
     if view.affine is not None:
         if view.zoom is None:
-            inputs["composite"] = plan.has_affine & (before + after == NOTHING)
+            inputs["composite"] = ~_replicates(plan, before + after != NOTHING)
         if view.affine.nearest or view.affine.in_box_ops or policy.color_at == "view":
             inputs["affine"] = _float(plan.affine)
         if view.affine.nearest or view.affine.in_box_ops:
@@ -53,10 +107,8 @@ def _view_inputs(graph: Graph, plan: ViewPlan, unshrink: np.ndarray) -> dict[str
             corners = plan.regions[:, [1, 0, 3, 2]].astype(np.int32)
             inputs |= {"region anchor": corners[:, :2], "region shape": corners[:, 2:] - corners[:, :2]}
             inputs["region affine"] = _float(plan.region_affine)
-    constant = [erase.boxes for erase in plan.erase if erase.noise is None]
-    if constant:
-        boxes = np.concatenate(constant, axis=1)
-        inputs["patches"] = _float(np.stack([boxes[:, :, :2], boxes[:, :, 2:]], axis=1).reshape(count, 2, -1))
+    if any(erase.noise is None for erase in plan.erase):
+        inputs["patches"] = _float(_patches(plan))
     noise = [
         (erase.boxes[:, i], erase.noise[:, i])
         for erase in plan.erase

@@ -16,6 +16,7 @@ PHOTOS = f"{TRAIN} preset=photos schedule=smoke"
 TIMM = f"{TRAIN} detector=small detector.weights=scratch"
 RESNET = f"{TRAIN} detector=faster_rcnn_r18"
 SCRATCH = f"{RESNET} detector.weights=scratch"
+CONSISTENT = f"{TRAIN} method=consistent_teacher"
 FILE = f"{RESNET} detector.weights={{tmp}}/r18.pth"
 
 
@@ -86,6 +87,21 @@ CASES = [
     Case("unknown score", f"{TRAIN} detector=small_fcos detector.score=sum", ("detector.score=sum", "product")),
     Case("scales in words", f"{TRAIN} detector=small_fcos detector.scales=all", ("detector.scales=all", "true")),
     Case("quality of a RetinaNet", f"{TRAIN} detector=small_retinanet +detector.quality=iou", "detector.quality"),
+    Case(
+        "consistent_teacher on another detector",
+        f"{CONSISTENT} detector=small_retinanet detector.weights=scratch",
+        ("small_retinanet", "detector=consistent_retina", "small_consistent_retina"),
+    ),
+    Case(
+        "assignment unknown",
+        f"{TRAIN} detector=small_consistent_retina detector.assignment=max",
+        ("detector.assignment=max", "adaptive", "max_iou"),
+    ),
+    Case(
+        "unlabelled images that never count",
+        f"{CONSISTENT} detector=small_consistent_retina method.loss_from=6 detector.weights=scratch",
+        ("method.loss_from=6", "schedule.steps=6"),
+    ),
     Case("no timm", PHOTOS, ("timm", "pip install 'ssodbench[timm]'"), patch=_without("timm")),
     Case(
         "no package of weights",

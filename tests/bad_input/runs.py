@@ -128,6 +128,18 @@ CASES = [
         _under_its_name,
     ),
     Case(
+        "tiles of a mosaic whose largest side is the smaller one",
+        f"train {SMALL.replace('batch.unlabeled=0', 'batch.unlabeled=2')} method=mixpl method.mosaic_side=[800,400]"
+        " run_dir={tmp}/run",
+        ("method.mosaic_side=[800,400]", "the smaller one first"),
+    ),
+    Case(
+        "thresholds from class statistics of scores that are not looked at",
+        f"train {SMALL.replace('batch.unlabeled=0', 'batch.unlabeled=2')} method=mixpl method.candidate_score=0.1"
+        " method.adaptive={share:0.2} run_dir={tmp}/run",
+        ("method.candidate_score=0.1", "method.adaptive.floor=0.05"),
+    ),
+    Case(
         "a finished record of another method is in the run folder",
         f"train {SMALL.replace('batch.unlabeled=0', 'batch.unlabeled=2')} method=mean_teacher run_dir={{tmp}}/run",
         ("{tmp}/run", "method.name: supervised -> mean_teacher", "run_dir"),

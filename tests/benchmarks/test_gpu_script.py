@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+METHODS = Path(__file__).parents[2] / "harness" / "conf" / "method"
 
 
 @pytest.mark.slow
@@ -19,13 +20,15 @@ def test_every_part_runs_on_a_cpu(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1400)
     found = {file.stem: json.loads(file.read_text()) for file in tmp_path.glob("*.json")}
     assert done.returncode == 0, (done.stdout, done.stderr, found)
-    assert found["ends"] == dict.fromkeys(["tests", "steps", "pipelines", "coco", "quick"], "done")
+    assert found["ends"] == dict.fromkeys(["tests", "steps", "pipelines", "coco", "quick", "methods"], "done")
     assert found["tests"]["exit_code"] == 0
     assert found["tests"]["decoders"]["mean"] < 2
     assert max(found["steps"]["largest_relative_difference"]) == 0  # the same device twice
     assert set(found["pipelines"]["small"]["pipelines"]) == {"dali", "torchvision"}
     assert "teacher" in found["coco"]["soft_teacher bf16 channels_last"]["step"]["stages_ms"]
     assert [cell["status"] for cell in found["quick"]["cells"]] == ["ok"]
+    assert {name.split()[0] for name in found["methods"]} == {file.stem for file in METHODS.glob("*.yaml")}
+    assert all(one["step"]["ms"] > 0 for one in found["methods"].values())
 
 
 def test_a_part_that_takes_too_long_is_cut_and_keeps_what_it_wrote(tmp_path: Path) -> None:

@@ -464,10 +464,12 @@ def test_numbers_of_the_official_codes(name):
     config = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))
     options = {key: value for key, value in config.items() if key not in ("_target_", *GROUPS["method"].own)}
     for ours in (options, options["ema"] or {}):  # ours, not the codes': off unless asked for
-        assert not any(ours.pop(key, None) for key in ("joint_forward", "rise", "gamma", "interval"))
+        assert not any(
+            ours.pop(key, None) for key in ("joint_forward", "rise", "gamma", "interval", "first", "adaptive")
+        )
     assert options == NUMBERS[name]
     own = defaults(get_method(config["_target_"]).__init__)
-    assert not any(own.pop(key, None) for key in ("joint_forward", "rise"))
+    assert not any(own.pop(key, None) for key in ("joint_forward", "rise", "adaptive"))
     assert own == {key: value for key, value in NUMBERS[name].items() if key in own}
     assert set(NUMBERS[name]) - set(own) <= {"ema"}
 

@@ -76,7 +76,8 @@ def test_old_names_of_detectors_work_in_files_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", ["supervised", "stac", "unbiased_teacher", "soft_teacher", "mean_teacher", "dense_teacher", "arsl"]
+    "method",
+    ["supervised", "stac", "unbiased_teacher", "soft_teacher", "mean_teacher", "mixpl", "dense_teacher", "arsl"],
 )
 @pytest.mark.parametrize("preset", ["small", "paper"])
 def test_every_method_composes_in_every_preset(method: str, preset: str) -> None:
@@ -122,7 +123,10 @@ def test_every_method_composes_in_every_preset(method: str, preset: str) -> None
         ("seed=9223372036854775808", "at most 9223372036854775807"),
         ("evaluation.score_threshold=2", "evaluation.score_threshold=2 must be a number of at least 0 and at most 1"),
         ("method.ema.momentum=2", "method.ema.momentum=2 must be a number of at least 0 and at most 1"),
-        ("method.ema=3", "method.ema=3 must be keys out of momentum, ramp, gamma, interval, update, buffers or null"),
+        (
+            "method.ema=3",
+            "method.ema=3 must be keys out of momentum, ramp, gamma, interval, first, update, buffers or null",
+        ),
         ("runs_dir=null", "runs_dir=null must be a path"),
         ("run_dir=2024", "run_dir=2024 must be a path (./NAME"),
         ("check=deep", "check=deep must be one of quick, headers, full"),
@@ -366,6 +370,7 @@ def test_extras_that_are_not_chosen_are_not_needed(monkeypatch: pytest.MonkeyPat
         ("unbiased_teacher", "unbiased_teacher", "separate"),
         ("dense_teacher", "unbiased_teacher", None),
         ("arsl", "stac", None),
+        ("consistent_teacher", "soft_teacher", "joint"),
     ],
 )
 def test_papers_take_their_own_split_and_sampler(method: str, protocol: str, group: str | None) -> None:

@@ -159,7 +159,7 @@ def test_nodes_count_as_the_processes_of_a_step_do() -> None:
 
 @pytest.mark.parametrize(
     "method",
-    ["supervised", "stac", "soft_teacher", "mean_teacher", "unbiased_teacher", "dense_teacher", "arsl"],
+    ["supervised", "stac", "soft_teacher", "mean_teacher", "mixpl", "unbiased_teacher", "dense_teacher", "arsl"],
 )
 def test_shipped_methods_say_what_they_draw(method: str) -> None:
     """The YAML agrees with the views of the method that is built, and is no part of a run's identity."""

@@ -37,7 +37,8 @@ def test_shipped_options_fit_their_constructors(group: str, option: str) -> None
 
 @pytest.mark.parametrize("preset", ["small", "paper"])
 @pytest.mark.parametrize(
-    "method", ["supervised", "stac", "unbiased_teacher", "soft_teacher", "mean_teacher", "dense_teacher", "arsl"]
+    "method",
+    ["supervised", "stac", "unbiased_teacher", "soft_teacher", "mean_teacher", "mixpl", "dense_teacher", "arsl"],
 )
 def test_shipped_presets_fit_their_constructors(method: str, preset: str) -> None:
     values = resolved(compose.load([f"method={method}", f"preset={preset}"]))

@@ -54,6 +54,7 @@ SMALL = [
     "logging.loggers=[]",
 ]
 
+DENSE = [override for override in SMALL if not override.startswith(("detector.roi", "detector.rpn"))]
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "harness", "train"]
 
@@ -65,11 +66,12 @@ def _train(
     detector: str,
     *overrides: str,
     start: Sequence[str] = ("harness.cli", "train"),
+    small: Sequence[str] = SMALL,
 ) -> Path:
     run_dir = folder / name
     place = [f"devices={devices}", f"cache_dir={folder / 'cache'}", f"run_dir={run_dir}"]
     done = subprocess.run(
-        [sys.executable, "-m", *start, detector, *SMALL, *overrides, *place],
+        [sys.executable, "-m", *start, detector, *small, *overrides, *place],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -119,12 +121,19 @@ CASES = {
     "supervised": ["method=supervised", "batch.labeled=8", "batch.unlabeled=0"],
     # One of the four micro-batches of a step often holds images without a pseudo box.
     "soft_teacher": ["method=soft_teacher", "batch.labeled=4", "batch.unlabeled=4", "method.burn_in=0.3"],
+    # After a burn-in of one step the caches of the four micro-batches are full for the last three of 12; thresholds of
+    # the classes are made after three steps.
+    "mixpl": [
+        *("method=mixpl", "batch.labeled=4", "batch.unlabeled=4", "method.burn_in=0.05", "method.cache_size=8"),
+        *("method.adaptive={images: 12, share: 1}", "method.mosaic_side=[0.4,0.6]", "schedule.steps=12"),
+    ],
 }
 
 
-def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
-    one = _train(tmp_path, "one", 1, GROUP_NORM, *CASES["soft_teacher"])
-    two = _train(tmp_path, "two", 2, GROUP_NORM, *CASES["soft_teacher"])
+@pytest.mark.parametrize("method", ["soft_teacher", "mixpl"])
+def test_two_processes_train_what_one_trains(tmp_path: Path, method: str) -> None:
+    one = _train(tmp_path, "one", 1, GROUP_NORM, *CASES[method])
+    two = _train(tmp_path, "two", 2, GROUP_NORM, *CASES[method])
     _assert_equivalent(one, two)
     of_one, of_two = ([image.image_id for image in read_kept(run_dir).images] for run_dir in (one, two))
     assert of_one == of_two
@@ -157,6 +166,23 @@ def test_more_devices_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
         resolve_device("auto", 2)
     assert resolve_device("cpu", 2) == "cpu"
     assert resolve_device("auto", 1) == "cuda"
+
+
+@pytest.mark.slow
+def test_consistent_teachers_queue_is_that_of_one_process(tmp_path: Path) -> None:
+    """Scores of micro-batches on two devices go into one queue, in the order of the micro-batches."""
+    detector = "detector=consistent_retina"
+    own = [
+        "method=consistent_teacher",
+        "detector.depth=18",
+        "detector.pyramid_channels=64",
+        "detector.anchor_sizes=[8,16,32,64,128]",
+    ]
+    own += ["batch.labeled=4", "batch.unlabeled=4", "method.burn_in=0.2", "method.loss_from=0.4", "schedule.steps=5"]
+    own += ["method.candidate_score=0.001"]  # the first scores are 0.01
+    one, two = (_train(tmp_path, name, n, detector, *own, small=DENSE) for name, n in (("one", 1), ("two", 2)))
+    _assert_equivalent(one, two)
+    assert (_weights(two)["queue"] > 0).any()
 
 
 def test_devices_that_cannot_share_a_step_are_refused(tmp_path: Path) -> None:

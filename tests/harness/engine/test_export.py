@@ -134,7 +134,7 @@ def test_a_graph_sees_what_the_pipeline_shows(network: trained.Trained, pets_run
     assert not scores[count:].any()
 
 
-@pytest.mark.parametrize("name", ["faster_rcnn_r18", "retinanet_r18", "fcos_r18"])
+@pytest.mark.parametrize("name", ["faster_rcnn_r18", "retinanet_r18", "fcos_r18", "small_consistent_retina"])
 def test_every_detector_becomes_a_graph(name: str) -> None:
     cfg = compose.load([f"detector={name}", "detector.weights=scratch"])
     torch.manual_seed(0)

@@ -145,3 +145,24 @@ def test_runs_of_different_labellers_have_folders_of_their_own() -> None:
     assert names[0].startswith("shapes_stac_soft_teacher")  # as ever
     assert names[1].startswith("shapes_stac_OWL_soft_teacher")
     assert names[2].startswith("shapes_stac_A-B_soft_teacher")
+
+
+def test_variants_of_a_suite_have_rows_of_their_own_and_their_own_baselines(tmp_path: Path) -> None:
+    """Nothing but the name need tell their records apart; the gain of `wide` is over the supervised runs of `wide`."""
+    for fold in (1, 2, 3):
+        for variant, base, gain in (("base", 40.0, 2.0), ("wide", 45.0, 1.0)):
+            for method, ap in (("supervised", base + fold), ("stac", base + fold + gain + 0.1 * fold)):
+                make(tmp_path, method, 5, fold, ap, variant=variant, cell=f"{method}-{variant}-{fold}")
+    rows = json.loads(_texts(tmp_path)[".json"])["tables"][0]["rows"]
+    labels = ["Supervised (base)", "Supervised (wide)", "STAC (base)", "STAC (wide)"]
+    assert [row["label"] for row in rows] == labels
+    assert [row["variant"] for row in rows] == ["base", "wide"] * 2
+    (section,), _ = tables.load(tmp_path)
+    assert [row.cells[5.0].gain for row in section.rows[2:]] == pytest.approx([2.2, 1.2])
+
+
+def test_a_baseline_without_a_variant_stands_for_all(tmp_path: Path) -> None:
+    make(tmp_path, "supervised", 5, 1, 40.0)
+    make(tmp_path, "stac", 5, 1, 43.0, variant="wide", cell="wide")
+    (section,), _ = tables.load(tmp_path)
+    assert section.rows[1].cells[5.0].gain == pytest.approx(3.0)

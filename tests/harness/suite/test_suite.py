@@ -386,6 +386,19 @@ def test_a_method_without_its_first_stage_in_the_suite(bench):
         (['+suite.method_overrides.xyz=["a=b"]'], r"suite\.method_overrides\.xyz names no method: choose of"),
         (["suite.name=null"], r"suite\.name=null must be a name"),
         (["devices=2"], r"2 devices cannot share the 16 images"),
+        (["variant=mine"], r"variant is set by the suite.*suite\.variants"),
+        (["suite.variants={a: ['split.percent=5']}"], r"suite\.variants\.a sets split\.percent.*say suite\.percents"),
+        (["suite.variants={a: ['method=stac']}"], r"suite\.variants\.a sets method.*say suite\.methods"),
+        (["suite.variants={a: ['seed=2']}"], r"suite\.variants\.a sets seed.*say suite\.seeds"),
+        (["suite.variants={a: ['suite.name=b']}"], r"suite\.variants\.a sets suite\.name, which all cells share"),
+        (
+            ["suite.variants={a: ['detector.fam=1']}"],
+            r"suite\.variants\.a with method=supervised.*detector\.fam is not",
+        ),
+        (["suite.variants={a: [wide]}"], r"suite\.variants\.a.*'wide' is not of the form key=value"),
+        (["suite.variants={a: [], b: ['x=[1]'], a: []}"], r"suite\.variants names a more than once"),
+        (["suite.variants={../a: []}"], r"suite\.variants=\.\./a must be a name"),
+        (["suite.variants={a: [schedule.steps=5]}"], r"put each override in quotes"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_written(bench, overrides, words):
@@ -409,6 +422,32 @@ def test_a_folder_that_cannot_be_written(bench, monkeypatch, in_the_way):
     monkeypatch.setenv("MAKELEVEL", "1")
     with pytest.raises(UserError, match=r"run `\.venv/bin/ssodbench suite"):
         bench.run()
+
+
+def test_variants_repeat_every_cell_under_names_of_their_own():
+    given = ["suite=smoke", "suite.percents=[10]", "suite.methods=[supervised,stac]", "suite.reference=true"]
+    plain = plan.plan(compose.load(given))
+    cells = plan.plan(compose.load([*given, "suite.variants={base: [], fcos: ['detector=small_fcos']}"]))
+    assert [(c.method, c.variant, c.percent) for c in cells] == [
+        (c.method, variant, c.percent) for c in plain for variant in ("base", "fcos")
+    ]
+    assert [c.name for c in cells[:2]] == [
+        f"shapes_supervised_{variant}_soft_teacher-10pct-fold1_seed1" for variant in ("base", "fcos")
+    ]
+    assert [c.needs.name for c in cells if c.needs] == [c.name for c in cells[:2]]  # stage 1 of the same variant
+    assert [c.cfg.detector.name for c in cells[:2]] == ["small", "small_fcos"]
+    for one in cells[:2]:
+        assert config_sha256(compose.load(one.overrides)) == config_sha256(one.cfg)
+    assert config_sha256(cells[0].cfg) == config_sha256(plain[0].cfg)  # a name changes no result
+    assert all(c.variant is None and "base" not in c.name for c in plain)
+
+
+def test_variants_whose_folders_would_be_the_same(tmp_path):
+    (tmp_path / "suite").mkdir()
+    text = '# @package _global_\ndefaults: [smoke]\nsuite:\n  variants: {"a b": [], "a-b": []}\n'
+    (tmp_path / "suite" / "mine.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"suite\.variants\.a-b would have the folders of suite\.variants\.a b"):
+        plan.plan(compose.load(["suite=mine"], [tmp_path]))
 
 
 def test_cells_are_configured_as_their_process_will_be():

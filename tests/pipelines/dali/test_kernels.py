@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -105,27 +106,134 @@ def test_by_hand() -> None:
     assert warped(image, twice, (1, 4), False)[0].tolist() == [[3, 50, 23], [25] * 3, [75] * 3, [78, 125, 98]]
 
 
-@pytest.mark.parametrize("matrix", [STRAIGHT, TURNED, FLIPPED])
-@pytest.mark.parametrize("replicate", [False, True])
-def test_warp_normalized_is_warp_erase_normalize(matrix: Any, replicate: bool) -> None:
-    mean, std, gray = (120.0, 110.0, 99.5), (58.0, 57.0, 2.0), (1.0, 2.0, 3.0)
+MEAN, STD, GRAY = (120.0, 110.0, 99.5), (58.0, 57.0, 2.0), (1.0, 2.0, 3.0)
+LUMA = np.array([[0.299, 0.587, 0.114]])
+WEIGHTS = np.concatenate([LUMA, np.eye(3), np.zeros((6, 3))]).astype(np.float32)
+SAME = np.eye(3).tolist()
+
+
+def recolored(image: np.ndarray, *steps: tuple[int, float], red: int = 0) -> np.ndarray:
+    out = np.full_like(image, 77)
+    kernels.recolor(out, image, np.array(steps, dtype=np.float32).reshape(-1, 2), WEIGHTS, np.int32(red))
+    return out
+
+
+def rendered(
+    matrix: Any, after: Any, replicate: bool, steps: list[tuple[int, float]], at_source: bool = False
+) -> np.ndarray:
+    """A view of 44 x 52 pixels on a canvas of 50 x 60, with two patches, one at a corner, and an empty one."""
+    patches = [[3, 4], [10, 20], [40, 0], [4, 7], [0, 0], [0, 0]]
+    plan = np.zeros((7 + len(steps) + len(patches), 3), dtype=np.float32)
+    plan[0:3], plan[3:6], plan[6] = matrix, after, (44, 52, replicate)
+    plan[7:, :2] = [*steps, *patches]
+    colors = np.concatenate([[MEAN, STD, FILL, GRAY, (at_source, 0, 0)], WEIGHTS]).astype(np.float32)
     out = np.full((3, 50, 60), np.nan, dtype=np.float32)
-    # Two patches, one at a corner, and an empty one.
-    patches = np.array([[3, 4, 40, 0, 0, 0], [10, 20, 4, 7, 0, 0]], dtype=np.float32)
-    kernels.warp_normalized(
-        out,
-        picture(),
-        np.array(matrix, dtype=np.float32),
-        np.array([44, 52], dtype=np.float32),
-        patches,
-        np.array([mean, std, FILL, gray], dtype=np.float32),
-        replicate,
-    )
-    view = warped(picture(), matrix, (44, 52), replicate)
-    view[3:13, 4:24] = view[40:44, 0:7] = gray
+    kernels.render(out, picture(), plan, len(steps), colors)
+    return out
+
+
+@pytest.mark.parametrize("matrix", [STRAIGHT, TURNED, FLIPPED])
+@pytest.mark.parametrize("after", [SAME, TURNED])
+@pytest.mark.parametrize("steps", [[], [(kernels.IDENTITY, 0.0)], [(kernels.SATURATION, 0.4), (kernels.SOLARIZE, 90)]])
+@pytest.mark.parametrize("replicate", [False, True])
+@pytest.mark.parametrize("at_source", [False, True])
+def test_render_is_its_parts(matrix: Any, after: Any, steps: Any, replicate: bool, at_source: bool) -> None:
+    """Warp, colour, second warp, erase, normalise; or colour first."""
+    view = recolored(picture(), *steps) if at_source else picture()
+    view = warped(view, matrix, (44, 52), replicate)
+    view = view if at_source else recolored(view, *steps)
+    if after != SAME:
+        view = warped(view, after, (44, 52), False)
+    view[3:13, 4:24] = view[40:44, 0:7] = GRAY
     expected = np.zeros((3, 50, 60))
-    expected[:, :44, :52] = ((view - np.array(mean)) / std).transpose(2, 0, 1)
-    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+    expected[:, :44, :52] = ((view - np.array(MEAN)) / STD).transpose(2, 0, 1)
+    found = rendered(matrix, after, replicate, steps, at_source)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def half_up(values: np.ndarray) -> np.ndarray:
+    return np.clip(np.floor(values + 0.5), 0, 255)
+
+
+def by_formula(image: np.ndarray, kind: int, value: float) -> np.ndarray:
+    """The operations in double precision, pixel by pixel."""
+    x = image.astype(np.float64)
+    gray = half_up(x @ LUMA[0])
+    if kind == kernels.BRIGHTNESS:
+        return half_up(x * value)
+    if kind == kernels.CONTRAST:
+        mean = np.floor(gray.mean() + 0.5)
+        return half_up(mean + value * (x - mean))
+    if kind == kernels.SATURATION:
+        return half_up(value * x + (1 - value) * (x @ LUMA[0])[..., None])
+    if kind == kernels.GRAYSCALE:
+        return np.repeat(gray[..., None], 3, axis=2)
+    if kind == kernels.SOLARIZE:
+        return np.where(x >= value, 255 - x, x)
+    if kind == kernels.POSTERIZE:
+        return np.floor(x / 2 ** (8 - value)) * 2 ** (8 - value)
+    if kind == kernels.AUTOCONTRAST:
+        low, high = x.min((0, 1)), x.max((0, 1))
+        return np.where(high > low, np.floor((x - low) * 255 / np.maximum(high - low, 1) + 1e-4), x)
+    if kind == kernels.EQUALIZE:
+        most = np.array([(x[..., c] == x[..., c].max()).sum() for c in range(3)])
+        above = [[max(0, (x[..., c] >= level).sum() - most[c]) for level in range(256)] for c in range(3)]
+        scaled = 255 - np.rint(np.array(above) * (255 / np.maximum(x[..., 0].size - most, 1))[:, None])
+        changed = np.stack([scaled[c][image[..., c]] for c in range(3)], axis=-1)
+        return np.where(most == x[..., 0].size, x, changed)
+    assert kind == kernels.SHARPNESS
+    out = x.copy()
+    for row, column in np.ndindex(max(x.shape[0] - 2, 0), max(x.shape[1] - 2, 0)):
+        around = x[row : row + 3, column : column + 3]
+        smooth = (around.sum((0, 1)) + 4 * around[1, 1]) / 13
+        out[row + 1, column + 1] = np.clip(np.rint(smooth + value * (around[1, 1] - smooth)), 0, 255)
+    return out
+
+
+VALUES = {
+    "BRIGHTNESS": [0.28, 1.0, 1.72],
+    "CONTRAST": [0.28, 1.0, 1.72],
+    "SATURATION": [0.28, 1.0, 1.72],
+    "SHARPNESS": [0.28, 1.0, 1.72],
+    "SOLARIZE": [1, 128, 255],
+    "POSTERIZE": [0, 1, 4, 8],
+    "AUTOCONTRAST": [0],
+    "EQUALIZE": [0],
+    "GRAYSCALE": [0],
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_colors_by_formula(name: str) -> None:
+    """Single precision, and luma of 15 bits, move few pixels that lie between two levels, and by one."""
+    kind = getattr(kernels, name)
+    dark = (picture(21, 33) // 2 + 20).astype(np.uint8)
+    flat = picture(9, 12)
+    flat[..., 1] = 7
+    for image in (picture(), dark, flat, picture(1, 1), picture(2, 9)):
+        for value in VALUES[name]:
+            apart = np.abs(recolored(image, (kind, value)) - by_formula(image, kind, value))
+            assert apart.max() <= 1
+            assert (apart > 0).mean() <= (0 if name in ("SOLARIZE", "POSTERIZE", "EQUALIZE") else 0.002)
+
+
+def test_colors_of_swapped_channels() -> None:
+    """With blue first, luma is that of the image turned round."""
+    for kind in (kernels.GRAYSCALE, kernels.CONTRAST):
+        swapped = recolored(picture()[..., ::-1].copy(), (kind, 0.5), red=16)
+        assert (swapped[..., ::-1] == recolored(picture(), (kind, 0.5))).all()
+
+
+def test_successive_colors_are_one_after_the_other() -> None:
+    """Tables that are merged give what they give apart."""
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        names = rng.choice(list(VALUES), 4)
+        steps = [(getattr(kernels, name), float(rng.choice(VALUES[name]))) for name in names]
+        image = picture(12, 15)
+        for step in steps:
+            image = recolored(image, step)
+        assert (recolored(picture(12, 15), *steps) == image).all(), names
 
 
 def test_normalize() -> None:
@@ -144,17 +252,21 @@ def test_rendering_at_once_changes_nothing(build: Any, photos: Any, whole: Any) 
         "plain": {"resize": {"short": {"range": [50, 200], "integer": True}, "max": 300}, "flip": 0.5},
         "zoom": {"zoom": {"range": [0.5, 2.0]}, "fill": [1, 100, 255], "flip": 0.5},
         "turn": {"affine": {"one_of": {"rotate": [-30, 30], "translate_x": [-0.3, 0.3]}}, "fill": 125},
-        "color": {"color": [{"one_of": {"brightness": 0.5}}], "affine": {"one_of": {"shear_y": [-30, 30]}}},
+        "color": {
+            "color": [{"one_of": {"brightness": 0.5, "equalize": None, "sharpness": 0.3}}, {"one_of": {"hue": 0.1}}],
+            "affine": {"one_of": {"shear_y": [-30, 30]}},
+            "shuffle": True,
+        },
         "erase": {"erase": [{"count": [1, 4], "ratio": [0, 0.4]}, {"ratio": 0.2}], "erase_fill": [9, 99, 199]},
     }
     noise = {"ratio": 0.1, "probability": 0.0, "noise": True}
     for bgr in (False, True):
         normalize = Normalize((120.0, 110.0, 99.5), (58.0, 57.0, 2.0), bgr)
-        for name, view in views.items():
+        for (name, view), color_at in itertools.product(views.items(), ("view", "source")):
             images = []
             for extra in ([], [noise]):
                 erase = [*view.get("erase", []), *extra]
-                policy = {"name": "x", "color_at": "source", "views": {name: {**view, "erase": erase}}}
+                policy = {"name": "x", "color_at": color_at, "views": {name: {**view, "erase": erase}}}
                 graph = dali_graph.Graph(Policy.from_config(policy), normalize, gpu=False)
                 assert graph.renders_at_once(graph.policy.views[name]) == (not extra)
                 rendered, _ = whole(build("dali", policy, normalize), photos, name)
@@ -164,55 +276,46 @@ def test_rendering_at_once_changes_nothing(build: Any, photos: Any, whole: Any) 
 
 @pipeline_def(enable_conditionals=True)
 def _both_ways() -> Any:
-    """Warped bytes; warped, erased and normalised at once; the former, normalised."""
+    """Warped and recoloured bytes; the whole at once, and in parts, normalised."""
     image = external_source(name="image", dtype=DALIDataType.UINT8, ndim=3)
-    matrix = external_source(name="matrix", dtype=DALIDataType.FLOAT, ndim=2)
-    size = external_source(name="size", dtype=DALIDataType.FLOAT, ndim=1)
+    extent = external_source(name="extent", dtype=DALIDataType.UINT8, ndim=3)
     canvas = external_source(name="canvas", dtype=DALIDataType.FLOAT, ndim=1)
-    replicate = external_source(name="replicate", dtype=DALIDataType.BOOL, ndim=0)
-    fill = list(FILL)
-    mean, std = [1.0, 2.0, 3.0], [4.0, 5.0, 6.0]
-    if replicate:
-        view = operators.warp(image, matrix, size, fill, True)
-        whole = operators.warp_normalized(image, matrix, size, canvas, None, [mean, std, fill, fill], True)
-    else:
-        view = operators.warp(image, matrix, size, fill, False)
-        whole = operators.warp_normalized(image, matrix, size, canvas, None, [mean, std, fill, fill], False)
-    return view, whole, operators.normalize(view, canvas, mean, std)
+    plan = external_source(name="plan", dtype=DALIDataType.FLOAT, ndim=2)
+    size = external_source(name="size", dtype=DALIDataType.FLOAT, ndim=1)
+    view = operators.warp(image, plan[0:3], size, list(FILL), False)
+    view = operators.recolor(view, plan[7:8, 0:2], WEIGHTS, 0)
+    colors = np.concatenate([[MEAN, STD, FILL, GRAY, (0, 0, 0)], WEIGHTS])
+    whole = operators.render(image, extent, plan, 1, colors)
+    return view, whole, operators.normalize(view, canvas, list(MEAN), list(STD))
 
 
 @pytest.mark.timeout(60)
 def test_in_a_dali_graph() -> None:
-    """Images, sizes and borders that differ within a batch, on several threads, for several batches."""
+    """Images, sizes and operations that differ within a batch, on several threads, for several batches."""
     pipeline = _both_ways(batch_size=8, num_threads=3, device_id=None, prefetch_queue_depth=1)
     pipeline.build()
     rng = np.random.default_rng(3)
     for _ in range(5):
         images = [picture(*rng.integers(5, 60, 2), seed) for seed in range(8)]
-        matrices = np.array([STRAIGHT, TURNED] * 4, dtype=np.float32)
-        sizes, replicate = rng.integers(3, 50, (8, 2)), rng.random(8) < 0.5
+        sizes, kinds = rng.integers(3, 50, (8, 2)), rng.integers(0, 9, 8)
+        plans = np.zeros((8, 8, 3), dtype=np.float32)
+        plans[:, :3], plans[:, 3:6] = np.array([STRAIGHT, TURNED] * 4), np.eye(3)
+        plans[:, 6, :2], plans[:, 7, 0], plans[:, 7, 1] = sizes, kinds, 0.5
         inputs = {
             "image": images,
-            "matrix": matrices,
-            "size": sizes.astype(np.float32),
+            "extent": np.zeros((8, 50, 50, 0), dtype=np.uint8),
             "canvas": np.full((8, 2), 50, dtype=np.float32),
-            "replicate": replicate,
+            "plan": plans,
+            "size": sizes.astype(np.float32),
         }
         for name, value in inputs.items():
             pipeline.feed_input(name, value)
         views, whole, parts = pipeline.run()
         for row in range(8):
-            height, width = sizes[row]
-            expected = warped(images[row], matrices[row], (height, width), bool(replicate[row]))
-            assert (np.asarray(views[row]) == expected).all()
+            expected = warped(images[row], plans[row, :3], tuple(sizes[row]), False)
+            assert (np.asarray(views[row]) == recolored(expected, (kinds[row], 0.5))).all()
             assert np.asarray(whole[row]).shape == (3, 50, 50)
             assert (np.asarray(whole[row]) == np.asarray(parts[row])).all()
-            np.testing.assert_allclose(
-                np.asarray(whole[row])[:, :height, :width],
-                ((expected - [1.0, 2.0, 3.0]) / [4.0, 5.0, 6.0]).transpose(2, 0, 1),
-                rtol=1e-5,
-                atol=1e-5,
-            )
 
 
 def test_nowhere_to_keep_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
