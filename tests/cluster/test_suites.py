@@ -88,9 +88,10 @@ def test_a_suite_that_is_preempted_and_cancelled_in_part_is_finished_by_the_same
     assert _suite(cluster, *given)[0] == 0
     cluster.run_dir = next(iter(_wait_for_folders(cluster, 2)))
     done = cluster.wait_for_step(10)
-    cluster.preempt()
+    urgent = cluster.preempt(600)  # so that the cells wait while they are looked at, however long that takes
     jobs = _jobs(cluster)
-    until(lambda: shown_by_slurm(jobs["supervised 10"], "Restarts") == "1", "a requeue")
+    for cell in ("supervised 10", "supervised 20"):
+        until(lambda cell=cell: shown_by_slurm(jobs[cell], "Restarts") == "1", "a requeue")
     code, said = _suite(cluster, *given, "suite.status=true")
     assert code == 0
     assert re.search(rf"stac.*10pct.* queued .*job {jobs['stac 10']} PENDING \(Dependency\)", said), said + _logs(
@@ -99,7 +100,7 @@ def test_a_suite_that_is_preempted_and_cancelled_in_part_is_finished_by_the_same
     code, said = _suite(cluster, *given)  # all of them are in the queue
     assert "5 jobs in the queue, 0 cells to submit" in said
     assert _jobs(cluster) == jobs
-    subprocess.run(["scancel", jobs["supervised 20"]], check=True)
+    subprocess.run(["scancel", jobs["supervised 20"], urgent], check=True)
     until(_idle, "the end of the suite")
     records = _records(cluster)
     assert records["supervised 10"]["status"] == records["stac 10"]["status"] == "ok"
