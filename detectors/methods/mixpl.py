@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
+from detectors.consistent_retina import ConsistentRetina
 from detectors.detector import Detector
 from detectors.faster_rcnn import FasterRcnn
 from detectors.fcos import Fcos
@@ -30,7 +31,8 @@ from harness.core.stages import stage
 from harness.core.types import Batch, UserError, View
 from harness.core.validate import Limits, NotNegative, Positive, Share, Weight, keys_of
 
-SCORES = {FasterRcnn: 0.7, RetinaNet: 0.4, Fcos: 0.3}  # the official configurations' thresholds, by detector
+# The official configurations' thresholds, by detector; Consistent-Teacher's, whose scores are a RetinaNet's, has its.
+SCORES = {FasterRcnn: 0.7, RetinaNet: 0.4, ConsistentRetina: 0.4, Fcos: 0.3}
 ROOM = 100  # boxes of an image that are kept with it, the best ones
 PATCHES, PATCH = 19, 0.1  # most patches that are erased of an image, and their largest side in units of the image's
 TILES = 4  # images of a mosaic
@@ -52,8 +54,8 @@ class MixPl(MeanTeacher):
     Args:
         detector, steps, reported, ema, lambda_u, burn_in, rise, candidate_score, adaptive, smallest_side,
             joint_forward: see `MeanTeacher`; mosaics are a forward of their own in any case.
-        score: above it the teacher's boxes are pseudo labels; None: 0.7 for Faster R-CNN, 0.4 for RetinaNet, 0.3 for
-            FCOS.
+        score: above it the teacher's boxes are pseudo labels; None: 0.7 for Faster R-CNN, 0.4 for RetinaNet and
+            Consistent-Teacher's detector, 0.3 for FCOS.
         cache: `lane`: images of earlier steps are mixed in; `batch`: those of the micro-batch itself.
         cache_size: images in a lane's cache. The older half is mixed in; mosaics, as many as there are fours, are made
             of the newer half. Nothing is mixed until it is full.

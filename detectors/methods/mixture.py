@@ -28,7 +28,7 @@ class Mixture:
         return self.weights.log() - 0.5 * (distance + self.variances.log() + math.log(2 * math.pi))
 
 
-def fit(values: Tensor, valid: Tensor) -> Mixture:
+def fit_mixtures(values: Tensor, valid: Tensor) -> Mixture:
     """Expectation maximisation for all groups at once, without waiting for the device.
 
     A group whose mean log-likelihood changes by less than 0.001 stays as it is, as if it had been left alone.
@@ -83,7 +83,7 @@ def thresholds(scores: Tensor) -> Tensor:
         (C,): 0 for a class of fewer than 4 scores, or none of which belongs to the upper component.
     """
     values, valid = scores.double(), scores > 0
-    parts = fit(values, valid).log_densities(values)
+    parts = fit_mixtures(values, valid).log_densities(values)
     upper = valid & (parts[:, 1] > parts[:, 0]) & (valid.sum(1, keepdim=True) >= FEWEST)
     density = torch.where(upper, parts.logsumexp(1), -torch.inf)
     best = scores.gather(1, density.argmax(1, keepdim=True))[:, 0]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from sklearn.mixture import GaussianMixture
 
-from detectors.methods.mixture import fit, thresholds
+from detectors.methods.mixture import fit_mixtures, thresholds
 
 
 def random_scores(generator: np.random.Generator, kind: int) -> np.ndarray:
@@ -42,7 +42,7 @@ def test_a_thousand_random_vectors_are_fitted_as_by_scikit_learn():
         places = generator.permutation(100)[: len(vector)]  # empty ones may lie anywhere
         places.sort()
         scores[row, places] = torch.from_numpy(vector)
-    found, chosen = fit(scores.double(), scores > 0), thresholds(scores)
+    found, chosen = fit_mixtures(scores.double(), scores > 0), thresholds(scores)
     above = 0
     for row, vector in enumerate(vectors):
         theirs, column = of_sklearn(vector)
