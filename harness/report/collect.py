@@ -53,9 +53,7 @@ class Run:
     folder: Path | None
     file: Path | None = None  # that the record was read from
     variant: str = ""  # what its configuration has that others of the same method have not
-    share: float = (
-        UNKNOWN_SHARE  # its column: percentage of the images that are labelled, or shots where drawn by those
-    )
+    share: float = UNKNOWN_SHARE  # its column: percentage of images that are labelled, or shots
     href: str = ""  # address of its record, seen from the report
 
     @property

@@ -130,7 +130,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("method", ["soft_teacher", "mixpl"])
+@pytest.mark.parametrize("method", ["soft_teacher", pytest.param("mixpl", marks=pytest.mark.slow)])
 def test_two_processes_train_what_one_trains(tmp_path: Path, method: str) -> None:
     one = _train(tmp_path, "one", 1, GROUP_NORM, *CASES[method])
     two = _train(tmp_path, "two", 2, GROUP_NORM, *CASES[method])
