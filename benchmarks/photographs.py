@@ -152,13 +152,18 @@ def train(run: Run, data: Path, runs: Path, lock: Lock) -> None:
         record = record_of(folder)
         print(f"{run.stage} {run.name}: {'FAILED' if record is None else format(record['ap'], '.1f')}", flush=True)
     with lock:
-        lines = [
-            json.dumps({"setting": found.setting, **record}, sort_keys=True)
-            for found in runs_of(run.stage)
-            if (record := record_of(runs / found.stage / found.name)) is not None
-        ]
-        RECORDS.mkdir(parents=True, exist_ok=True)
-        write_atomically(RECORDS / f"{run.stage}.jsonl", "".join(line + "\n" for line in lines).encode())
+        write_records(run.stage, data, runs)
+
+
+def write_records(stage: str, data: Path, runs: Path) -> None:
+    """Writes a stage's records: the setting is the variant, and this machine's folders are left out."""
+    lines = []
+    for run in runs_of(stage):
+        if (record := record_of(runs / stage / run.name)) is not None:
+            line = json.dumps({**record, "variant": run.setting}, sort_keys=True)
+            lines.append(line.replace(str(data), "DATA").replace(str(runs), "RUNS") + "\n")
+    (RECORDS / stage).mkdir(parents=True, exist_ok=True)
+    write_atomically(RECORDS / stage / "records.jsonl", "".join(lines).encode())
 
 
 def table(name: str, runs: Path) -> str:
