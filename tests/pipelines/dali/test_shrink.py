@@ -13,6 +13,7 @@ from nvidia.dali.types import DALIDataType, DALIInterpType
 from PIL import Image
 
 from harness.core.types import ImageSource
+from pipelines.dali import graph as dali_graph
 from pipelines.dali import operators
 from pipelines.dali.shrink import shrink
 
@@ -112,3 +113,21 @@ def test_bytes_of_pictures_are_those_of_dali(photos: ImageSource, short: int) ->
     pictures = [np.asarray(Image.open(path).convert("RGB")) for path in photos.paths]
     sizes = np.array([image.shape[:2] for image in pictures])
     assert_same_bytes(pictures, np.maximum(1, np.round(sizes * short / sizes.min(1, keepdims=True))))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("short", [40, 115, 160])
+def test_views_are_those_of_dalis_shrink(
+    short: int, photos: ImageSource, build: Any, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where all, some and none of the pictures shrink."""
+    config = {"name": "x", "antialias": True, "views": {"test": {"resize": {"short": short}}}}
+    ours, _ = whole(build("dali", config), photos)
+
+    def theirs(_: Any, image: Any, size: Any) -> Any:
+        return fn.resize(image, size=size, interp_type=DALIInterpType.INTERP_LINEAR, antialias=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dali_graph.Graph, "shrink", theirs)
+        expected, _ = whole(build("dali", config), photos)
+    assert (ours.images == expected.images).all()
