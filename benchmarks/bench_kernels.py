@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from pipelines.dali import kernels
+from pipelines.dali.shrink import shrink
 from pipelines.plan import hue_matrix
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (426, 640, 3), dtype=np.uint8)
@@ -27,6 +28,7 @@ WEIGHTS = np.concatenate([[[0.299, 0.587, 0.114]], HUE, np.zeros((6, 3))])
 LEVELS = [[120, 115, 100], [58, 57, 57], [125] * 3, [125] * 3, [0] * 3]
 COLORS = np.concatenate([LEVELS, WEIGHTS]).astype(np.float32)
 PATCH = [[100, 100, 0], [80, 90, 0]]
+small_out = np.empty((128, 192, 3), dtype=np.uint8)
 bytes_out, planes_out = np.empty((*SIZE, 3), dtype=np.uint8), np.empty((3, *CANVAS), dtype=np.float32)
 
 
@@ -53,6 +55,8 @@ CASES: dict[str, Callable[[], Any]] = {
     "warp, turned": lambda: kernels.warp(bytes_out, IMAGE, TURNED, COLORS[2], False),
     "warp, OpenCV, straight": lambda: _opencv(STRAIGHT),
     "warp, OpenCV, turned": lambda: _opencv(TURNED),
+    "shrink": lambda: shrink(small_out, IMAGE),
+    "shrink, OpenCV": lambda: cv2.resize(IMAGE, (192, 128), dst=small_out, interpolation=cv2.INTER_AREA),
     "normalize": lambda: kernels.normalize(planes_out, VIEW, COLORS),
     "hue": lambda: _recolor(kernels.HUE),
     "hue, OpenCV": lambda: cv2.transform(VIEW, HUE, dst=bytes_out),

@@ -18,6 +18,7 @@ ALLOWED = {
     "render": "the same, and a drawing of shapes",
     "normalize": "the same",
     "recolor": "the same",
+    "shrink": "the same",
     "accumulate": "gradients in the loop, matches in the evaluation",
     "load": "a configuration, and the runs of a report",
     "score": "detections, and a cell of a report, whose templates use it as a filter",

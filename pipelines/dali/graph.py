@@ -56,6 +56,12 @@ class Graph:
         device = "mixed" if self.gpu else "cpu"
         return fn.decoders.image(data, device=device, output_type=self.decoded, adjust_orientation=False)
 
+    def shrink(self, image: Node, size: Node) -> Node:
+        """Resizing with antialiasing."""
+        if self.kernels is not None:
+            return self.kernels.shrink(image, size)
+        return fn.resize(image, size=size, interp_type=DALIInterpType.INTERP_LINEAR, antialias=True)
+
     def warp(self, image: Node, matrix: Node, size: Node, border: str, fill: list[float], nearest: bool) -> Node:
         """Resampling by a source-to-destination matrix in corner-origin coordinates."""
         if self.kernels is not None and not nearest:
@@ -348,7 +354,7 @@ def define(graph: Graph, views: list[ViewPolicy]) -> Any:
     if graph.policy.antialias:
         shrunk, shrinks = _input("shrunk", DALIDataType.FLOAT, 1), _input("shrinks", DALIDataType.BOOL, 0)
         if shrinks:  # resizing to the same size would cost as much
-            image = fn.resize(image, size=shrunk, interp_type=DALIInterpType.INTERP_LINEAR, antialias=True)
+            image = graph.shrink(image, shrunk)
     return (stored, *[_define_view(graph, image, view) for view in views])
 
 

@@ -679,7 +679,7 @@ def _changes(steps: Any) -> Any:
 
 _ADDRESSES = types.CPointer(types.voidptr)
 _SHAPES = types.CPointer(types.CPointer(types.int64))
-_RUN = types.void(_ADDRESSES, _SHAPES, types.voidptr, int32, _ADDRESSES, _SHAPES, types.voidptr, int32)
+RUN = types.void(_ADDRESSES, _SHAPES, types.voidptr, int32, _ADDRESSES, _SHAPES, types.voidptr, int32)
 _SETUP = types.void(_SHAPES, types.voidptr, int32, _SHAPES, types.voidptr, int32, int32)
 
 
@@ -709,7 +709,7 @@ def planes_like_first(outs: Any, _a: Any, _b: Any, ins: Any, _c: Any, _d: Any, s
         outs[n][0], outs[n][1], outs[n][2] = 3, ins[n][0], ins[n][1]
 
 
-@cfunc(_RUN, cache=True)
+@cfunc(RUN, cache=True)
 def run_warp(outs: Any, out_shapes: Any, _a: Any, _b: Any, ins: Any, shapes: Any, _c: Any, _d: Any) -> None:
     """Inputs: extent, image, matrix, (2, 3) fill and whether to replicate."""
     options = _table(ins, shapes, 3)
@@ -722,7 +722,7 @@ def run_warp(outs: Any, out_shapes: Any, _a: Any, _b: Any, ins: Any, shapes: Any
     )
 
 
-@cfunc(_RUN, cache=True)
+@cfunc(RUN, cache=True)
 def run_render(outs: Any, out_shapes: Any, _a: Any, _b: Any, ins: Any, shapes: Any, _c: Any, _d: Any) -> None:
     """Inputs: canvas, image, plan, (15, 3) colors, (1, 1) slots."""
     render(
@@ -734,13 +734,13 @@ def run_render(outs: Any, out_shapes: Any, _a: Any, _b: Any, ins: Any, shapes: A
     )
 
 
-@cfunc(_RUN, cache=True)
+@cfunc(RUN, cache=True)
 def run_normalize(outs: Any, out_shapes: Any, _a: Any, _b: Any, ins: Any, shapes: Any, _c: Any, _d: Any) -> None:
     """Inputs: canvas, image, (2, 3) colors."""
     normalize(_volume(outs, out_shapes, 0, np.float32), _volume(ins, shapes, 1, np.uint8), _table(ins, shapes, 2))
 
 
-@cfunc(_RUN, cache=True)
+@cfunc(RUN, cache=True)
 def run_recolor(outs: Any, out_shapes: Any, _a: Any, _b: Any, ins: Any, shapes: Any, _c: Any, _d: Any) -> None:
     """Inputs: image, image, (K, 2) kinds and values, (11, 3) shift of the red channel, then weights."""
     options = _table(ins, shapes, 3)

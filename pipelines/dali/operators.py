@@ -10,6 +10,7 @@ from nvidia.dali.plugin.numba import NumbaFunction
 
 from harness.core.types import UserError
 from pipelines.dali import kernels
+from pipelines.dali.shrink import run_shrink
 
 Node = Any  # nvidia.dali.data_node.DataNode
 _TYPES = {"bytes": types.DALIDataType.UINT8, "floats": types.DALIDataType.FLOAT}
@@ -58,6 +59,11 @@ def _rows(*rows: list[float]) -> Node:
 def _image(run: Any, *tables: Node) -> Node:
     """An operator that makes an image of its first input's size."""
     return fn.reshape(_call(run, kernels.image_like_first, "bytes", *tables), layout="HWC")
+
+
+def shrink(image: Node, size: Node) -> Node:
+    """See `pipelines.dali.shrink.shrink`."""
+    return _image(run_shrink, _extent(size), image)
 
 
 def warp(image: Node, matrix: Node, size: Node, fill: list[float], replicate: bool) -> Node:
