@@ -324,7 +324,8 @@ def _clear_outside(out: Any, height: int, width: int) -> None:
         out[c, height:] = 0
 
 
-# Colour operations. Their results are those of DALI's operators to the byte (of OpenCV's, where DALI calls that).
+# Colour operations. Their results are those of DALI's operators to the byte (of OpenCV's, where DALI calls that), but
+# for a saturation or a hue half-way between two levels, which may be rounded to the other one.
 # Those that look at one channel of one pixel are tables of 256 levels, and successive tables are one.
 
 IDENTITY, BRIGHTNESS, CONTRAST, SATURATION, SHARPNESS, SOLARIZE = 0, 1, 2, 3, 4, 5
