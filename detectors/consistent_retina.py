@@ -20,7 +20,7 @@ from detectors.backbones import Depth, Norm, Pyramid, SmallBackbone, Stages
 from detectors.fam3d import Fam3d
 from detectors.large_pyramid import large_pyramid
 from detectors.matching import AnchorMatches, match_anchors
-from detectors.one_stage import STRIDES, DenseOutput, OneStage, focal_loss, one_hot
+from detectors.one_stage import STRIDES, DenseOutput, OneStage, check_groups, focal_loss, one_hot
 from detectors.padded import PaddedTargets, gather_rows
 from detectors.rpn import CANDIDATES, Anchors
 from detectors.simple_pyramid import SimplePyramid
@@ -265,7 +265,8 @@ def consistent_retina(
     Raises:
         UserError: see `build_resnet`; not five sizes, or channels that do not fall into groups.
     """
-    _check(anchor_sizes, len(STRIDES), pyramid_channels, _GROUPS)
+    _check_sizes(anchor_sizes, len(STRIDES))
+    check_groups(pyramid_channels, _GROUPS)
     pyramid, normalize, pretraining = large_pyramid(
         backbone,
         depth=depth,
@@ -323,7 +324,8 @@ def small_consistent_retina(
         UserError: a file is missing or does not fit, not three sizes, or channels that do not fall into groups.
     """
     strides = SmallBackbone.strides
-    _check(anchor_sizes, len(strides), pyramid_channels, _SMALL_GROUPS)
+    _check_sizes(anchor_sizes, len(strides))
+    check_groups(pyramid_channels, _SMALL_GROUPS)
     pyramid, normalize, pretraining = small_pyramid(
         backbone,
         weights=weights,
@@ -356,12 +358,7 @@ def _anchors(sizes: Sequence[float], strides: Sequence[int]) -> Anchors:
     return Anchors([[float(size)] for size in sizes], (1.0,), rounded=False, strides=strides)
 
 
-def _check(sizes: Sequence[float], levels: int, channels: int, groups: int) -> None:
-    """Raises UserError for another number of anchors than of levels, or channels that do not fall into groups."""
+def _check_sizes(sizes: Sequence[float], levels: int) -> None:
+    """Raises UserError for another number of anchors than of levels."""
     if len(sizes) != levels:
         raise UserError(f"detector.anchor_sizes={list(sizes)} must be {levels} numbers, one per pyramid level")
-    if channels % groups:
-        raise UserError(
-            f"detector.pyramid_channels={channels} must be a multiple of {groups}, the groups of the towers' "
-            "normalisation"
-        )

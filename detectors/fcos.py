@@ -23,6 +23,7 @@ from detectors.one_stage import (
     OneStage,
     Wanted,
     check_dense_style,
+    check_groups,
     focal_loss,
     one_hot,
 )
@@ -33,7 +34,7 @@ from detectors.small_pyramid import small_pyramid
 from detectors.timm_networks import TimmName
 from detectors.weights import Generated
 from harness.core import boxes as box_ops
-from harness.core.types import UserError, View
+from harness.core.types import View
 from harness.core.validate import Channels, File, Limits
 
 _SMALL_GROUPS = 16  # of the small FCOS's towers
@@ -263,11 +264,7 @@ def small_fcos(
     Raises:
         UserError: a file is missing or does not fit, or the pyramid's channels do not fall into groups.
     """
-    if pyramid_channels % _SMALL_GROUPS:
-        raise UserError(
-            f"detector.pyramid_channels={pyramid_channels} must be a multiple of {_SMALL_GROUPS}, the groups of the "
-            "towers' normalisation"
-        )
+    check_groups(pyramid_channels, _SMALL_GROUPS)
     pyramid, normalize, pretraining = small_pyramid(
         backbone,
         weights=weights,

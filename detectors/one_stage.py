@@ -155,6 +155,15 @@ def focal_loss(output: DenseOutput, wanted: Tensor) -> Tensor:
     return sigmoid_focal_loss(output.logits, wanted, alpha=0.25, gamma=2.0).sum(-1)
 
 
+def check_groups(channels: int, groups: int) -> None:
+    """Raises UserError for channels of a pyramid that do not fall into the groups of the towers' normalisation."""
+    if channels % groups:
+        raise UserError(
+            f"detector.pyramid_channels={channels} must be a multiple of {groups}, the groups of the towers' "
+            "normalisation"
+        )
+
+
 def check_dense_style(style: str, sizes: Sequence[float]) -> None:
     """Raises UserError for an unknown style, or not one size for each of five levels."""
     if style not in ("torchvision", "detectron"):
