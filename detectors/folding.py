@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,7 +21,8 @@ _PAIRS = {
 
 class FoldedConv(nn.Module):
     """A convolution and the constant normalisation behind it, as one convolution: the same function of the same
-    parameters in a fifth less time, as nothing of the size of a map is kept in between.
+    parameters in a fifth less time, as nothing of the size of a map is kept in between. On a CPU one with a channel per
+    group stays float32 under autocast, as its backward pass in bfloat16 takes three times as long.
 
     Args:
         conv: without bias.
@@ -31,17 +33,29 @@ class FoldedConv(nn.Module):
         super().__init__()
         self.conv, self.norm = conv, norm
         self.same = type(conv).__name__ == "Conv2dSame"  # pads as TensorFlow does, by the size of the map
+        self.thin = is_thin(conv)
 
     def forward(self, x: Tensor) -> Tensor:
         scale = self.norm.weight * (self.norm.running_var + self.norm.eps).rsqrt()
         bias = self.norm.bias - self.norm.running_mean * scale
         conv = self.conv
         weight = conv.weight * scale[:, None, None, None]
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device)
+        if autocast and self.thin and device == "cpu":
+            x, autocast = x.float(), False
         if self.same:
             x = _padded(x, conv)
         padding = (0, 0) if self.same else conv.padding
-        out: Tensor = self.norm.act(F.conv2d(x, weight, bias, conv.stride, padding, conv.dilation, conv.groups))
+        with torch.autocast(device, enabled=autocast):
+            x = F.conv2d(x, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
+        out: Tensor = self.norm.act(x)
         return out
+
+
+def is_thin(module: nn.Module) -> bool:
+    """Whether it is a convolution with one channel per group."""
+    return isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
 
 
 def _padded(x: Tensor, conv: nn.Conv2d) -> Tensor:

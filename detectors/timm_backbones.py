@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from detectors.backbones import Body, Pyramid
-from detectors.folding import folded
+from detectors.folding import FoldedConv, folded, is_thin
 from detectors.simple_pyramid import SimplePyramid
 from detectors.timm_networks import PATCH, load_timm_weights, require_any_size, timm_network
 from harness.core.types import Normalize, UserError
@@ -49,7 +49,8 @@ class TimmBackbone(Body):
         self.indices, self.strides, self.out_channels = list(indices), tuple(strides), list(channels)
         self.transformer = transformer
         self.network = folded(_frozen_norms(network)) if norm == "frozen" else network
-        self.thin = any(isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1 for m in network.modules())
+        inside = {module.conv for module in self.network.modules() if isinstance(module, FoldedConv)}
+        self.thin = any(is_thin(module) and module not in inside for module in self.network.modules())
         self.fixed = [module for module in self.network.modules() if _is_batch_norm(module)]
         if norm == "frozen_statistics":
             for module in self.fixed:
@@ -75,7 +76,8 @@ class TimmBackbone(Body):
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) to maps, finest first, of ceil(H / stride) rows.
 
-        On a CPU convolutions with one channel per group stay float32 under autocast: bfloat16 makes them slower.
+        On a CPU convolutions with one channel per group stay float32 under autocast, as bfloat16 makes them slower:
+        those that are folded each by itself, and the whole network where others have them.
         """
         with torch.autocast(
             images.device.type,

@@ -253,3 +253,15 @@ def test_a_file_of_another_network(tmp_path):
     file, _ = saved(tmp_path, "convnext_atto")
     with pytest.raises(UserError, match=r"weights\.pth.* lacks .*: choose a file of this network"):
         pyramid("resnet10t", weights=file)
+
+
+def test_bfloat16_leaves_convolutions_of_one_channel_a_group_in_float32():
+    conv, thin = nn.Conv2d(8, 8, 1, bias=False), nn.Conv2d(8, 8, 3, groups=8, bias=False)
+    kept, cast = (FoldedConv(c, timm.layers.FrozenBatchNormAct2d(8)) for c in (thin, conv))
+    x = torch.randn(2, 8, 9, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = cast(x)
+        fine = kept(rough)
+    assert rough.dtype == torch.bfloat16
+    assert fine.dtype == torch.float32
+    torch.testing.assert_close(fine, kept(rough.float()))
