@@ -98,6 +98,7 @@ STAGES = {
             "soft_teacher ema 0.998": method("soft_teacher", *LATE, "method.ema.momentum=0.998"),
         },
         (*TUNE, *FAST, f"schedule.steps={STEPS}", *RECIPE),
+        folds=(1,),
     ),
 }
 

@@ -162,6 +162,7 @@ class SuiteOptions:
     reference: bool = False
     method_overrides: dict[str, list[str]] = field(default_factory=dict)
     variants: dict[str, list[str]] | None = None
+    variant_methods: dict[str, list[Name]] | None = None
     jobs: Annotated[int, Limits(ge=1, le=1024)] | None = None
     cost: dict[str, Positive] = field(default_factory=dict)
     wait: bool | None = None

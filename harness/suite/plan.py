@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from harness.core.files import write_atomically
 from harness.core.readback import Progress
 from harness.core.record import BASELINE, read_record
 from harness.core.types import UserError
+from harness.core.validate import near
 
 
 @dataclass
@@ -78,7 +78,7 @@ def plan(cfg: DictConfig) -> list[SuiteCell]:
     """
     suite = cfg.get("suite")
     if suite is None:
-        raise UserError("no suite is chosen: say suite=quick (or smoke, shapes, bccd, coco)")
+        raise UserError("no suite is chosen: say suite=quick (or smoke, shapes, methods, raccoon, bccd, coco)")
     overrides, config_dirs = list(cfg.cli.overrides), list(cfg.cli.config_dirs)
     for override in overrides:
         key = override.split("=", 1)[0].lstrip("+~")
@@ -90,17 +90,19 @@ def plan(cfg: DictConfig) -> list[SuiteCell]:
     methods, folds = _axis(suite, "methods", str), _axis(suite, "folds", int)
     seeds = [None] if suite.get("seeds") is None else _axis(suite, "seeds", int)
     variants = _variants(suite, overrides)
-    wanted = list(product(percents, folds, seeds, methods, variants))
+    methods_of = _methods_of(suite, methods, variants)
+    every = dict.fromkeys(chain.from_iterable(methods_of.values()))
+    wanted = [cell for cell in product(percents, folds, seeds, every, variants) if cell[3] in methods_of[cell[4]]]
     if suite.get("reference"):
         wanted += [(100.0, fold, seed, BASELINE, name) for fold, seed, name in product(folds, seeds, variants)]
-    _check_named(suite, config_dirs)
+    _check_named(suite, config_dirs, variants)
     suite_dir = Path(cfg.runs_dir) / suite.name
     wanted = list(dict.fromkeys(wanted))
     special = OmegaConf.to_container(suite, resolve=True).get("method_overrides") or {}  # type: ignore[union-attr]
     extra, composed = {}, {}
     for method, variant in dict.fromkeys((method, variant) for *_, method, variant in wanted):
         of_method = [*overrides, f"method={method}", *special.get(method, [])]
-        extra[method, variant] = [*of_method, *variants[variant]]
+        extra[method, variant] = [*of_method, *variants[variant], *special.get(f"{method} {variant}", [])]
         composed[method, variant] = _composed(extra[method, variant], config_dirs, method, variant)
     protocols = {kind: str(cfg.split.protocol) for kind, cfg in composed.items()}
     if len(set(protocols.values())) > 1:
@@ -114,7 +116,8 @@ def plan(cfg: DictConfig) -> list[SuiteCell]:
         cell_cfg = _with_place(composed[method, variant], amount, share, fold, number)
         name = cell_name(cell_cfg)
         run_dir = suite_dir / name
-        cost = float((suite.get("cost") or {}).get(method, 1.0))
+        costs = suite.get("cost") or {}
+        cost = float(costs.get(f"{method} {variant}", costs.get(method, 1.0)))
         given = [*(o for o in extra[method, variant] if explain.override_key(o) != amount), *own, f"run_dir={run_dir}"]
         cell = SuiteCell(name, method, percent, fold, number, run_dir, given, cell_cfg, cost=cost, variant=variant)
         cells.append(cell)
@@ -154,6 +157,23 @@ def _variants(suite: DictConfig, suite_overrides: list[str]) -> dict[str | None,
                 raise UserError(f"{said} sets {key}, which all cells share: set it outside of suite.variants")
         found[name] = [*overrides, f"variant={name}"]
     return found or {None: []}
+
+
+def _methods_of(
+    suite: DictConfig, methods: list[str], variants: dict[str | None, list[str]]
+) -> dict[str | None, list[str]]:
+    """The methods of each variant.
+
+    Raises:
+        UserError: `suite.variant_methods` names a variant that there is not.
+    """
+    given = OmegaConf.to_container(suite, resolve=True).get("variant_methods") or {}  # type: ignore[union-attr]
+    for name in given:
+        if name not in variants:
+            known = [variant for variant in variants if variant is not None]
+            hint = near(name, known) or (f": choose of {', '.join(known)}" if known else ": suite.variants has none")
+            raise UserError(f"suite.variant_methods.{name} names no variant{hint}")
+    return {variant: given.get(variant, methods) for variant in variants}
 
 
 def _check_named_once(override: str) -> None:
@@ -208,16 +228,17 @@ def _amounts(suite: DictConfig, overrides: list[str]) -> tuple[str, list[Any]]:
     return "split.shots", _axis(suite, "shots", int)
 
 
-def _check_named(suite: DictConfig, config_dirs: list[str]) -> None:
-    """Raises UserError where `suite.cost` or `suite.method_overrides` names a method that there is not."""
+def _check_named(suite: DictConfig, config_dirs: list[str], variants: Iterable[str | None]) -> None:
+    """Raises UserError where `suite.cost` or `suite.method_overrides` names a method or a variant that there is not."""
     folders = [targets.CONF_DIR, *map(Path, config_dirs)]
     known = {file.stem for folder in folders for file in (folder / "method").glob("*.yaml")} | set(suite.methods)
+    both = {f"{method} {variant}" for method, variant in product(known, variants)}
     for key in ("cost", "method_overrides"):
-        for method in suite.get(key) or {}:
-            if method not in known:
-                near = difflib.get_close_matches(str(method), sorted(known), 1)
-                hint = f"did you mean {near[0]}?" if near else f"choose of {', '.join(sorted(known))}"
-                raise UserError(f"suite.{key}.{method} names no method: {hint}")
+        for name in suite.get(key) or {}:
+            if name not in known | both:
+                hint = near(str(name), sorted(both if " " in str(name) else known))
+                hint = hint or f": choose of {', '.join(sorted(known))}"
+                raise UserError(f"suite.{key}.{name} names no method{hint}")
 
 
 def _check_apart(cells: list[SuiteCell]) -> None:

@@ -382,7 +382,7 @@ def test_a_method_without_its_first_stage_in_the_suite(bench):
         (["suite.jobs=abc"], r"suite\.jobs=abc must be a whole number"),
         (["suite.jobs=0"], r"suite\.jobs=0 must be a whole number of at least 1"),
         (["suite.jobs=-1"], r"suite\.jobs=-1 must be"),
-        (["+suite.cost.soft_teachr=2"], r"suite\.cost\.soft_teachr names no method: did you mean soft_teacher"),
+        (["+suite.cost.soft_teachr=2"], r"suite\.cost\.soft_teachr names no method; did you mean soft_teacher"),
         (['+suite.method_overrides.xyz=["a=b"]'], r"suite\.method_overrides\.xyz names no method: choose of"),
         (["suite.name=null"], r"suite\.name=null must be a name"),
         (["devices=2"], r"2 devices cannot share the 16 images"),
@@ -397,6 +397,18 @@ def test_a_method_without_its_first_stage_in_the_suite(bench):
         ),
         (["suite.variants={a: [wide]}"], r"suite\.variants\.a.*'wide' is not of the form key=value"),
         (["suite.variants={a: [], b: ['x=[1]'], a: []}"], r"suite\.variants names a more than once"),
+        (
+            ["suite.variants={a: []}", "suite.variant_methods={zz: [stac]}"],
+            r"suite\.variant_methods\.zz names no variant: choose of a",
+        ),
+        (
+            ["suite.variant_methods={a: [stac]}"],
+            r"suite\.variant_methods\.a names no variant: suite\.variants has none",
+        ),
+        (
+            ["suite.variants={wide: []}", "+suite.cost={stac wdie: 2}"],
+            r"suite\.cost\.stac wdie names no method; did you mean stac wide",
+        ),
         (["suite.variants={../a: []}"], r"suite\.variants=\.\./a must be a name"),
         (["suite.variants={a: [schedule.steps=5]}"], r"put each override in quotes"),
     ],
@@ -440,6 +452,34 @@ def test_variants_repeat_every_cell_under_names_of_their_own():
         assert config_sha256(compose.load(one.overrides)) == config_sha256(one.cfg)
     assert config_sha256(cells[0].cfg) == config_sha256(plain[0].cfg)  # a name changes no result
     assert all(c.variant is None and "base" not in c.name for c in plain)
+
+
+def test_methods_and_settings_of_one_variant():
+    given = [
+        "suite=smoke",
+        "suite.percents=[5,10]",
+        "suite.methods=[supervised,soft_teacher]",
+    ]
+    variants = "suite.variants={base: [], fcos: ['detector=small_fcos']}"
+    of_fcos = "+suite.method_overrides={mean_teacher fcos: ['method.score=0.4']}"
+    more = [
+        "suite.variant_methods={fcos: [supervised,mean_teacher]}",
+        "++suite.cost={supervised: 1, supervised fcos: 3}",
+    ]
+    cells = plan.plan(compose.load([*given, variants, of_fcos, *more]))
+    assert [(c.method, c.variant, c.percent, c.cost) for c in cells] == [
+        (method, variant, percent, cost)
+        for percent in (5, 10)
+        for method, variant, cost in (
+            ("supervised", "base", 1),
+            ("supervised", "fcos", 3),
+            ("soft_teacher", "base", 1.9),
+            ("mean_teacher", "fcos", 1),
+        )
+    ]
+    assert [c.cfg.method.score for c in cells if c.method == "mean_teacher"] == [0.4, 0.4]
+    for one in cells:
+        assert config_sha256(compose.load(one.overrides)) == config_sha256(one.cfg)
 
 
 def test_variants_whose_folders_would_be_the_same(tmp_path):
