@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
+from harness.config import compose
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -92,11 +94,18 @@ def test_gains_are_paired_and_have_the_interval_of_paired_t(tmp_path):
     assert slow == f"| slow | 16.5 | 37.5 | 4 | 2.0 | {found.low:+.1f} to {found.high:+.1f} |"
 
 
-def test_the_protocol_of_photographs_can_be_run():
+@pytest.mark.parametrize("name", ["photographs", "tune_methods"])
+def test_every_setting_of_a_protocol_is_one_of_the_product(name):
+    its = loaded(name).STUDY
+    for stage in its.stages.values():
+        assert all(stage.baseline(setting) in stage.settings for setting in stage.settings)
+        for setting in stage.settings:
+            run = study.Run(stage, setting, stage.data[0], stage.folds[0])
+            own = (f"{override}here" if override in its.places else override for override in run.overrides())
+            compose.load([override for override in own if override != study.STAGE_1])
+
+
+def test_what_was_measured_is_known_again():
     its = loaded("photographs").STUDY
     known = study.Records(its.records)
-    for name, stage in its.stages.items():
-        for run in study.runs_of(stage):
-            assert run.stage.baseline(run.setting) in stage.settings
-            assert any(override.startswith("method=") for override in run.overrides()), name
     assert all(known.of(run) is not None for run in study.runs_of(its.stages["curve"]))
