@@ -53,7 +53,7 @@ def _load(overrides: Sequence[str], config_dirs: Sequence[str | Path]) -> DictCo
         overrides.append(f"hydra.searchpath=[{folders}]")
     try:
         cfg = _composed(overrides)
-        cfg.cli = {"overrides": list(given), "config_dirs": [str(folder) for folder in config_dirs]}
+        cfg.cli = {"overrides": list(map(_verbatim, given)), "config_dirs": [str(folder) for folder in config_dirs]}
         if cfg.cache_dir is None:
             cfg.cache_dir = str(paths.default_cache_dir())
         checks.check_values(resolved(cfg))
@@ -83,6 +83,11 @@ def _check_given(overrides: Sequence[str], config_dirs: Sequence[str | Path]) ->
         if "=" not in override and not override.startswith("~"):
             hint = f": say run_dir={override}" if Path(override).exists() or "/" in override else ""
             raise UserError(f"'{override}' is not of the form key=value{hint}")
+
+
+def _verbatim(text: str) -> str:
+    """What OmegaConf gives back as this text: an interpolation stays one, for whoever is told to compose the same."""
+    return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", text)
 
 
 def _know_old_options() -> None:

@@ -22,6 +22,7 @@ from harness.config import compose, extras
 from harness.config.identity import config_sha256, differences, identity
 from harness.config.names import cell_name
 from harness.config.paths import places, quote_path
+from harness.config.plain import resolved
 from harness.config.run import settings_of
 from harness.core import files
 from harness.core.types import Batch, UserError, Views
@@ -386,3 +387,11 @@ def test_papers_take_their_own_split_and_sampler(method: str, protocol: str, gro
 def test_stage_one_has_the_split_of_the_run(given: list[str]) -> None:
     cfg = compose.load(["method=stac", "preset=paper", *given])
     assert compose.stage_one(cfg).split == cfg.split
+
+
+@pytest.mark.parametrize("given", ["schedule.steps=${batch.labeled}", r"variant=a\${b}"])
+def test_what_was_typed_is_kept_as_it_was_typed(given):
+    cfg = compose.load(["preset=small", given])
+    assert list(cfg.cli.overrides) == resolved(cfg)["cli"]["overrides"] == ["preset=small", given]
+    again = compose.load(cfg.cli.overrides)
+    assert config_sha256(again) == config_sha256(cfg)
