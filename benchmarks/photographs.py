@@ -30,7 +30,27 @@ def method(name: str, *more: str) -> tuple[str, ...]:
 
 
 SUPERVISED = method("supervised")
-BEST = method("soft_teacher", *LATE)  # chosen by the stage `tuning`, before any run on an evaluation set
+TRIED = {
+    "stac": method("stac", STAGE_1),
+    "stac lambda 1": method("stac", STAGE_1, "method.lambda_u=1"),
+    "stac threshold 0.7": method("stac", STAGE_1, "method.offline.threshold=0.7"),
+    "stac threshold 0.7 lambda 1": method("stac", STAGE_1, "method.offline.threshold=0.7", "method.lambda_u=1"),
+    "mean_teacher": method("mean_teacher", *LATE),
+    "mean_teacher lambda 1": method("mean_teacher", *LATE, "method.lambda_u=1"),
+    "mean_teacher score 0.9": method("mean_teacher", *LATE, "method.score=0.9"),
+    "mean_teacher ema 0.998": method("mean_teacher", *LATE, "method.ema.momentum=0.998"),
+    "soft_teacher": method("soft_teacher", *LATE),
+    "soft_teacher lambda 1": method("soft_teacher", *LATE, "method.lambda_u=1"),
+    "soft_teacher score 0.9": method(
+        "soft_teacher", *LATE, "method.class_score=0.9", "method.rpn_score=0.9", "method.box_uncertainty=0.02"
+    ),
+    "soft_teacher ema 0.998": method("soft_teacher", *LATE, "method.ema.momentum=0.998"),
+}
+FINALISTS = ("stac", "mean_teacher", "soft_teacher")  # the best of each method in the stage `tuning`
+BEST = TRIED["soft_teacher"]  # after the stage `final`, before any run on an evaluation set
+KINDS = ("supervised", "best")
+AVERAGED = method("supervised", "method.ema.momentum=0.998")
+REPORTED = (PRESET, *FAST, *RECIPE)
 STAGES = {
     "curve": Stage(
         {f"{steps} steps": method("supervised", f"schedule.steps={steps}") for steps in (200, 400, 800)},
@@ -50,22 +70,44 @@ STAGES = {
     "tuning": Stage(
         {
             "supervised": SUPERVISED,
-            "stac": method("stac", STAGE_1),
-            "stac lambda 1": method("stac", STAGE_1, "method.lambda_u=1"),
-            "stac threshold 0.7": method("stac", STAGE_1, "method.offline.threshold=0.7"),
-            "stac threshold 0.7 lambda 1": method("stac", STAGE_1, "method.offline.threshold=0.7", "method.lambda_u=1"),
-            "mean_teacher": method("mean_teacher", *LATE),
-            "mean_teacher lambda 1": method("mean_teacher", *LATE, "method.lambda_u=1"),
-            "mean_teacher score 0.9": method("mean_teacher", *LATE, "method.score=0.9"),
-            "mean_teacher ema 0.998": method("mean_teacher", *LATE, "method.ema.momentum=0.998"),
-            "soft_teacher": method("soft_teacher", *LATE),
-            "soft_teacher lambda 1": method("soft_teacher", *LATE, "method.lambda_u=1"),
-            "soft_teacher score 0.9": method(
-                "soft_teacher", *LATE, "method.class_score=0.9", "method.rpn_score=0.9", "method.box_uncertainty=0.02"
-            ),
-            "soft_teacher ema 0.998": method("soft_teacher", *LATE, "method.ema.momentum=0.998"),
+            **TRIED,
         },
         (PRESET, *TUNE, *FAST, f"schedule.steps={STEPS}", *RECIPE),
+        folds=(1,),
+        data=DATA,
+    ),
+    "final": Stage(
+        {"supervised": SUPERVISED, **{name: TRIED[name] for name in FINALISTS}},
+        (PRESET, *TUNE, *FAST, f"schedule.steps={STEPS}", *RECIPE),
+        folds=(2,),
+        data=DATA,
+    ),
+    "test": Stage(
+        {"supervised": SUPERVISED, "best": BEST, "supervised, the same average": AVERAGED},
+        (*REPORTED, "split.percent=5", f"schedule.steps={STEPS}"),
+        folds=(1, 2, 3, 4, 5),
+        data=DATA,
+    ),
+    "twice": Stage(
+        {"supervised": SUPERVISED},
+        (*REPORTED, "split.percent=5", f"schedule.steps={2 * STEPS}"),
+        folds=(1, 2, 3),
+        data=DATA,
+    ),
+    "ratios": Stage(
+        {
+            f"{percent} %, {name}": (f"split.percent={percent}", *setting)
+            for percent in (2, 10, 25)
+            for name, setting in (("supervised", SUPERVISED), ("best", BEST))
+        },
+        (*REPORTED, f"schedule.steps={STEPS}"),
+        folds=(1, 2, 3),
+        data=DATA,
+        baselines={f"{percent} %, {name}": f"{percent} %, supervised" for percent in (2, 10, 25) for name in KINDS},
+    ),
+    "all": Stage(
+        {"supervised": SUPERVISED, "best, with pictures of coco_tiny": (*BEST, "data.unlabeled_images=")},
+        (*REPORTED, "split.protocol=full", f"schedule.steps={STEPS}"),
         folds=(1,),
         data=DATA,
     ),
