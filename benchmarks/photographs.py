@@ -46,8 +46,8 @@ TRIED = {
     ),
     "soft_teacher ema 0.998": method("soft_teacher", *LATE, "method.ema.momentum=0.998"),
 }
-FINALISTS = ("stac", "mean_teacher", "soft_teacher")  # the best of each method in the stage `tuning`
-BEST = TRIED["soft_teacher"]  # after the stage `final`, before any run on an evaluation set
+FINALISTS = ("stac threshold 0.7", "mean_teacher lambda 1", "soft_teacher score 0.9")  # of each method, after `tuning`
+BEST = TRIED["mean_teacher lambda 1"]  # after the stage `final`, before any run on an evaluation set
 KINDS = ("supervised", "best")
 AVERAGED = method("supervised", "method.ema.momentum=0.998")
 REPORTED = (PRESET, *FAST, *RECIPE)
