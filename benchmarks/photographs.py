@@ -49,7 +49,6 @@ TRIED = {
 FINALISTS = ("stac threshold 0.7", "mean_teacher lambda 1", "soft_teacher score 0.9")  # of each method, after `tuning`
 BEST = TRIED["mean_teacher lambda 1"]  # after the stage `final`, before any run on an evaluation set
 KINDS = ("supervised", "best")
-AVERAGED = method("supervised", "method.ema.momentum=0.998")
 REPORTED = (PRESET, *FAST, *RECIPE)
 STAGES = {
     "curve": Stage(
@@ -83,7 +82,7 @@ STAGES = {
         data=DATA,
     ),
     "test": Stage(
-        {"supervised": SUPERVISED, "best": BEST, "supervised, the same average": AVERAGED},
+        {"supervised": SUPERVISED, "best": BEST},
         (*REPORTED, "split.percent=5", f"schedule.steps={STEPS}"),
         folds=(1, 2, 3, 4, 5),
         data=DATA,
