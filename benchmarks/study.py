@@ -1,8 +1,11 @@
 """Runs of a protocol that was written down beforehand: what is missing is run, and every record is kept.
 
 A study is some stages, a stage is some settings on some datasets and folds, and each of these is `ssodbench train` with
-the overrides of the setting. What has a record in the study's folder, in this stage or another, is not run again; a run
-that was cut off continues. After every run the stage's records are written anew. `main` is the command line of a study.
+the overrides of the setting. What has a record in the study's folder, under its name in this stage or by the same
+overrides in another, is not run again; a run that was cut off continues. After every run the stage's records are
+written anew. `main` is the command line of a study.
+
+A setting says every value that a preset may come to change, so that the study can be run again after it has.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ PLACES = ("data.root=", "run_dir=", "logging.", "checkpointing.", STAGE_1, "data
 class Stage:
     """Settings, each run on every dataset and fold; gains are over the first, or over that of `baselines`."""
 
+    name: str
     settings: Mapping[str, tuple[str, ...]]
     common: tuple[str, ...] = ()
     folds: tuple[int, ...] = (1, 2)
@@ -59,6 +63,15 @@ class Run:
         """What it is; of places only that there are some."""
         own = self.stage.settings[self.setting]
         return (f"data={self.data}", f"split.fold={self.fold}", *self.stage.common, *own)
+
+    def check(self, record: Mapping[str, Any]) -> None:
+        """A record of its name may lack values that the setting says now; those it has are the same."""
+        wanted, was = (dict(one.split("=", 1) for one in them) for them in (what(self.overrides()), given(record)))
+        if other := sorted(key for key in wanted if was.get(key, wanted[key]) != wanted[key]):
+            raise ValueError(
+                f"{self.setting!r} of the stage {self.stage.name} was run with other values of {', '.join(other)};"
+                " call the setting otherwise"
+            )
 
     def first(self) -> Run:
         """That of the stage's first setting on the same data and fold."""
@@ -87,6 +100,11 @@ def what(overrides: Iterable[str]) -> frozenset[str]:
     return frozenset(override for override in overrides if not override.startswith(PLACES))
 
 
+def given(record: Mapping[str, Any]) -> frozenset[str]:
+    """The overrides by which a record's training is known again."""
+    return what(shlex.split(record["command"])[2:])
+
+
 def runs_of(stage: Stage) -> Iterator[Run]:
     """The runs of a stage: the first setting, then the others fold by fold, so that a cut leaves whole comparisons."""
     first, *others = stage.settings
@@ -96,24 +114,40 @@ def runs_of(stage: Stage) -> Iterator[Run]:
                 yield from (Run(stage, setting, data, fold) for setting in settings)
 
 
+@dataclass(frozen=True)
+class Study:
+    """Stages, where their records lie, and the folders that they need within the folder of data."""
+
+    stages: Sequence[Stage]
+    records: Path
+    places: Mapping[str, str] = field(default_factory=dict)  # `KEY=` or, of a dataset, `data.root=DATA` -> folder
+
+
 class Records:
     """What has been run: the records of every stage of a study, by what makes a training.
 
-    Args:
-        folder: has a folder for each stage, with `records.jsonl`.
+    Raises:
+        ValueError: if the record of a setting's name was given other values.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.lock = folder, Lock()
-        self.found: dict[frozenset[str], dict[str, Any]] = {}
-        for path in sorted(folder.glob("*/records.jsonl")):
+    def __init__(self, study: Study) -> None:
+        self.folder, self.lock = study.records, Lock()
+        self.known: dict[frozenset[str], dict[str, Any]] = {}
+        named = {}
+        for path in sorted(self.folder.glob("*/records.jsonl")):
             for line in path.read_text().splitlines():
                 record = json.loads(line)
-                self.found[what(shlex.split(record["command"])[2:])] = record
+                named[path.parent.name, record["variant"], record["dataset"], record["fold"]] = record
+                self.known[given(record)] = record
+        for stage in study.stages:
+            for run in runs_of(stage):
+                if record := named.get((stage.name, run.setting, run.data, run.fold)):
+                    run.check(record)
+                    self.known[what(run.overrides())] = record
 
     def of(self, run: Run) -> dict[str, Any] | None:
         """The record of a finished run, or None."""
-        return self.found.get(what(run.overrides()))
+        return self.known.get(what(run.overrides()))
 
     def take(self, run: Run, folder: Path) -> dict[str, Any] | None:
         """The record of a run out of its folder, which is kept; None if it has not finished."""
@@ -121,10 +155,10 @@ class Records:
         record = json.loads(path.read_text()) if path.exists() else None
         if record is None or record["status"] != "ok":
             return None
-        self.found[what(run.overrides())] = record
+        self.known[what(run.overrides())] = record
         return dict(record)
 
-    def write(self, name: str, stage: Stage, shown: Mapping[Path, str]) -> None:
+    def write(self, stage: Stage, shown: Mapping[Path, str]) -> None:
         """Writes a stage's records: the setting is the variant, and for this machine's folders stand words."""
         with self.lock:
             there = [(run, record) for run in runs_of(stage) if (record := self.of(run)) is not None]
@@ -133,20 +167,11 @@ class Records:
             )
             for path, word in shown.items():
                 text = text.replace(str(path), word)
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
-            write_atomically(self.folder / name / "records.jsonl", text.encode())
+            (self.folder / stage.name).mkdir(parents=True, exist_ok=True)
+            write_atomically(self.folder / stage.name / "records.jsonl", text.encode())
 
 
-@dataclass(frozen=True)
-class Study:
-    """Stages by name, where their records lie, and the folders that they need within the folder of data."""
-
-    stages: Mapping[str, Stage]
-    records: Path
-    places: Mapping[str, str] = field(default_factory=dict)  # `KEY=` or, of a dataset, `data.root=DATA` -> folder
-
-
-def train(study: Study, name: str, run: Run, records: Records, data: Path, runs: Path) -> None:
+def train(study: Study, run: Run, records: Records, data: Path, runs: Path) -> None:
     """Trains what is missing, and writes the stage's records anew."""
     folder = run.folder(runs)
     # A network that others begin with has to be there, not its record alone.
@@ -162,8 +187,8 @@ def train(study: Study, name: str, run: Run, records: Records, data: Path, runs:
                 subprocess.run(run.command(runs, places), stdout=out, stderr=out, check=False)
         record = records.take(run, folder)
         result = f"FAILED, see {folder / 'output.txt'}" if record is None else f"{record['ap']:.1f}"
-        print(f"{name}: {run.data} fold {run.fold}, {run.setting}: {result}", flush=True)
-    records.write(name, run.stage, {runs: "RUNS", data: "DATA"})
+        print(f"{run.stage.name}: {run.data} fold {run.fold}, {run.setting}: {result}", flush=True)
+    records.write(run.stage, {runs: "RUNS", data: "DATA"})
 
 
 def table(stage: Stage, records: Records) -> str:
@@ -204,19 +229,20 @@ def main(study: Study, about: str | None) -> None:
         about: what `--help` says.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="+", choices=study.stages, metavar="STAGE", help=", ".join(study.stages))
+    stages = {stage.name: stage for stage in study.stages}
+    parser.add_argument("stages", nargs="+", choices=stages, metavar="STAGE", help=", ".join(stages))
     parser.add_argument("--runs", type=Path, help="folder for the runs")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder that holds the datasets")
     parser.add_argument("--workers", type=int, default=2, help="runs at the same time, of one thread each")
     parser.add_argument("--table", action="store_true", help="print the table of what is there, run nothing")
     options = parser.parse_args()
-    records = Records(study.records)
+    records = Records(study)
     if not options.table:
         if options.runs is None:
             parser.error("--runs is needed, or --table")
         folders = options.data.resolve(), options.runs.resolve()
         with ThreadPoolExecutor(options.workers) as pool:
-            wanted = [(name, run) for name in options.stages for run in runs_of(study.stages[name])]
-            list(pool.map(lambda one: train(study, *one, records, *folders), wanted))
+            wanted = [run for name in options.stages for run in runs_of(stages[name])]
+            list(pool.map(lambda run: train(study, run, records, *folders), wanted))
     for name in options.stages:
-        print(f"\n{name}\n{table(study.stages[name], records)}")
+        print(f"\n{name}\n{table(stages[name], records)}")
