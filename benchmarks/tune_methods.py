@@ -4,7 +4,8 @@ docs/methods.md says what was chosen, `study.py` how it runs.
     python benchmarks/tune_methods.py STAGE... --runs DIR [--workers 2]
     python benchmarks/tune_methods.py STAGE... --table
 
-A stage for each detector: supervised training first, then Mean Teacher and the methods that this detector is for.
+A stage for each detector: supervised training first, then Mean Teacher and the methods that this detector is for. The
+stage `dense_teacher` came after them and chose nothing: it switches parts of Dense Teacher off.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ MEAN_TEACHER = {  # on a detector whose classes score lower than those of Faster
     "mean_teacher, score 0.5": {"score": 0.5},
     "mean_teacher, classes": {"adaptive": "{share: 0.5, images: 512}"},
 }
+DENSE = {"class_weight": 1}
 
 
 def stage(name: str, detector: str, settings: dict[str, dict[str, Any]]) -> Stage:
@@ -77,6 +79,19 @@ STAGES = (
             "consistent_teacher, lambda 1": {"lambda_u": 1},
             "consistent_teacher, rise 0.3": {"rise": 0.3},
             "consistent_teacher, queue 400": {"queue": 400},
+        },
+    ),
+    stage(
+        "dense_teacher",
+        "small_fcos_iou",
+        {
+            "dense_teacher": DENSE,
+            "dense_teacher, nothing": {**DENSE, "lambda_u": 0},
+            "dense_teacher, class alone": {**DENSE, "box_weight": 0, "quality_weight": 0},
+            "dense_teacher, no class": {"class_weight": 0},
+            "dense_teacher, no quality": {**DENSE, "quality_weight": 0},
+            "mean_teacher": {"score": 0.5},
+            "mean_teacher, its views": {"score": 0.5, "augment": "small_shared"},
         },
     ),
 )
