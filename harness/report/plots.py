@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,10 @@ _KNOWN = {
     "mean_teacher": ("#009e73", "v"),
     "dense_teacher": ("#8f5fbf", "<"),
     "arsl": ("#a50026", ">"),
+    "mixpl": ("#8c6d31", "*"),
+    "consistent_teacher": ("#56b4e9", "X"),
 }
-_OTHERS = (("#e69f00", "P"), ("#56b4e9", "X"), ("#8c6d31", "*"))
+_OTHERS = (("#e69f00", "P"), ("#882255", "p"), ("#44aa99", "h"))
 Curves = dict[Path | None, list[Line]]  # run folder -> lines of its metrics.jsonl
 _STYLES = ("-", "--", ":", "-.")
 _INK, _PAPER, _GRID, _EDGE = "#1f2329", "#fffffe", "#e4e4e4", "#8a8a8a"
@@ -49,6 +51,8 @@ _DARK = {
     "#8f5fbf": "#b794f6",
     "#a50026": "#ff6b7f",
     "#e69f00": "#f0b429",
+    "#882255": "#d96fa8",
+    "#44aa99": "#5fd0bd",
     "#56b4e9": "#7cc7f2",
     "#8c6d31": "#c9a227",
 }
@@ -91,7 +95,7 @@ def draw(section: Section, problems: list[str] | None = None) -> dict[str, str]:
             if problems is not None and metrics.problem:
                 problems.append(metrics.problem)
     figures = {
-        "ap_by_ratio": _ap_by_ratio(section),
+        "ap_by_ratio": ap_by_ratio([section]),
         "learning_curves": _learning_curves(section, curves),
         "pseudo_labels": _pseudo_labels(section, curves),
     }
@@ -138,45 +142,56 @@ def _for_both_schemes(svg: str) -> str:
     return svg[:head] + style + svg[head:]
 
 
-def _ap_by_ratio(section: Section) -> str | None:
-    """Mean AP with its standard deviation against the percentage of labels; every run as a dot."""
-    percents = [percent for percent in section.percents if percent != UNKNOWN_SHARE]
-    rows = [row for row in section.rows if any(row.cells[percent].n for percent in percents)]
-    if not rows:
+def ap_by_ratio(sections: Sequence[Section]) -> str | None:
+    """Mean AP with its standard deviation against the percentage of labels, every run as a dot; a panel for each table.
+
+    None where no table has a run of a known share of labels.
+    """
+    found = [(section, [percent for percent in section.percents if percent != UNKNOWN_SHARE]) for section in sections]
+    shown = [(s, percents) for s, percents in found if any(row.cells[p].n for row in s.rows for p in percents)]
+    if not shown:
         return None
-    looks = look(section.rows)
+    width = 6.4 if len(shown) == 1 else 2.0 + 3.1 * len(shown)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-        axes = figure.subplots()
-        count = len(rows)
-        for number, row in enumerate(rows):
-            colour, marker = looks[row.label]
-            cells = [row.cells[percent] for percent in percents if row.cells[percent].n]
-            # Rows stand a little beside each other, so that their spreads do not hide one another.
-            x = [cell.percent * 1.035 ** (number - (count - 1) / 2) for cell in cells]
-            means = [cell.mean("ap") or 0.0 for cell in cells]
-            spreads = [cell.std("ap") or 0.0 for cell in cells]
-            axes.errorbar(
-                x, means, spreads, color=colour, marker=marker, markersize=6, capsize=3, lw=1.6, label=_label(row)
-            )
-            for at, cell in zip(x, cells, strict=True):
-                if cell.n > 1:
-                    dots = [run.record.ap for run in cell.runs if run.record.ap is not None]
-                    axes.scatter([at] * len(dots), dots, s=9, color=colour, alpha=0.45, linewidths=0)
-        for row in section.reference:
-            for cell in row.cells.values():
-                if (mean := cell.mean("ap")) is not None:
-                    axes.axhline(mean, color="#4d4d4d", lw=1.2, ls=(0, (5, 3)), label=f"{_label(row)}, all labels")
-        axes.set_xscale("log")
-        axes.set_xticks(percents, [figure_label(section.column(percent)) for percent in percents])
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlim(percents[0] / 1.4, percents[-1] * 1.4)
-        axes.set_ylim(0, 1.04 * axes.get_ylim()[1])  # room for the highest marker
-        axes.set_xlabel("labelled images")
-        axes.set_ylabel("AP (COCO, 0.50:0.95)")
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        figure = Figure(figsize=(width, 4.0), layout="constrained")
+        panels = figure.subplots(1, len(shown), squeeze=False, sharey=True)[0]
+        for axes, (section, percents) in zip(panels, shown, strict=True):
+            _ratio_panel(axes, section, percents)
+            if len(shown) > 1:
+                axes.set_title(figure_label(section.detector))
+        panels[0].set_ylabel("AP (COCO, 0.50:0.95)")
+        panels[0].set_ylim(0, 1.04 * panels[0].get_ylim()[1])  # room for the highest marker
+        _legend(figure, panels)
         return as_svg(figure)
+
+
+def _ratio_panel(axes: Axes, section: Section, percents: Sequence[float]) -> None:
+    looks = look(section.rows)
+    rows = [row for row in section.rows if any(row.cells[percent].n for percent in percents)]
+    for number, row in enumerate(rows):
+        colour, marker = looks[row.label]
+        cells = [row.cells[percent] for percent in percents if row.cells[percent].n]
+        # Rows stand a little beside each other, so that their spreads do not hide one another.
+        x = [cell.percent * 1.035 ** (number - (len(rows) - 1) / 2) for cell in cells]
+        means = [cell.mean("ap") or 0.0 for cell in cells]
+        spreads = [cell.std("ap") or 0.0 for cell in cells]
+        axes.errorbar(
+            x, means, spreads, color=colour, marker=marker, markersize=6, capsize=3, lw=1.6, label=_label(row)
+        )
+        for at, cell in zip(x, cells, strict=True):
+            if cell.n > 1:
+                dots = [run.record.ap for run in cell.runs if run.record.ap is not None]
+                axes.scatter([at] * len(dots), dots, s=9, color=colour, alpha=0.45, linewidths=0)
+    for row in section.reference:
+        for cell in row.cells.values():
+            if (mean := cell.mean("ap")) is not None:
+                axes.axhline(mean, color="#4d4d4d", lw=1.2, ls=(0, (5, 3)), label=f"{_label(row)}, all labels")
+    axes.set_xscale("log")
+    axes.set_xticks(percents, [figure_label(section.column(percent)) for percent in percents])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlim(percents[0] / 1.4, percents[-1] * 1.4)
+    axes.set_xlabel("labelled images")
 
 
 # How compute is counted: axis label -> (value of a cost, whether it is on that front).

@@ -29,6 +29,7 @@ from harness.report import numbers, plots, stage_bars
 from harness.report import text as formatting
 from harness.report.comparison import shown_labels
 from harness.report.numbers import COSTS, PSEUDO, SCORES
+from harness.report.overview import overviews
 from harness.report.parts import Part, part_of
 from harness.report.tables import Cell, Row, load, method_label
 from harness.report.text import cell_text
@@ -67,8 +68,10 @@ def run(
     lines = published(problems) if on_coco else []
     profiles = stage_bars.read(folder, problems)
     problems = list(dict.fromkeys(problems))
+    beside = overviews(sections)
     published_plot = plots.published_against_ours(on_coco, lines) if lines else None
     content = {
+        "overviews": beside,
         "parts": parts,
         "published": lines,
         "published_plot": published_plot,
@@ -89,6 +92,9 @@ def run(
         for part in parts:
             for name, svg in part.section.plots.items():
                 write_atomically(out / f"{part.number}_{name}.svg", svg.encode())
+        for overview in beside:
+            if overview.plot is not None:
+                write_atomically(out / f"detectors_{overview.number}.svg", overview.plot.encode())
         if published_plot is not None:
             write_atomically(out / "published.svg", published_plot.encode())
     except OSError as error:

@@ -37,8 +37,10 @@ _ORDER = (
     "mean_teacher",
     "dense_teacher",
     "arsl",
+    "mixpl",
+    "consistent_teacher",
 )  # then others, by name
-_LABELS = {"stac": "STAC", "arsl": "ARSL"}
+_LABELS = {"stac": "STAC", "arsl": "ARSL", "mixpl": "MixPL", "consistent_teacher": "Consistent-Teacher"}
 _EVALUATED_ON = {
     "holdout": ", evaluated on held-out training images",
     "tune": ", evaluated on the images that settings are chosen on",
@@ -147,6 +149,7 @@ class Row:
     cells: dict[float, Cell]
     labeller: str | None = None  # who made its pseudo labels, where they are of a file
     named: str = ""  # the suite's variant that it is; `variant` is then what it has that others of this name have not
+    only_variant: bool = False  # whether every row of its table is of that variant, which the title says then
 
     @property
     def configuration(self) -> str:
@@ -158,7 +161,8 @@ class Row:
         """The method's name, with what is particular about its configuration."""
         borrows = any(borrows_stage_one(run.record) for cell in self.cells.values() for run in cell.runs)
         labels = f"labels by {self.labeller}" if self.labeller else ""
-        notes = [labels, self.configuration, "stage 1: the suite's baseline" if borrows else ""]
+        own = self.variant if self.only_variant else self.configuration
+        notes = [labels, own, "stage 1: the suite's baseline" if borrows else ""]
         shown = ", ".join(note for note in notes if note)
         return method_label(self.method) + (f" ({shown})" if shown else "")
 
@@ -189,11 +193,22 @@ class Section:
         return [run for row in [*self.rows, *self.reference] for cell in row.cells.values() for run in cell.missing]
 
     @property
-    def title(self) -> str:
+    def place(self) -> str:
         """Dataset, protocol and suite."""
         suite = f"suite {self.keys['suite']}" if self.keys["suite"] else "single runs"
         text = f"{self.keys['dataset']}, split protocol {self.keys['protocol']}, {suite}"
         return text + _EVALUATED_ON.get(self.keys["evaluated_on"], "")
+
+    @property
+    def title(self) -> str:
+        """Its place and its detector."""
+        return f"{self.place}, detector {self.detector}"
+
+    @property
+    def detector(self) -> str:
+        """Its detector, and in brackets the suite's variant if all rows are of one."""
+        variants = {row.named for row in self.rows if row.only_variant}
+        return " ".join([str(self.keys["detector"]), *(f"({name})" for name in variants)])
 
     @property
     def by_shots(self) -> bool:
@@ -280,6 +295,9 @@ def _section(runs: list[Run]) -> Section:
                 rows.append(row)
             if extra.cells:
                 reference.append(extra)
+    names = {named for _, _, named in kinds}
+    for row in [*rows, *reference]:
+        row.only_variant = len(names) == 1 and names != {""}
     keys = {key: getattr(runs[0].record, key) for key in TABLE_KEYS}
     return Section(keys, rows, columns, reference)
 

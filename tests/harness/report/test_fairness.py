@@ -35,7 +35,8 @@ def test_evaluation_on_held_out_images_is_told_and_stands_alone(tmp_path: Path) 
     texts = _texts(tmp_path)
     titles = [table["title"] for table in json.loads(texts[".json"])["tables"]]
     usual = "shapes, split protocol soft_teacher, suite quick"
-    assert titles == [usual, f"{usual}, evaluated on held-out training images"]
+    held = f"{usual}, evaluated on held-out training images"
+    assert titles == [f"{usual}, detector small", f"{held}, detector small"]
     for form in (".html", ".md"):
         assert titles[1] in texts[form]
         assert texts[form].count("30 images, taken from the labelled ones by split.holdout, sha256 cccccccccc") == 1
