@@ -22,6 +22,8 @@ from harness.config.plain import resolved
 from harness.core import files
 from harness.core.types import UserError
 
+# Mappings whose keys are the user's: Hydra would take new ones only where there is none yet.
+_OPEN = ("suite.method_overrides", "suite.variants", "suite.variant_methods", "suite.cost")
 # Detectors whose YAML says their name as it is.
 _SMALL = ("small", "small_retinanet", "small_fcos", "small_fcos_iou", "small_consistent_retina")
 
@@ -48,6 +50,8 @@ def _load(overrides: Sequence[str], config_dirs: Sequence[str | Path]) -> DictCo
     layouts.check_option(overrides, config_dirs)
     given = list(overrides)
     overrides = [paths.quote_path(moved.override(o)) for o in overrides]
+    if any(explain.override_key(o) == "suite" for o in overrides):
+        overrides = list(map(_opened, overrides))
     if config_dirs:
         folders = ", ".join(paths.quote(f"file://{os.path.realpath(folder)}") for folder in config_dirs)
         overrides.append(f"hydra.searchpath=[{folders}]")
@@ -81,8 +85,19 @@ def _check_given(overrides: Sequence[str], config_dirs: Sequence[str | Path]) ->
             )
     for override in overrides:
         if "=" not in override and not override.startswith("~"):
-            hint = f": say run_dir={override}" if Path(override).exists() or "/" in override else ""
+            hint = (
+                f": say run_dir={override}, or runs_dir={override} for the records of several runs"
+                if Path(override).exists() or "/" in override
+                else ""
+            )
             raise UserError(f"'{override}' is not of the form key=value{hint}")
+
+
+def _opened(override: str) -> str:
+    """An override of such a mapping as one that may add to it."""
+    within = explain.override_key(override).startswith(tuple(f"{key}." for key in _OPEN))
+    plain = override[:1] not in ("+", "~")
+    return f"++{override}" if plain and (within or explain.override_key(override) in _OPEN) else override
 
 
 def _verbatim(text: str) -> str:

@@ -454,6 +454,21 @@ def test_variants_repeat_every_cell_under_names_of_their_own():
     assert all(c.variant is None and "base" not in c.name for c in plain)
 
 
+@pytest.mark.parametrize(
+    "given", ["suite.method_overrides={stac: ['seed=3']}", "suite.method_overrides.stac=['seed=3']"]
+)
+def test_settings_of_a_method_are_added_to_those_of_the_suite(given):
+    found = compose.load(["suite=methods", given]).suite.method_overrides
+    usual = compose.load(["suite=methods"]).suite.method_overrides
+    assert dict(found) == {**usual, "stac": ["seed=3"]}
+    assert len(usual) > 0
+
+
+def test_keys_of_a_suite_need_a_suite():
+    with pytest.raises(UserError, match=r"the key suite\.cost is not known"):
+        compose.load(["suite.cost={stac: 3}"])
+
+
 def test_methods_and_settings_of_one_variant():
     given = [
         "suite=smoke",
@@ -461,10 +476,10 @@ def test_methods_and_settings_of_one_variant():
         "suite.methods=[supervised,soft_teacher]",
     ]
     variants = "suite.variants={base: [], fcos: ['detector=small_fcos']}"
-    of_fcos = "+suite.method_overrides={mean_teacher fcos: ['method.score=0.4']}"
+    of_fcos = "suite.method_overrides={mean_teacher fcos: ['method.score=0.4']}"
     more = [
         "suite.variant_methods={fcos: [supervised,mean_teacher]}",
-        "++suite.cost={supervised: 1, supervised fcos: 3}",
+        "suite.cost={supervised: 1, supervised fcos: 3}",
     ]
     cells = plan.plan(compose.load([*given, variants, of_fcos, *more]))
     assert [(c.method, c.variant, c.percent, c.cost) for c in cells] == [
