@@ -30,15 +30,16 @@ MEAN_TEACHER = {  # on a detector whose classes score lower than those of Faster
     "mean_teacher, classes": {"adaptive": "{share: 0.5, images: 512}"},
 }
 DENSE = {"class_weight": 1}
+UNZOOMED = {"augment": "small_shared", "augment.views.weak.zoom": "null", "augment.views.strong.zoom": "null"}
 
 
 def stage(name: str, detector: str, settings: dict[str, dict[str, Any]]) -> Stage:
-    """The stage of one detector; settings are `METHOD[, words]` -> values of the method's keys."""
+    """The stage of one detector; settings are `METHOD[, words]` -> values of the method's keys, or of those of others."""
     rows = {}
     for words, own in {"supervised": {}, **settings}.items():
         method = words.partition(",")[0]
         values = {**BEFORE.get(method, {}), **own}
-        keys = (f"method.{key}={value}" for key, value in values.items())
+        keys = (f"{'' if key.startswith('augment.') else 'method.'}{key}={value}" for key, value in values.items())
         rows[words] = (f"method={method}", f"detector={detector}", *keys)
     return Stage(name, rows, COMMON, folds=(1,))
 
@@ -92,6 +93,11 @@ STAGES = (
             "dense_teacher, no quality": {**DENSE, "quality_weight": 0},
             "mean_teacher": {"score": 0.5},
             "mean_teacher, its views": {"score": 0.5, "augment": "small_shared"},
+            "mean_teacher, its views without zoom": {"score": 0.5, **UNZOOMED},
+            "dense_teacher, without zoom": {**DENSE, **UNZOOMED},
+            "dense_teacher, class alone, without zoom": {**DENSE, "box_weight": 0, "quality_weight": 0, **UNZOOMED},
+            "arsl": {"rise": 0.3},
+            "arsl, without zoom": {"rise": 0.3, **UNZOOMED},
         },
     ),
 )

@@ -15,7 +15,7 @@ from harness.core.escape import figure_label
 from harness.core.files import read_bytes
 from harness.engine.profile import ratio_text
 from harness.engine.sweep import line_of
-from harness.report.plots import STYLE, as_svg
+from harness.report.figures import STYLE, as_svg
 
 # The loader's stages, then the teacher's, the student's, and what the optimiser needs, each kind in hues of its own.
 _COLOURS = {

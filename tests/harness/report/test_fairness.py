@@ -14,7 +14,7 @@ from rich.console import Console
 
 from harness.config import compose
 from harness.config.names import cell_name
-from harness.report import plots, report, tables
+from harness.report import figures, plots, report, tables
 from tests.harness.report.test_report import make
 
 SEEN = "which may have seen these images, their labels or the evaluation images; what it cost is not counted"
@@ -92,9 +92,9 @@ def test_two_labellers_never_share_a_row(foreign: Path) -> None:
     assert list(rows) == ["Supervised", "STAC", "STAC (labels by OWL)", "STAC (labels by a & b)"]
     assert [cell.n for cell in rows.values()] == [3] * 4
     assert [cell.mean("ap") for cell in rows.values()] == pytest.approx([42.0, 44.2, 62.0, 72.0])
-    looks = plots.look(section.rows)
+    looks = figures.look(section.rows)
     assert len(set(looks.values())) == 4
-    assert looks["STAC"] == plots.look(section.rows[:2])["STAC"]
+    assert looks["STAC"] == figures.look(section.rows[:2])["STAC"]
 
 
 def test_labels_of_somebody_else_are_told_beside_the_numbers(foreign: Path) -> None:

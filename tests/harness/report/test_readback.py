@@ -26,7 +26,7 @@ from harness.core.escape import never_refuse
 from harness.core.record import write_record
 from harness.core.types import RunRecord, UserError
 from harness.engine.log import RunLog, cut_lines
-from harness.report import plots, report, tables
+from harness.report import curves, plots, report, tables
 from harness.suite import plan
 
 FILES = ("runs/quick/a/record.json", "runs/quick/b/record.json", "runs/quick/b/metrics.jsonl", "runs/quick/suite.json")
@@ -129,7 +129,8 @@ def test_no_damage_stops_a_report(
     healthy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: st.DataObject, name: str
 ) -> None:
     """Figures are made, but not rendered, which takes most of the time; see the next test."""
-    monkeypatch.setattr(plots, "as_svg", lambda _: "<svg/>")
+    for module in (curves, plots):
+        monkeypatch.setattr(module, "as_svg", lambda _: "<svg/>")
     content = (healthy / name).read_bytes()
     folder = tmp_path / "work"
     if not folder.exists():

@@ -12,10 +12,11 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from harness.config.targets import CONF_DIR
 from harness.core.readback import read_metrics
 from harness.core.record import write_record
 from harness.core.types import RunRecord, UserError
-from harness.report import plots, report, tables
+from harness.report import curves, figures, plots, report, tables
 from harness.report import text as formatting
 
 
@@ -286,11 +287,11 @@ def write_curves(run_dir):
 def test_curves_are_read_from_metrics(tmp_path):
     write_curves(tmp_path)
     lines = read_metrics(tmp_path).lines
-    assert plots.eval_curve(lines, "teacher").to_dict() == dict.fromkeys(range(10, 101, 10), 2.0)
-    assert plots.loss_curve(lines)[10] == 10.0
-    assert plots.pseudo_curves(lines, "precision")["box"][100] == 0.99
-    assert set(plots.pseudo_curves(lines, "precision")) == {"box"}  # no label, no precision
-    assert plots.pseudo_curves(lines, "recall")["rpn"][100] == 0.0
+    assert curves.eval_curve(lines, "teacher").to_dict() == dict.fromkeys(range(10, 101, 10), 2.0)
+    assert curves.loss_curve(lines)[10] == 10.0
+    assert curves.pseudo_curves(lines, "precision")["box"][100] == 0.99
+    assert set(curves.pseudo_curves(lines, "precision")) == {"box"}  # no label, no precision
+    assert curves.pseudo_curves(lines, "recall")["rpn"][100] == 0.0
 
 
 def test_figures_are_the_same_for_the_same_records(runs):
@@ -303,9 +304,17 @@ def test_figures_are_the_same_for_the_same_records(runs):
 
 def test_methods_keep_their_colour():
     rows = [tables.Row(name, "", {}) for name in ("supervised", "soft_teacher", "mine", "other")]
-    looks = plots.look(rows)
-    assert looks["Soft Teacher"] == plots.look(rows[1:])["Soft Teacher"]
+    looks = figures.look(rows)
+    assert looks["Soft Teacher"] == figures.look(rows[1:])["Soft Teacher"]
     assert len(set(looks.values())) == 4
+
+
+def test_every_method_of_ours_has_a_colour_and_a_marker_of_its_own():
+    rows = [tables.Row(path.stem, "", {}) for path in (CONF_DIR / "method").glob("*.yaml")]
+    alone = [figures.look([row])[row.label] for row in rows]
+    assert list(figures.look(rows).values()) == alone
+    for part in zip(*alone, strict=True):
+        assert len(set(part)) == len(rows)
 
 
 def test_console_tables(runs):
