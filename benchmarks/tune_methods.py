@@ -34,7 +34,7 @@ UNZOOMED = {"augment": "small_shared", "augment.views.weak.zoom": "null", "augme
 
 
 def stage(name: str, detector: str, settings: dict[str, dict[str, Any]]) -> Stage:
-    """The stage of one detector; settings are `METHOD[, words]` -> values of keys, of the method where they are not of views."""
+    """The stage of one detector; settings are `METHOD[, words]` -> values, of the method's keys or of `augment`."""
     rows = {}
     for words, own in {"supervised": {}, **settings}.items():
         method = words.partition(",")[0]
