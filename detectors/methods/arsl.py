@@ -20,8 +20,9 @@ from detectors.methods.method import EmaKeys, Losses, mean_count
 from detectors.one_stage import ClassLoss, DenseOutput, DenseTargets, Wanted
 from detectors.padded import PaddedTargets, gather_rows
 from harness.core import boxes as box_ops
+from harness.core.steps import StepsOrPart
 from harness.core.types import UserError, View
-from harness.core.validate import Limits, NotNegative, Share, Weight
+from harness.core.validate import Limits, Share, Weight
 
 FEWEST = 10  # positive cells of an image in which none is above the threshold
 
@@ -71,9 +72,9 @@ class Arsl(DenseMethod):
         ema: EmaKeys,
         reported: Literal["student", "teacher"] = "teacher",
         lambda_u: Weight = 1.0,
-        burn_in: NotNegative = 30_000,
+        burn_in: StepsOrPart = 30_000,
         average_burn_in: bool = False,
-        rise: NotNegative | None = 2000,
+        rise: StepsOrPart | None = 2000,
         class_weight: Weight = 2.0,
         box_weight: Weight = 2.0,
         quality_weight: Weight = 0.5,

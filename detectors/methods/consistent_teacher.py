@@ -20,6 +20,7 @@ from detectors.methods.teacher import TeacherMethod
 from detectors.padded import PaddedTargets
 from harness.core import boxes as box_ops
 from harness.core.stages import stage
+from harness.core.steps import StepsOrPart, in_steps
 from harness.core.types import UserError, View
 from harness.core.validate import Limits, NotNegative, Share, Weight
 
@@ -63,9 +64,9 @@ class ConsistentTeacher(TeacherMethod):
         ema: EmaKeys,
         reported: Literal["student", "teacher"] = "teacher",
         lambda_u: Weight = 2.0,
-        burn_in: NotNegative = 0,
-        loss_from: NotNegative = 10_000,
-        rise: NotNegative | None = None,
+        burn_in: StepsOrPart = 0,
+        loss_from: StepsOrPart = 10_000,
+        rise: StepsOrPart | None = None,
         mixture: bool = True,
         score: Share = 0.5,
         queue: Annotated[int, Limits(ge=4, le=10_000)] = 100,
@@ -84,7 +85,7 @@ class ConsistentTeacher(TeacherMethod):
             rise=rise,
             joint_forward=joint_forward,
         )
-        self.loss_from = round(loss_from * steps) if loss_from < 1 else int(loss_from)
+        self.loss_from = in_steps(loss_from, steps)
         if self.loss_from >= steps:
             raise UserError(
                 f"method.loss_from={loss_from} must be below schedule.steps={steps}, or unlabelled images never count: "

@@ -17,7 +17,8 @@ from detectors.detector import Detector
 from detectors.methods.dense import DenseMethod
 from detectors.methods.method import EmaKeys, Losses
 from detectors.one_stage import ClassLoss, DenseOutput, DenseTargets, Wanted
-from harness.core.validate import Limits, NotNegative, Share, Weight
+from harness.core.steps import StepsOrPart, in_steps
+from harness.core.validate import Limits, Share, Weight
 
 
 class DenseTeacher(DenseMethod):
@@ -49,9 +50,9 @@ class DenseTeacher(DenseMethod):
         ema: EmaKeys,
         reported: Literal["student", "teacher"] = "teacher",
         lambda_u: Weight = 1.0,
-        burn_in: NotNegative = 5000,
-        average_from: NotNegative = 3001,
-        rise: NotNegative | None = 5000,
+        burn_in: StepsOrPart = 5000,
+        average_from: StepsOrPart = 3001,
+        rise: StepsOrPart | None = 5000,
         share: Annotated[float, Limits(gt=0, le=1)] = 0.01,
         class_weight: Weight = 4.0,
         box_weight: Weight = 1.0,
@@ -75,8 +76,7 @@ class DenseTeacher(DenseMethod):
             labeled_views=labeled_views,
             label_score=label_score,
         )
-        start = round(average_from * steps) if average_from < 1 else int(average_from)
-        self.teacher_from = min(start, self.unlabeled_from)
+        self.teacher_from = min(in_steps(average_from, steps), self.unlabeled_from)
         self.share = share
 
     @property

@@ -18,6 +18,7 @@ from detectors.methods.teacher import ThresholdTeacher
 from detectors.padded import PaddedTargets
 from harness.core import boxes as box_ops
 from harness.core.stages import stage
+from harness.core.steps import StepsOrPart
 from harness.core.types import View
 from harness.core.validate import NotNegative, Share, Weight, keys_of
 
@@ -40,8 +41,8 @@ class MeanTeacher(ThresholdTeacher):
         ema: EmaKeys,
         reported: Literal["student", "teacher"] = "teacher",
         lambda_u: Weight = 4.0,
-        burn_in: NotNegative = 0,
-        rise: NotNegative | None = None,
+        burn_in: StepsOrPart = 0,
+        rise: StepsOrPart | None = None,
         score: Share = 0.9,
         candidate_score: Share = 0.05,
         adaptive: Annotated[Mapping[str, Any], keys_of(AdaptiveKeys)] | None = None,

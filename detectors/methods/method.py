@@ -19,6 +19,7 @@ from detectors.methods.watch import LossWatch, Spells
 from detectors.padded import PaddedTargets
 from harness.core import validate
 from harness.core.stages import stage
+from harness.core.steps import in_steps
 from harness.core.types import Batch, Target, UserError, View, Views
 from harness.core.validate import Limits, Share, keys_of
 
@@ -285,7 +286,7 @@ def first_step(burn_in: float, steps: int) -> int:
     Raises:
         UserError: nothing would be left of the schedule.
     """
-    first = round(burn_in * steps) if burn_in < 1 else int(burn_in)
+    first = in_steps(burn_in, steps)
     if not 0 <= first < steps:
         raise UserError(f"method.burn_in={burn_in} must be below schedule.steps={steps}: lower it, or train longer")
     return first

@@ -28,6 +28,7 @@ from detectors.retinanet import RetinaNet
 from harness.core import boxes as box_ops
 from harness.core.draws import image_keys, stream_key, torch_uniform, uniform
 from harness.core.stages import stage
+from harness.core.steps import StepsOrPart
 from harness.core.types import Batch, UserError, View
 from harness.core.validate import Limits, NotNegative, Positive, Share, Weight, keys_of
 
@@ -83,8 +84,8 @@ class MixPl(MeanTeacher):
         ema: EmaKeys,
         reported: Literal["student", "teacher"] = "teacher",
         lambda_u: Weight = 2.0,
-        burn_in: NotNegative = 0,
-        rise: NotNegative | None = None,
+        burn_in: StepsOrPart = 0,
+        rise: StepsOrPart | None = None,
         score: Share | None = None,
         candidate_score: Share = 0.05,
         adaptive: Annotated[Mapping[str, Any], keys_of(AdaptiveKeys)] | None = None,

@@ -22,6 +22,7 @@ from detectors.rpn import Proposals
 from harness.core import boxes as box_ops
 from harness.core.draws import torch_normal, torch_uniform
 from harness.core.stages import stage
+from harness.core.steps import StepsOrPart
 from harness.core.types import UserError, View
 from harness.core.validate import Limits, NotNegative, Share, Weight
 
@@ -63,8 +64,8 @@ class SoftTeacher(TeacherMethod):
         ema: EmaKeys,
         reported: Literal["student", "teacher"] = "student",
         lambda_u: Weight = 4.0,
-        burn_in: NotNegative = 0,
-        rise: NotNegative | None = None,
+        burn_in: StepsOrPart = 0,
+        rise: StepsOrPart | None = None,
         candidate_score: Share = 0.05,
         initial_score: Share = 0.5,
         rpn_score: Share = 0.9,

@@ -17,6 +17,7 @@ from detectors.padded import PaddedTargets, concatenate
 from harness.core.draws import stream_key
 from harness.core.escape import plain
 from harness.core.stages import stage
+from harness.core.steps import in_steps
 from harness.core.types import Batch, UserError, View, Views
 from harness.core.validate import make_checked
 
@@ -61,7 +62,7 @@ class TeacherMethod(Method):
         super().__init__(detector, steps, reported=reported, ema=ema, teacher_from=0 if average_burn_in else start)
         self.unlabeled_from = start
         self.lambda_u = lambda_u
-        self.rise = 0 if rise is None else round(rise * steps) if rise < 1 else int(rise)
+        self.rise = 0 if rise is None else in_steps(rise, steps)
         self.joint_forward = joint_forward
         self.teacher_watch, self.label_watch = TeacherWatch(start), LabelWatch()
 

@@ -19,8 +19,9 @@ from detectors.methods.method import EmaKeys, Losses, mean_count
 from detectors.methods.teacher import ThresholdTeacher, join_labeled
 from detectors.padded import PaddedTargets
 from harness.core.stages import stage
+from harness.core.steps import StepsOrPart
 from harness.core.types import Batch, UserError, View, Views
-from harness.core.validate import Limits, NotNegative, Share, Weight, keys_of
+from harness.core.validate import Limits, Share, Weight, keys_of
 
 
 class UnbiasedTeacher(ThresholdTeacher):
@@ -47,9 +48,9 @@ class UnbiasedTeacher(ThresholdTeacher):
         ema: EmaKeys,
         reported: Literal["student", "teacher"] = "teacher",
         lambda_u: Weight = 4.0,
-        burn_in: NotNegative = 2000,
+        burn_in: StepsOrPart = 2000,
         average_burn_in: bool = False,
-        rise: NotNegative | None = None,
+        rise: StepsOrPart | None = None,
         score: Share = 0.7,
         candidate_score: Share = 0.05,
         adaptive: Annotated[Mapping[str, Any], keys_of(AdaptiveKeys)] | None = None,

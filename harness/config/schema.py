@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from harness.core.steps import SomeStepsOrPart
 from harness.core.validate import File, Images, Limits, Name, Pixels, Positive, Seed, Share, Steps, Threads
 from harness.splits.protocols import Fold, Percent, Shots, SplitOptions
 
@@ -17,7 +18,12 @@ LoggerName = Literal["tensorboard", "wandb", "mlflow"]
 Decay = Literal["flat", "step", "linear", "cosine"]
 Milestone = Annotated[
     float,
-    Limits(gt=0, le=1e9, words="a step, or below 1 a fraction of the schedule, above 0: [120000,160000], or []"),
+    Limits(
+        gt=0,
+        le=1e9,
+        whole_from=1,
+        words="a step, or below 1 a fraction of the schedule, above 0: [120000,160000], or []",
+    ),
 ]
 
 _TWO = "a list of two, height and width in pixels: [800,1344]"
@@ -48,7 +54,7 @@ class PrepareOptions:
 class EvaluationOptions:
     """The keys of `evaluation`: when and how networks are scored."""
 
-    every: Annotated[float, Limits(gt=0, le=1e9)] | None
+    every: SomeStepsOrPart | None
     between: Literal["all", "reported"]
     score_threshold: Share
     batch: Annotated[int, Limits(ge=1, le=4096)]

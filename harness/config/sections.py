@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from harness.config import schema
 from harness.config.step import StepShape, draws_unlabeled, shape_of
 from harness.core import validate
+from harness.core.steps import in_steps
 from harness.splits.protocols import SplitOptions
 
 T = TypeVar("T")
@@ -105,4 +106,4 @@ def evaluation_interval(every: float | None, steps: int) -> int | None:
     """Steps between evaluations; an `evaluation.every` below 1 is a fraction of the schedule's steps."""
     if every is None:
         return None
-    return max(1, round(every * steps)) if every < 1 else int(every)
+    return max(1, in_steps(every, steps))

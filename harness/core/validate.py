@@ -34,6 +34,7 @@ class Limits:
     ge: float | None = None
     gt: float | None = None
     le: float | None = None
+    whole_from: int | None = None  # numbers from here on are whole; this one itself is not written 1.0
     least: int = 0  # items or characters
     most: int | None = None
     pattern: str | None = None
@@ -291,7 +292,12 @@ def _within(limits: Limits, value: float) -> bool:
         (limits.ge is None or value >= limits.ge)
         and (limits.gt is None or value > limits.gt)
         and (limits.le is None or value <= limits.le)
+        and (limits.whole_from is None or value < limits.whole_from or _is_whole(value, limits.whole_from))
     )
+
+
+def _is_whole(value: float, least: int) -> bool:
+    return isinstance(value, int) or (value > least and value.is_integer())
 
 
 def _is_text(limits: Limits, value: str) -> bool:

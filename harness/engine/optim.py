@@ -12,6 +12,7 @@ from torch import nn
 from detectors.detector import ParameterGroup
 from harness.config.make import make
 from harness.config.schema import ScheduleOptions
+from harness.core.steps import in_steps
 from harness.core.types import UserError
 from harness.core.validate import NotNegative, Share
 
@@ -152,7 +153,7 @@ DECAYS: dict[str, tuple[Callable[..., Decay], tuple[str, ...]]] = {
 
 def milestone_steps(milestones: Sequence[float], steps: int) -> list[int]:
     """Milestones in steps; those below 1 are fractions of the schedule."""
-    return [round(m * steps) if m < 1 else int(m) for m in milestones]
+    return [in_steps(milestone, steps) for milestone in milestones]
 
 
 class LearningRateFactor:
