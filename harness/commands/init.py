@@ -54,7 +54,7 @@ def run(cfg: DictConfig) -> int:
 
 
 def _say_next(train: CocoIndex, evaluates: bool, out: Path, console: Console) -> None:
-    """The next two commands. Where half of the pictures show nothing, they are those that nobody labelled."""
+    """The next commands. Where half of the pictures show nothing, they are those that nobody labelled."""
     console.say("now look at the data, then train:")
     given = f"--config-dir {shlex.quote(str(out.parent.parent))} data={shlex.quote(out.stem)}"
     most = int(train.boxed().sum()) >= len(train) / 2
@@ -65,6 +65,9 @@ def _say_next(train: CocoIndex, evaluates: bool, out: Path, console: Console) ->
         method = f"method={'supervised' if most else 'mean_teacher'}"
     console.say(f"  ssodbench prepare {given}{keys}")
     console.say(f"  ssodbench train {given} {method}{keys} preset=photos")
+    if evaluates and most:
+        console.say("or compare methods at 1, 5 and 10 % of the labels:")
+        console.say(f"  ssodbench suite {given} suite=quick suite.name={shlex.quote(out.stem)} preset=photos")
     if missing := extras.missing_for_photos():
         console.say(f"preset=photos, the CPU recipe for photographs, needs first: {missing}")
     if not evaluates:

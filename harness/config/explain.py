@@ -110,6 +110,8 @@ def _about(error: Exception, overrides: Sequence[str]) -> str:
     if match:
         if elsewhere := of_other_option(match.group(1)):
             return elsewhere
+        if match.group(1).startswith("suite.") and "suite" not in map(override_key, overrides):
+            return f"{match.group(1)} is a key of a suite: choose one too, such as suite=quick, or leave the key out"
         hint = validate.near(match.group(1), _known_keys()) or "; `ssodbench --help` says how to list the keys"
         return f"the key {match.group(1)} is not known{hint}"
     if "Could not find '" in message:

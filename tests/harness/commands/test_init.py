@@ -48,3 +48,7 @@ def test_with_pictures_to_evaluate_none_are_held_out(
     out = capsys.readouterr().out
     assert "2 pictures to train on, with 3 boxes, 1 to evaluate, 2 classes (one, two)" in out
     assert "holdout" not in out
+    *_, compare = printed_commands(out)
+    assert compare[0] == "suite"
+    assert cli.main(["config", *compare[1:], "cache_dir=cache"]) == 0
+    assert "name: apples" in capsys.readouterr().out

@@ -465,7 +465,7 @@ def test_settings_of_a_method_are_added_to_those_of_the_suite(given):
 
 
 def test_keys_of_a_suite_need_a_suite():
-    with pytest.raises(UserError, match=r"the key suite\.cost is not known"):
+    with pytest.raises(UserError, match=r"suite\.cost is a key of a suite: choose one too, such as suite=quick"):
         compose.load(["suite.cost={stac: 3}"])
 
 
