@@ -19,7 +19,7 @@ def test_steps_and_fractions(place: float, found: int) -> None:
 
 @pytest.mark.parametrize("place", [1.0, 1.5, 300.25, -1, -0.5, True, None, "0.5", float("nan"), 2e9])
 def test_neither(place: object) -> None:
-    with pytest.raises(UserError, match="key=.* must be a whole number of steps, or below 1 a fraction"):
+    with pytest.raises(UserError, match=r"key=.* must be a whole number of steps, or below 1 a fraction"):
         check(StepsOrPart, place, "key")
 
 
