@@ -81,12 +81,13 @@ def verdict(comparisons: Sequence[Comparison], percent: float | None = None) -> 
     by_standing = {kind: [one for one in here if standing(one) is kind] for kind in Standing}
     leaders = by_standing[Standing.BETTER] or by_standing[Standing.OPEN] + by_standing[Standing.WORSE] or here
     best = max(leaders, key=lambda one: one.over_runs.mean or 0.0)
-    sentences = [_difference(best, by_standing, len(here)), _second(best), _compute(best)]
+    others = [one for one in known if one.percent != percent]
+    sentences = [_difference(best, by_standing, len(here)), _second(best), _compute(best), _elsewhere(others)]
     return [sentence for sentence in sentences if sentence]
 
 
 def _difference(best: Comparison, by_standing: dict[Standing, list[Comparison]], count: int) -> str:
-    where = f"At {best.share}, " if best.share else f"At {best.percent:g} % labels, "
+    where = f"At {_where(best)}, "
     better, unknown = by_standing[Standing.BETTER], by_standing[Standing.UNKNOWN]
     if better and count == 1:
         text = f"{best.method} is better than {best.baseline}, by {_with_interval(best)}"
@@ -106,6 +107,19 @@ def _difference(best: Comparison, by_standing: dict[Standing, list[Comparison]],
     if unknown and len(unknown) < count:
         text += f"; too few runs for a statement: {', '.join(one.method for one in unknown)}"
     return where + text + "."
+
+
+def _elsewhere(others: Sequence[Comparison]) -> str:
+    """What is established in the other columns; empty for nothing."""
+    parts = []
+    for kind, word in ((Standing.BETTER, "better"), (Standing.WORSE, "worse")):
+        named = [f"{one.method} at {_where(one)} ({_with_interval(one)})" for one in others if standing(one) is kind]
+        parts += [f"{word} than {others[0].baseline}: {', '.join(named)}"] if named else []
+    return f"At other shares of labels, {'; '.join(parts)}." if parts else ""
+
+
+def _where(one: Comparison) -> str:
+    return one.share or f"{one.percent:g} % labels"
 
 
 def _no_chance(runs: Paired) -> str:
