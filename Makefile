@@ -10,10 +10,10 @@ bench: $(STAMP)            ## generate the dataset, run the quick suite, print t
 	$(BIN)/ssodbench suite suite=quick
 
 test: $(STAMP)             ## everything but the tests marked slow, gpu or cluster
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow and not gpu and not cluster"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not gpu and not cluster"
 
 test-all: $(STAMP)         ## the slow tests too, and the gpu ones where there is a GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not cluster"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not cluster"
 
 test-cluster: $(STAMP)     ## runs and suites on a real Slurm, which they start here (as root, where it is installed)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -m cluster tests/cluster

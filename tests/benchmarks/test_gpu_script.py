@@ -31,6 +31,7 @@ def test_every_part_runs_on_a_cpu(tmp_path: Path) -> None:
     assert all(one["step"]["ms"] > 0 for one in found["methods"].values())
 
 
+@pytest.mark.slow
 def test_a_part_that_takes_too_long_is_cut_and_keeps_what_it_wrote(tmp_path: Path) -> None:
     script = tmp_path / "gpu.py"
     script.write_text(

@@ -140,6 +140,7 @@ def test_two_processes_train_what_one_trains(tmp_path: Path, method: str) -> Non
     assert len(of_one) == KEPT_IMAGES
 
 
+@pytest.mark.slow
 def test_batch_norm_differs_in_its_running_statistics_alone(tmp_path: Path) -> None:
     one = _train(tmp_path, "one", 1, BATCH_NORM, *CASES["supervised"])
     two = _train(tmp_path, "two", 1, BATCH_NORM, *CASES["supervised"], start=TORCHRUN)
