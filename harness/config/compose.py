@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from harness.config import checks, explain, layouts, moved, names, paths, targets, yaml_files
 from harness.config.plain import resolved
@@ -124,10 +124,29 @@ def _composed(overrides: Sequence[str]) -> DictConfig:
             cfg = _compose(overrides) if own else cfg
         else:
             checks.check_method(resolved(cfg).get("method"))
-            cfg = _compose([*overrides, f"augment={paths.quote(str(cfg.method.augment))}"])
+            cfg = _with_policy(cfg, overrides)
     OmegaConf.set_struct(cfg, False)
     resolved(cfg)  # tells of values that cannot be looked at
     moved.current(cfg)
+    return cfg
+
+
+def _with_policy(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """The configuration with the method's policy, which is read from its file where nothing can change what is in it:
+    to compose everything once more takes as long as the first time.
+
+    Args:
+        cfg: without a policy.
+        overrides: all that are given.
+    """
+    name = str(cfg.method.augment)
+    shipped = {path.stem: path for path in (targets.CONF_DIR / "augment").glob("*.yaml")}
+    changed = any(re.match(r"[+~]*augment(\.|=|$)", override) for override in overrides)
+    policy = OmegaConf.load(shipped[name]) if name in shipped and not changed else None
+    if policy is None or "defaults" in policy:
+        return _compose([*overrides, f"augment={paths.quote(name)}"])
+    with open_dict(cfg):
+        cfg.augment = policy
     return cfg
 
 

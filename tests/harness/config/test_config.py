@@ -21,6 +21,7 @@ from harness.config import compose, extras
 from harness.config.identity import config_sha256
 from harness.config.paths import places, quote_path
 from harness.config.run import settings_of
+from harness.config.targets import CONF_DIR
 from harness.core import files
 from harness.core.types import Batch, UserError, Views
 from harness.engine import build
@@ -32,6 +33,15 @@ def test_defaults_compose_and_check() -> None:
     assert cfg.preset_name == "small"
     assert cfg.seed == cfg.split.fold == 1
     assert cfg.augment.name == cfg.method.augment
+
+
+@pytest.mark.parametrize("preset", ["small", "paper", "photos"])
+@pytest.mark.parametrize("method", sorted(path.stem for path in (CONF_DIR / "method").glob("*.yaml")))
+def test_the_policy_of_a_method_is_composed_as_if_it_were_said(method: str, preset: str) -> None:
+    given = [f"method={method}", f"preset={preset}", "detector=small"]
+    found = compose._composed(given)
+    said = compose._composed([*given, f"augment={found.method.augment}"])
+    assert OmegaConf.to_yaml(found) == OmegaConf.to_yaml(said)
 
 
 def test_preset_changes_detector_and_the_command_line_wins() -> None:
