@@ -128,6 +128,17 @@ def test_the_table_of_the_readme_is_the_measured_one() -> None:
         assert time == f"{ratio:.1f}"
 
 
+def test_the_table_of_photographs_in_the_readme_is_the_measured_one() -> None:
+    with (ROOT / "results/reference/bccd-2cores/report.csv").open(newline="", encoding="utf-8") as file:
+        rows = {
+            (method_label(row["method"]), f"{float(row['percent']):g} %"): row["ap"] for row in csv.DictReader(file)
+        }
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("| bccd ")[1].split("\n\n")[0]
+    head, _, *lines = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    shown = {(method, share): ap for method, *cells in lines for share, ap in zip(head, cells, strict=True)}
+    assert shown == {key: f"{float(ap):.1f}" for key, ap in rows.items()}
+
+
 def test_the_figure_of_the_site_is_the_measured_one() -> None:
     """A page of the site shows pictures below docs/ alone: copy the figure there when it is made again."""
     measured = ROOT / "results/reference/shapes-2cores/detectors_1.svg"
