@@ -1,4 +1,4 @@
-"""What a table of results says, in at most three plain sentences made by rules.
+"""What a table of results says, in at most four plain sentences made by rules.
 
 The rules, for the smallest label ratio that has a comparison (or the one asked for):
 
@@ -15,6 +15,7 @@ The rules, for the smallest label ratio that has a comparison (or the one asked 
    from compute alone. Without such runs, the ratio of compute and that the comparison is missing.
 
 Numbers have one digit after the point, and more where an end of an interval would look like 0 and is not.
+4. *Elsewhere.* What is better or worse at other label ratios, by the first rule, if anything is.
 """
 
 from __future__ import annotations
