@@ -13,9 +13,9 @@ The rules, for the smallest label ratio that has a comparison (or the one asked 
    trained networks, which says nothing about other labelled images, and the sentence says so.
 3. *Compute.* The difference to the baseline with as many images seen, where such runs exist: what includes 0 may come
    from compute alone. Without such runs, the ratio of compute and that the comparison is missing.
+4. *Elsewhere.* What is better or worse at other label ratios, by the first rule, if anything is.
 
 Numbers have one digit after the point, and more where an end of an interval would look like 0 and is not.
-4. *Elsewhere.* What is better or worse at other label ratios, by the first rule, if anything is.
 """
 
 from __future__ import annotations
