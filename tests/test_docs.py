@@ -119,7 +119,11 @@ def test_the_table_of_the_readme_is_the_measured_one() -> None:
             hours[key].append(float(row["device_hours"]))
     table = (ROOT / "README.md").read_text(encoding="utf-8").split("| detector | method ")[1].split("\n\n")[0]
     head, _, *rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
-    detectors = {"Faster R-CNN": "small", "FCOS": "small_fcos_iou", "RetinaNet": "small_consistent_retina"}
+    detectors = {
+        "Faster R-CNN": "small",
+        "FCOS": "small_fcos_iou",
+        "Consistent-Teacher's RetinaNet": "small_consistent_retina",
+    }
     assert len(rows) == len(hours)
     for name, method, *cells, time in rows:
         detector = detectors[name]
