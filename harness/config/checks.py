@@ -108,7 +108,8 @@ def check_method(method: Any) -> None:
     validate.check(schema.MethodKeys, own, "method")
     options = own.get("offline")
     if options and options["stage1"] == own["name"]:
-        raise UserError(f"method.offline.stage1={own['name']} is the method itself: name another, such as supervised")
+        name = validate.shown(own["name"])
+        raise UserError(f"method.offline.stage1={name} is the method itself: name another, such as supervised")
     if options:
         _check_labels(options)
 
@@ -119,7 +120,8 @@ def _check_labels(options: dict[str, Any]) -> None:
     if labels and not labeller:
         raise UserError("method.offline.labels needs method.offline.labeller=NAME: say who made them, for the record")
     if labeller and not labels:
-        raise UserError(f"method.offline.labeller={labeller} made no labels: set method.offline.labels to their file")
+        who = validate.shown(labeller)
+        raise UserError(f"method.offline.labeller={who} made no labels: set method.offline.labels to their file")
     if labels and options.get("checkpoint"):
         raise UserError(
             "method.offline.labels and method.offline.checkpoint both give pseudo labels: leave one of them null"
