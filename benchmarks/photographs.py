@@ -22,6 +22,10 @@ STRONG_LABELED = (
     "augment.views.labeled.color=${augment.views.strong.color}",
     "+augment.views.labeled.erase=${augment.views.strong.erase}",
 )
+STRONG_WEAK = (
+    "+augment.views.weak.color=${augment.views.strong.color}",
+    "+augment.views.weak.erase=${augment.views.strong.erase}",
+)
 OTHER_PICTURES = "data.unlabeled_images="
 
 SUPERVISED = ("method=supervised",)
@@ -49,6 +53,14 @@ def soft_teacher(
     return (
         *("method=soft_teacher", "method.burn_in=0.5", f"method.lambda_u={lambda_u}", f"method.ema.momentum={ema}"),
         *(f"method.class_score={score}", f"method.rpn_score={score}", f"method.box_uncertainty={uncertainty}"),
+    )
+
+
+def no_box_terms(*, lambda_u: float = 1, score: float = 0.7, ema: float = 0.99) -> tuple[str, ...]:
+    """Mean Teacher whose pseudo labels teach classes alone, which is Unbiased Teacher with values of Mean Teacher."""
+    return (
+        *("method=unbiased_teacher", "method.burn_in=0.5", f"method.lambda_u={lambda_u}", f"method.score={score}"),
+        *(f"method.ema.momentum={ema}", "method.focal_gamma=0", "method.teacher_training_proposals=false"),
     )
 
 
@@ -148,6 +160,9 @@ STAGES = (
             "no threshold": best(score=0.05),
             "no average": best(ema=0),
             "no strong view": (*best(), "augment.views.strong.color=null", "augment.views.strong.erase=null"),
+            "no box terms": no_box_terms(),
+            "strong weak view": (*best(), *STRONG_WEAK),
+            "strong labelled": (*best(), *STRONG_LABELED),
         },
         (*REPORTED, "split.percent=5", f"schedule.steps={STEPS}"),
         folds=(1, 2, 3),
