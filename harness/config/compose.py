@@ -61,6 +61,7 @@ def _load(overrides: Sequence[str], config_dirs: Sequence[str | Path]) -> DictCo
         if cfg.cache_dir is None:
             cfg.cache_dir = str(paths.default_cache_dir())
         checks.check_values(resolved(cfg))
+        yaml_files.check_name("augment", cfg.augment.name, config_dirs)  # the method or the preset may have chosen it
         _cap_intervals(cfg)
         checks.check_together(cfg)
     except UserError as error:
@@ -91,6 +92,7 @@ def _check_given(overrides: Sequence[str], config_dirs: Sequence[str | Path]) ->
                 else ""
             )
             raise UserError(f"'{override}' is not of the form key=value{hint}")
+        yaml_files.check_name(explain.override_key(override), override.partition("=")[2], config_dirs)
 
 
 def _opened(override: str) -> str:

@@ -1,6 +1,6 @@
-"""The user's own YAML: what in it cannot be read, and where in it a mistake stands.
+"""The user's own YAML: what in it cannot be read, what would be passed over, and where in it a mistake stands.
 
-Looked at only once composing has failed, since Hydra's errors leave out the file, the line, or both.
+All but names is looked at only once composing has failed, since Hydra's errors leave out the file, the line, or both.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from harness.config.targets import CONF_DIR
 from harness.core.types import UserError
 
 _GROUPS = (
@@ -39,6 +40,22 @@ def chosen(overrides: Sequence[str], config_dirs: Sequence[str | Path]) -> list[
     for file in found:  # grows while it is gone through
         found += [other for other in _neighbours(file, config_dirs) if other not in found]
     return found
+
+
+def check_name(group: str, option: str, config_dirs: Sequence[str | Path]) -> None:
+    """Checks that an option of the user's is not called as one of the program's own, which Hydra takes in its place.
+
+    Raises:
+        UserError: it is, and says something else.
+    """
+    shipped = {file.stem: file for file in (CONF_DIR / group).glob("*.yaml")} if group in _GROUPS else {}
+    for folder in config_dirs if option in shipped else ():
+        own = Path(folder) / group / f"{option}.yaml"
+        if own.is_file() and own.read_bytes() != shipped[option].read_bytes():
+            raise UserError(
+                f"{own} would be passed over, since ssodbench has {group}={option} of its own: call the file "
+                f"otherwise, such as my_{option}.yaml, and say {group}=my_{option}"
+            )
 
 
 def _files(config_dirs: Sequence[str | Path]) -> Iterator[Path]:
