@@ -67,7 +67,7 @@ def _records(folder: Path) -> None:
         make(folder, "supervised", 5, fold, 44.0 + fold + fold % 2 / 5, **equal, train_seconds=1200.0, config=config)
 
 
-@pytest.mark.parametrize("name", ["bccd-2cores", "bccd_small-2cores", "shapes-2cores"])
+@pytest.mark.parametrize("name", ["bccd-2cores", "raccoon-2cores", "bccd_small-2cores", "shapes-2cores"])
 def test_the_records_that_we_measured_have_a_report(tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
     folder.mkdir()
