@@ -2,6 +2,7 @@
 
     python benchmarks/photographs.py STAGE... --data DIR --runs DIR [--workers 2]
     python benchmarks/photographs.py STAGE... --table
+    python benchmarks/photographs.py STAGE... --together FILE    # for `ssodbench report`
 
 The stages are in the order in which they were run; a later one uses what an earlier one chose.
 """

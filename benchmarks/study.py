@@ -209,6 +209,16 @@ def table(stage: Stage, records: Records) -> str:
     return "\n".join(lines)
 
 
+def together(stages: Sequence[Stage], records: Records) -> str:
+    """The records of several stages as those of one suite, a line each, for `ssodbench report`.
+
+    They are without the names of settings, so that a method is one row over all shares of labels.
+    """
+    runs = {what(run.overrides()): run for stage in stages for run in runs_of(stage)}
+    there = [record for run in runs.values() if (record := records.of(run)) is not None]
+    return "".join(json.dumps({**record, "variant": None}, sort_keys=True) + "\n" for record in there)
+
+
 def _mean(values: Sequence[float]) -> str:
     return f"{np.mean(values):.1f}" if values else "-"
 
@@ -235,11 +245,17 @@ def main(study: Study, about: str | None) -> None:
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder that holds the datasets")
     parser.add_argument("--workers", type=int, default=2, help="runs at the same time, of one thread each")
     parser.add_argument("--table", action="store_true", help="print the table of what is there, run nothing")
+    parser.add_argument(
+        "--together", type=Path, help="write the stages' records to this file as one suite's, run nothing"
+    )
     options = parser.parse_args()
     records = Records(study)
-    if not options.table:
+    if options.together is not None:
+        options.together.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(options.together, together([stages[name] for name in options.stages], records).encode())
+    elif not options.table:
         if options.runs is None:
-            parser.error("--runs is needed, or --table")
+            parser.error("--runs is needed, --table, or --together")
         folders = options.data.resolve(), options.runs.resolve()
         with ThreadPoolExecutor(options.workers) as pool:
             wanted = [run for name in options.stages for run in runs_of(stages[name])]

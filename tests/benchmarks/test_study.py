@@ -80,6 +80,20 @@ def test_a_training_is_run_once_over_all_stages_and_sessions(trained, tmp_path):
     assert str(tmp_path) not in lines
 
 
+def test_stages_together_are_one_suite_with_each_training_once(trained, tmp_path, monkeypatch):
+    its = study.Study((RECIPE, TUNING), tmp_path / "records")
+    for stage in its.stages:
+        go(stage, tmp_path)
+    assert len(trained) == 10
+    out = tmp_path / "new" / "records.jsonl"
+    monkeypatch.setattr(sys, "argv", ["photographs.py", "recipe", "tuning", "--together", str(out)])
+    study.main(its, None)
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record["ap"] for record in found] == [11.0 + place for place in range(10)]
+    assert {record["variant"] for record in found} == {None}
+    assert len(trained) == 10
+
+
 def test_a_network_that_others_begin_with_is_trained_again_where_its_folder_is_gone(trained, tmp_path):
     go(RECIPE, tmp_path)
     for folder in (tmp_path / "runs").iterdir():
