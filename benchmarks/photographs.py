@@ -171,8 +171,8 @@ STAGES = (
     ),
     Stage(
         "all",
-        {"supervised": SUPERVISED, f"{BEST}, with pictures of coco_tiny": (*TRIED[BEST], OTHER_PICTURES)},
-        (*REPORTED, "split.protocol=full", f"schedule.steps={STEPS}"),
+        {"supervised": SUPERVISED, f"{BEST}, with pictures of coco_tiny": TRIED[BEST]},
+        (*REPORTED, "split.protocol=full", OTHER_PICTURES, f"schedule.steps={STEPS}"),
         folds=(1,),
         data=DATA,
     ),

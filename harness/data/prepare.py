@@ -48,11 +48,10 @@ def resolve_split(dataset: Dataset, options: SplitOptions) -> Split:
 
 def _unlabeled_part(dataset: Dataset, protocol: SplitProtocol) -> CocoIndex:
     if dataset.unlabeled is None:
-        remedy = "set data.unlabeled_images to a folder of pictures, or to null"
-        raise UserError(
-            f"split.protocol={protocol.name} needs unlabelled images, but {dataset.no_unlabeled}: "
-            f"{remedy if dataset.adds_pictures else f'add them to data={dataset.name}'}"
-        )
+        remedy = f"add them to data={dataset.name}, or take split.percent=100 of another protocol"
+        if dataset.adds_pictures:
+            remedy = "set data.unlabeled_images to a folder of pictures, or to null"
+        raise UserError(f"split.protocol={protocol.name} needs unlabelled images, but {dataset.no_unlabeled}: {remedy}")
     return dataset.unlabeled
 
 

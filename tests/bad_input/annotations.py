@@ -346,6 +346,12 @@ CASES = [
         ("texts", "no picture", "data.unlabeled_images"),
         lambda folder: (make_pets(folder / "pets"), (folder / "texts").mkdir()),
     ),
+    Case(
+        "full without unlabelled images",
+        FULL,
+        ("data.unlabeled_images names none", "add them to data=custom", "split.percent=100"),
+        pets(),
+    ),
     Case("unlabelled folder gone", f"{FULL} data.unlabeled_images={{tmp}}/none", "none is not there", pets()),
     Case(
         "unlabelled folder of texts",
