@@ -166,7 +166,7 @@ STAGES = (
             "strong labelled": (*best(), *STRONG_LABELED),
         },
         (*REPORTED, "split.percent=5", f"schedule.steps={STEPS}"),
-        folds=(1, 2, 3),
+        folds=(1, 2),
         data=DATA,
     ),
     Stage(
