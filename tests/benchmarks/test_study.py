@@ -140,7 +140,8 @@ def test_every_setting_of_a_protocol_is_what_its_record_ran(name):
         assert all(stage.baseline(setting) in stage.settings for setting in stage.settings)
         for setting in stage.settings:
             run = study.Run(stage, setting, stage.data[0], stage.folds[0])
-            own = tuple(f"{override}here" if override in its.places else override for override in run.overrides())
+            places = {override: f"DATA/{place}" for override, place in its.places.items()}  # as records say them
+            own = tuple(f"{override}{places.get(override, '')}" for override in run.overrides())
             own = tuple(override for override in own if override != study.STAGE_1)
             if own not in composed:
                 composed[own] = OmegaConf.to_container(compose.load(own), resolve=True)
