@@ -46,12 +46,17 @@ def check_name(group: str, option: str, config_dirs: Sequence[str | Path]) -> No
     """Checks that an option of the user's is not called as one of the program's own, which Hydra takes in its place.
 
     Raises:
-        UserError: it is, and says something else.
+        UserError: it is, and says something else or cannot be read.
     """
-    shipped = {file.stem: file for file in (CONF_DIR / group).glob("*.yaml")} if group in _GROUPS else {}
+    if not config_dirs or group not in _GROUPS:
+        return
+    shipped = {file.stem: file for file in (CONF_DIR / group).glob("*.yaml")}
     for folder in config_dirs if option in shipped else ():
         own = Path(folder) / group / f"{option}.yaml"
-        if own.is_file() and own.read_bytes() != shipped[option].read_bytes():
+        if not own.is_file():
+            continue
+        check_files([own])
+        if own.read_bytes() != shipped[option].read_bytes():
             raise UserError(
                 f"{own} would be passed over, since ssodbench has {group}={option} of its own: call the file "
                 f"otherwise, such as my_{option}.yaml, and say {group}=my_{option}"

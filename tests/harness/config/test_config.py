@@ -248,33 +248,6 @@ def test_a_path_with_spaces_and_signs_reaches_the_configuration() -> None:
     assert compose.load(["run_dir=my runs/a=b, ü"]).run_dir == "my runs/a=b, ü"
 
 
-def test_user_yaml_is_found_in_a_config_dir(tmp_path: Path) -> None:
-    folder = tmp_path / "my conf" / "schedule"
-    folder.mkdir(parents=True)
-    (folder / "mine.yaml").write_text("defaults: [small]\nsteps: 77\n")
-    assert compose.load(["schedule=mine"], [tmp_path / "my conf"]).schedule.steps == 77
-    with pytest.raises(UserError, match="not a folder"):
-        compose.load([], [tmp_path / "missing"])
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [["augment=small"], ["augment=small", "preset=paper"], ["preset=small"], ["method=mean_teacher", "preset=photos"]],
-)
-def test_a_file_with_the_name_of_a_shipped_option_is_not_passed_over(tmp_path: Path, overrides: list[str]) -> None:
-    shipped = CONF_DIR / "augment" / "small.yaml"
-    (tmp_path / "augment").mkdir()
-    own = tmp_path / "augment" / "small.yaml"
-    own.write_bytes(shipped.read_bytes())  # says the same
-    compose.load(overrides, [tmp_path])
-    own.write_text(shipped.read_text().replace("flip: 0.5", "flip: 0"))
-    with pytest.raises(UserError, match=r"small\.yaml would be passed over.*say augment=my_small"):
-        compose.load(overrides, [tmp_path])
-    compose.load(["augment=stac"], [tmp_path])  # another one is chosen
-    own.rename(own.with_stem("my_small"))
-    assert compose.load([*overrides, "augment=my_small"], [tmp_path]).augment.views.weak.flip == 0
-
-
 def test_home_is_expanded_in_every_key_that_names_a_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
